@@ -1,0 +1,1 @@
+"""StreamDiffusionV2 in JAX: live video re-drawn to a text prompt."""

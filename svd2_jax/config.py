@@ -1,0 +1,297 @@
+"""Frozen configuration: model sizes (with the published presets) and what one stream computes.
+
+Every field has its unit, range and default here and nowhere else. Values that may change from chunk to
+chunk (prompt, noise scale) are not configuration; they are arguments of the session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from svd2_jax.errors import ConfigError
+
+LATENT_STRIDE = 4  # video frames per latent frame, Wan2.1 VAE
+SPATIAL_STRIDE = 8  # pixels per latent cell in each direction, Wan2.1 VAE
+PIXEL_MULTIPLE = 16  # height and width: SPATIAL_STRIDE times the DiT's 2x2 patch
+SINK_THRESHOLD_OFF = -1.0
+
+V2V_TIMESTEPS = (700, 500, 400, 200)  # published denoising list; a stream uses its first `steps` entries
+T2V_TIMESTEPS = (1000, 750, 500, 250)  # the same for text-to-video, always followed by a clean pass at 0
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class _Config:
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the config from plain values; unknown keys raise ConfigError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known keys are {sorted(known)}")
+        return cls(**{k: _to_tuple(v) for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that `from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class DiTConfig(_Config):
+    """Sizes of the causal diffusion transformer (Wan2.1 architecture).
+
+    Attributes:
+      dim: model width E.
+      ffn_dim: MLP width M.
+      num_heads: attention heads N; the head dim is `dim // num_heads`.
+      num_layers: transformer blocks L.
+      freq_dim: width of the sinusoidal timestep embedding.
+      text_dim: width of the text encoder's output.
+      text_len: prompt tokens P (padded or cut).
+      in_channels: latent channels in.
+      out_channels: latent channels out.
+      patch: patch size (time, height, width).
+      eps: epsilon of all norms.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ConfigError(f"DiT: dim={self.dim} must split into {self.num_heads=} heads of even size")
+        if self.patch[0] != 1:
+            raise ConfigError(f"DiT: temporal patch size must be 1, got {self.patch=}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class VAEConfig(_Config):
+    """Sizes of the causal 3-D VAE (Wan2.1 architecture), published sizes by default.
+
+    Attributes:
+      dim: channels of the first level.
+      z_dim: latent channels.
+      dim_mult: channel multiplier of each level.
+      num_res_blocks: residual blocks per encoder level (the decoder has one more).
+      temporal_downsample: for each level but the last, whether it halves time as well as space.
+    """
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self):
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ConfigError(
+                f"VAE: {self.temporal_downsample=} needs {len(self.dim_mult) - 1} entries for {self.dim_mult=}"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig(_Config):
+    """Sizes of the UMT5 text encoder, UMT5-XXL by default.
+
+    Attributes:
+      vocab: vocabulary size.
+      dim: model width.
+      dim_attn: total width of all heads.
+      dim_ffn: width of the gated MLP.
+      num_heads: attention heads.
+      num_layers: encoder blocks.
+      num_buckets: buckets of the relative position bias (each block has its own table).
+      max_distance: distance beyond which all positions share a bucket.
+    """
+
+    vocab: int = 256384
+    dim: int = 4096
+    dim_attn: int = 4096
+    dim_ffn: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+
+
+@dataclass(frozen=True)
+class TAEHVConfig(_Config):
+    """Sizes of the tiny autoencoder's decoder (TAEHV for Wan2.1), published sizes by default.
+
+    Attributes:
+      z_dim: latent channels.
+      channels: channels of the four levels.
+    """
+
+    z_dim: int = 16
+    channels: tuple[int, int, int, int] = (256, 128, 64, 64)
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Config):
+    """All networks of one checkpoint; `name` is the preset it was recognised as, or "custom"."""
+
+    name: str
+    dit: DiTConfig
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    taehv: TAEHVConfig = field(default_factory=TAEHVConfig)
+
+    def __post_init__(self):
+        if self.dit.text_dim != self.text.dim:
+            raise ConfigError(
+                f"{self.name}: the DiT expects text width {self.dit.text_dim}, the text encoder gives {self.text.dim}"
+            )
+        if not self.dit.in_channels == self.dit.out_channels == self.vae.z_dim:
+            raise ConfigError(
+                f"{self.name}: latent channels differ: DiT {self.dit.in_channels} in, {self.dit.out_channels} out, "
+                f"VAE {self.vae.z_dim}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Builds the config, nested configs included, from plain values."""
+        parts = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig, "taehv": TAEHVConfig}
+        return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
+
+
+PRESETS: Mapping[str, ModelConfig] = {
+    "wan-1.3b": ModelConfig("wan-1.3b", DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)),
+    "wan-14b": ModelConfig("wan-14b", DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)),
+    "tiny": ModelConfig(
+        "tiny",
+        DiTConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=4, freq_dim=32, text_dim=48, text_len=16),
+        VAEConfig(dim=8),
+        TextConfig(vocab=300, dim=48, dim_attn=64, dim_ffn=96, num_heads=4, num_layers=3),
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """Returns the preset called `name`; raises ConfigError with the known names otherwise."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+@dataclass(frozen=True)
+class StreamConfig(_Config):
+    """What one stream computes: everything that shapes its compiled programs.
+
+    Attributes:
+      height: pixels, a multiple of 16.
+      width: pixels, a multiple of 16.
+      timesteps: denoising timesteps (1000 = pure noise), one row of the stream batch each.
+      task: "v2v" re-draws frames, "t2v" makes them from noise.
+      mode: "stream" runs all steps at once on different chunks; "sequential" runs a chunk's steps one after
+        another (lower latency, lower throughput).
+      frames_per_block: latent frames per chunk.
+      cache_frames: latent frames held in the rolling KV cache.
+      sink_frames: cache positions kept as anchors.
+      sink_threshold: mean cosine similarity in (-1, 1] below which a sink is replaced; -1 turns it off.
+      rope_refresh: latent frame index at which the time index restarts at `cache_frames - 1`.
+      decoder: "wan" (the VAE's own) or "taehv" (small and fast).
+    """
+
+    height: int = 480
+    width: int = 832
+    timesteps: tuple[int, ...] = V2V_TIMESTEPS[:2]
+    task: Literal["v2v", "t2v"] = "v2v"
+    mode: Literal["stream", "sequential"] = "stream"
+    frames_per_block: int = 1
+    cache_frames: int = 6
+    sink_frames: int = 3
+    sink_threshold: float = 0.2
+    rope_refresh: int = 50
+    decoder: Literal["wan", "taehv"] = "wan"
+
+    def __post_init__(self):
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value <= 0 or value % PIXEL_MULTIPLE:
+                near = max(PIXEL_MULTIPLE, round(value / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
+                raise ConfigError(f"{name} must be a positive multiple of {PIXEL_MULTIPLE}, got {value}; try {near}")
+        for name, choices in (("task", ("v2v", "t2v")), ("mode", ("stream", "sequential")),
+                              ("decoder", ("wan", "taehv"))):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if not 1 <= len(self.timesteps) <= 8 or not all(0 <= t <= 1000 for t in self.timesteps):
+            raise ConfigError(f"timesteps must be 1 to 8 values in [0, 1000], got {self.timesteps}")
+        if self.frames_per_block < 1:
+            raise ConfigError(f"frames_per_block must be at least 1, got {self.frames_per_block}")
+        if self.task == "v2v" and self.frames_per_block != 1:
+            raise ConfigError(
+                f"video-to-video uses chunks of 1 latent frame, got frames_per_block={self.frames_per_block}"
+            )
+        block, first = self.frames_per_block, self.first_latents
+        if self.cache_frames % block or self.cache_frames < first + block:
+            raise ConfigError(
+                f"cache_frames must be a multiple of {block} and at least {first + block} (the first group and one "
+                f"more chunk), got {self.cache_frames}"
+            )
+        if not 0 <= self.sink_frames <= self.cache_frames - block:
+            raise ConfigError(
+                f"sink_frames must be in [0, {self.cache_frames - block}] for cache_frames={self.cache_frames}, "
+                f"got {self.sink_frames}"
+            )
+        if not -1.0 <= self.sink_threshold <= 1.0 or not math.isfinite(self.sink_threshold):
+            raise ConfigError(f"sink_threshold must be in [-1, 1] (-1 = off), got {self.sink_threshold}")
+        if self.rope_refresh < self.cache_frames:
+            raise ConfigError(
+                f"rope_refresh must be at least cache_frames={self.cache_frames}, got {self.rope_refresh}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps S."""
+        return len(self.timesteps)
+
+    @property
+    def rows(self) -> int:
+        """Rows B of the batch, each with its own cache: one per step in stream mode, else 1."""
+        return self.steps if self.mode == "stream" else 1
+
+    @property
+    def first_latents(self) -> int:
+        """Latent frames of the first group: the VAE's lone first frame rides along in video-to-video."""
+        return self.frames_per_block + (1 if self.task == "v2v" else 0)
+
+    @property
+    def first_frames(self) -> int:
+        """Pixel frames of the first group."""
+        return 1 + LATENT_STRIDE * (self.first_latents - 1)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Pixel frames of every later chunk."""
+        return LATENT_STRIDE * self.frames_per_block
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent height and width."""
+        return self.height // SPATIAL_STRIDE, self.width // SPATIAL_STRIDE
+
+    @property
+    def adaptive_sinks(self) -> bool:
+        """Whether sinks are replaced; like the reference only with chunks of one latent frame."""
+        return self.sink_threshold > SINK_THRESHOLD_OFF and self.sink_frames > 0 and self.frames_per_block == 1

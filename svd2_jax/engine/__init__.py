@@ -1,0 +1,1 @@
+"""The shell around the pure core: restores parameters, compiles, donates and runs sessions."""

@@ -1,0 +1,1 @@
+"""Networks as Flax modules that hold parameters only; caches and states are arguments and results."""

@@ -1,0 +1,1 @@
+"""The streaming step as pure functions of (params, state, inputs)."""
