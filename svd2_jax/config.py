@@ -18,6 +18,7 @@ LATENT_STRIDE = 4  # video frames per latent frame, Wan2.1 VAE
 SPATIAL_STRIDE = 8  # pixels per latent cell in each direction, Wan2.1 VAE
 PIXEL_MULTIPLE = 16  # height and width: SPATIAL_STRIDE times the DiT's 2x2 patch
 SINK_THRESHOLD_OFF = -1.0
+TRAIN_TIMESTEPS = 1000  # timestep of pure noise
 
 V2V_TIMESTEPS = (700, 500, 400, 200)  # published denoising list; a stream uses its first `steps` entries
 T2V_TIMESTEPS = (1000, 750, 500, 250)  # the same for text-to-video, always followed by a clean pass at 0

@@ -1,0 +1,394 @@
+"""The causal diffusion transformer (Wan2.1 architecture with a rolling KV cache).
+
+Modules define parameters; everything that changes from tick to tick is an argument and a result. The forward
+pass is split where a pipeline cuts it: `condition` (timestep modulations), `embed`, `run_blocks`, `head`.
+Parameters are one leaf per layer and layers are unrolled, because stacked weights are copied every tick on a
+GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.tree_util import register_dataclass
+
+from svd2_jax.config import TRAIN_TIMESTEPS, DiTConfig, StreamConfig
+from svd2_jax.nn import kv_cache
+from svd2_jax.nn.attention import AttentionImplementation, attend
+from svd2_jax.nn.kv_cache import KVCache, LayerCache, WritePlan
+from svd2_jax.nn.rope import apply_rope, rope_tables
+
+TIMESTEP_PERIOD = 10000.0
+Params = dict[str, Any]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class DiTParams:
+    """Parameters: one nested dict for the embeddings, one for each block, one for the head."""
+
+    embed: Params
+    blocks: tuple[Params, ...]
+    head: Params
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The parameters' dtype, which is the compute dtype."""
+        return self.embed["patch"]["kernel"].dtype
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class PromptKV:
+    """Cross-attention keys and values of a prompt, per layer [1, P, N, D]; computed once per prompt."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class Conditioning:
+    """What the timesteps of the rows contribute, float32.
+
+    Attributes:
+      time: [B, E] timestep embedding, for the head.
+      modulation: [B, 6, E] its projection, for the blocks.
+    """
+
+    time: jax.Array
+    modulation: jax.Array
+
+
+def _layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Normalises over the last axis in float32, without scale; returns float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32, with a learned scale."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the normalised x in x's dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * _over_last(scale, x)
+
+
+def _over_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes a vector so that it broadcasts over the last axis of x; in x's dtype."""
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+class Attention(nn.Module):
+    """Projections of one attention: queries and keys are normalised over all heads together."""
+
+    cfg: DiTConfig
+
+    def setup(self):
+        """Defines the four projections and the two norms."""
+        self.q, self.k, self.v, self.o = (nn.Dense(self.cfg.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(self.cfg.eps), RMSNorm(self.cfg.eps)
+
+    def query(self, x: jax.Array) -> jax.Array:
+        """[B, Q, E] -> [B, Q, N, D]."""
+        return self._heads(self.norm_q(self.q(x)))
+
+    def key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, K, E] -> keys and values [B, K, N, D]."""
+        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def out(self, y_BQND: jax.Array) -> jax.Array:
+        """[B, Q, N, D] -> [B, Q, E]."""
+        return self.o(y_BQND.reshape(*y_BQND.shape[:2], -1))
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:2], self.cfg.num_heads, self.cfg.head_dim)
+
+
+class Block(nn.Module):
+    """One transformer block: cached self-attention, cross-attention to the prompt, MLP.
+
+    The cache write lies between `project` and `finish`, so that a pipeline stage can gate either side of it.
+    """
+
+    cfg: DiTConfig
+
+    def setup(self):
+        """Defines the block's parameters."""
+        cfg = self.cfg
+        self.modulation = self.param("modulation", nn.initializers.normal(cfg.dim**-0.5), (6, cfg.dim))
+        self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
+        self.norm_cross = nn.LayerNorm(epsilon=cfg.eps, use_fast_variance=False)
+        self.mlp_up, self.mlp_down = nn.Dense(cfg.ffn_dim), nn.Dense(cfg.dim)
+
+    def project(
+        self, x: jax.Array, modulation_B6E: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns rotated queries and keys and the values [B, Q, N, D] of hidden states x [B, Q, E]."""
+        shift, scale = self._modulation(modulation_B6E)[:2]
+        y = self._modulate(x, shift, scale)
+        k, v = self.self_attn.key_value(y)
+        return apply_rope(self.self_attn.query(y), *rope), apply_rope(k, *rope), v
+
+    def finish(
+        self,
+        x: jax.Array,
+        q_BQND: jax.Array,
+        cache: LayerCache,
+        kv_len_B: jax.Array,
+        prompt_k: jax.Array,
+        prompt_v: jax.Array,
+        modulation_B6E: jax.Array,
+        attention: AttentionImplementation,
+    ) -> jax.Array:
+        """Returns the block's output [B, Q, E] from its queries and the cache that holds the chunk itself."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation_B6E)
+        x = _add(x, self.self_attn.out(attend(q_BQND, cache.k, cache.v, kv_len_B, attention)), gate)
+        q = self.cross_attn.query(self.norm_cross(x))
+        x = x + self.cross_attn.out(attend(q, prompt_k, prompt_v, implementation=attention))
+        y = self._modulate(x, mlp_shift, mlp_scale)
+        return _add(x, self.mlp_down(nn.gelu(self.mlp_up(y), approximate=True)), mlp_gate)
+
+    def prompt_kv(self, context_BPE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the cross-attention keys and values [B, P, N, D] of an embedded prompt [B, P, E]."""
+        return self.cross_attn.key_value(context_BPE)
+
+    def __call__(self, x, modulation_B6E, rope, context_BPE):
+        """Defines all parameters (for initialisation): the block on a chunk that sees only itself."""
+        q, k, v = self.project(x, modulation_B6E, rope)
+        none = jnp.zeros((0,), jnp.int32)
+        chunk = LayerCache(k, v, none, none, none)
+        length = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+        return self.finish(x, q, chunk, length, *self.prompt_kv(context_BPE), modulation_B6E, "xla")
+
+    def _modulation(self, modulation_B6E):
+        summed = self.modulation.astype(jnp.float32)[None] + modulation_B6E
+        return [summed[:, i, None] for i in range(6)]
+
+    def _modulate(self, x, shift, scale):
+        return (_layer_norm(x, self.cfg.eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _add(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
+    """Returns x + y * gate in x's dtype, summed in float32."""
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+class Embed(nn.Module):
+    """Patch, prompt and timestep embeddings."""
+
+    cfg: DiTConfig
+
+    def setup(self):
+        """Defines the embeddings' parameters."""
+        dim = self.cfg.dim
+        self.patch = nn.Dense(dim)
+        self.text_in, self.text_out = nn.Dense(dim), nn.Dense(dim)
+        self.time_in, self.time_out, self.time_proj = nn.Dense(dim), nn.Dense(dim), nn.Dense(6 * dim)
+
+    def patches(self, x_BFHWC: jax.Array) -> jax.Array:
+        """Latents [B, F, h, w, C] -> tokens [B, Q, E]."""
+        _, q, r = self.cfg.patch
+        return self.patch(rearrange(x_BFHWC, "B F (h q) (w r) C -> B (F h w) (q r C)", q=q, r=r))
+
+    def text(self, context_BPT: jax.Array) -> jax.Array:
+        """Text encoder output [B, P, text_dim] -> [B, P, E]."""
+        return self.text_out(nn.gelu(self.text_in(context_BPT), approximate=True))
+
+    def time(self, timestep_B: jax.Array, dtype: jnp.dtype) -> Conditioning:
+        """Timesteps, int32 [B] in [0, 1000] -> their embedding and block modulations, computed in `dtype`."""
+        wave = jnp.asarray(_timestep_waves(self.cfg.freq_dim), dtype)[timestep_B]
+        time = self.time_out(nn.silu(self.time_in(wave)))
+        modulation = self.time_proj(nn.silu(time)).reshape(-1, 6, self.cfg.dim)
+        return Conditioning(time.astype(jnp.float32), modulation.astype(jnp.float32))
+
+    def __call__(self, x_BFHWC, context_BPT, timestep_B):
+        """Defines all parameters (for initialisation)."""
+        return self.patches(x_BFHWC), self.text(context_BPT), self.time(timestep_B, jnp.float32)
+
+
+@functools.cache
+def _timestep_waves(channels: int) -> np.ndarray:
+    """Sinusoidal embedding [1001, channels] of every timestep; angles up to 1000 rad need float64."""
+    half = channels // 2
+    frequencies = TIMESTEP_PERIOD ** -(np.arange(half, dtype=np.float64) / half)
+    angles = np.outer(np.arange(TRAIN_TIMESTEPS + 1, dtype=np.float64), frequencies)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+
+class Head(nn.Module):
+    """Final norm, modulation and projection to patches of velocity."""
+
+    cfg: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time_BE: jax.Array) -> jax.Array:
+        """Returns patches [B, Q, patch * C_out] of hidden states [B, Q, E]."""
+        cfg = self.cfg
+        table = self.param("modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim))
+        shift, scale = (table.astype(jnp.float32)[i] + time_BE for i in range(2))
+        y = _layer_norm(x, cfg.eps) * (1 + scale[:, None]) + shift[:, None]
+        return nn.Dense(math.prod(cfg.patch) * cfg.out_channels, name="proj")(y.astype(x.dtype))
+
+
+def condition(cfg: DiTConfig, params: DiTParams, timestep_B: jax.Array) -> Conditioning:
+    """Returns the modulations of the rows' timesteps (int32 [B])."""
+    return Embed(cfg).apply({"params": params.embed}, timestep_B, params.dtype, method="time")
+
+
+def prompt_kv(cfg: DiTConfig, params: DiTParams, context_BPT: jax.Array) -> PromptKV:
+    """Returns every layer's cross-attention keys and values of text embeddings [1, P, text_dim]."""
+    context = Embed(cfg).apply({"params": params.embed}, context_BPT, method="text")
+    pairs = [Block(cfg).apply({"params": p}, context, method="prompt_kv") for p in params.blocks]
+    return PromptKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+
+def embed(cfg: DiTConfig, params: DiTParams, x_BFHWC: jax.Array) -> jax.Array:
+    """Returns the tokens [B, Q, E] of latents [B, F, h, w, C]."""
+    return Embed(cfg).apply({"params": params.embed}, x_BFHWC, method="patches")
+
+
+def run_block(
+    cfg: DiTConfig,
+    stream: StreamConfig,
+    params: Params,
+    x: jax.Array,
+    cache: LayerCache,
+    plan: WritePlan,
+    kv_len_B: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    modulation_B6E: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    frames: int,
+    attention: AttentionImplementation,
+) -> tuple[jax.Array, LayerCache]:
+    """Runs one block on hidden states x [B, Q, E]; returns its output and the written cache."""
+    block = Block(cfg)
+    q, k, v = block.apply({"params": params}, x, modulation_B6E, rope, method="project")
+    cache = kv_cache.write(stream, cache, plan, k, v, frames)
+    args = (x, q, cache, kv_len_B, *prompt, modulation_B6E, attention)
+    return block.apply({"params": params}, *args, method="finish"), cache
+
+
+def head(cfg: DiTConfig, params: DiTParams, x: jax.Array, time_BE: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Returns the velocity, float32 [B, F, h, w, C], of hidden states [B, Q, E] on a token grid (h, w)."""
+    patches = Head(cfg).apply({"params": params.head}, x, time_BE)
+    _, q, r = cfg.patch
+    h, w = grid
+    return rearrange(
+        patches.astype(jnp.float32), "B (F h w) (q r c) -> B F (h q) (w r) c", h=h, w=w, q=q, r=r
+    )
+
+
+def forward(
+    cfg: DiTConfig,
+    stream: StreamConfig,
+    params: DiTParams,
+    prompt: PromptKV,
+    cache: KVCache,
+    x_BFHWC: jax.Array,
+    timestep_B: jax.Array,
+    start_B: jax.Array,
+    active_B: jax.Array,
+    attention: AttentionImplementation = "auto",
+) -> tuple[jax.Array, KVCache]:
+    """Predicts the velocity of every row's chunk and writes the chunk into the cache.
+
+    Args:
+      cfg: sizes.
+      stream: cache geometry.
+      params: parameters; their dtype is the compute dtype.
+      prompt: cross-attention keys and values.
+      cache: rolling cache with B rows.
+      x_BFHWC: noisy latents [B, F, h, w, C], float32.
+      timestep_B: int32 timesteps in [0, 1000].
+      start_B: int32 time index of each row's first latent frame.
+      active_B: bool rows that hold a chunk; the others leave the cache untouched.
+      attention: see `attend`.
+
+    Returns:
+      Velocity, float32 [B, F, h, w, C], and the cache.
+    """
+    frames, height, width = x_BFHWC.shape[1:4]
+    grid = (height // cfg.patch[1], width // cfg.patch[2])
+    conditioning = condition(cfg, params, timestep_B)
+    plan, cache = kv_cache.plan_write(stream, cache, start_B, active_B, frames)
+    kv_len_B = cache.filled * (grid[0] * grid[1])
+    # The refresh keeps the time index of a chunk's first frame below `rope_refresh`.
+    rope = rope_tables(cfg.head_dim, start_B, frames, *grid, max_frame=stream.rope_refresh + frames)
+    x = embed(cfg, params, x_BFHWC.astype(params.dtype))
+    layers = []
+    for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
+        pair = (prompt.k[i], prompt.v[i])
+        x, layer = run_block(
+            cfg, stream, block, x, layer, plan, kv_len_B, pair, conditioning.modulation, rope, frames, attention
+        )
+        layers.append(layer)
+    velocity = head(cfg, params, x, conditioning.time, grid)
+    return velocity, KVCache(tuple(layers), cache.filled, cache.held)
+
+
+def embed_item() -> str:
+    """Returns the checkpoint item of the embeddings."""
+    return "dit.embed"
+
+
+def block_item(index: int) -> str:
+    """Returns the checkpoint item of block `index`."""
+    return f"dit.block.{index:03d}"
+
+
+def head_item() -> str:
+    """Returns the checkpoint item of the head."""
+    return "dit.head"
+
+
+def _initialisers(cfg: DiTConfig):
+    """Yields (item, init function of a key) for every part."""
+    tokens, channels = 1, cfg.in_channels
+    latents = jnp.zeros((1, 1, cfg.patch[1], cfg.patch[2], channels), jnp.float32)
+    context = jnp.zeros((1, cfg.text_len, cfg.text_dim), jnp.float32)
+    hidden = jnp.zeros((1, tokens, cfg.dim), jnp.float32)
+    modulation = jnp.zeros((1, 6, cfg.dim), jnp.float32)
+    angles = jnp.zeros((1, tokens, cfg.head_dim // 2), jnp.float32)
+    text = jnp.zeros((1, cfg.text_len, cfg.dim), jnp.float32)
+    time = jnp.zeros((1, cfg.dim), jnp.float32)
+
+    yield embed_item(), lambda key: Embed(cfg).init(key, latents, context, jnp.zeros((1,), jnp.int32))
+    for i in range(cfg.num_layers):
+        yield block_item(i), lambda key: Block(cfg).init(key, hidden, modulation, (angles, angles), text)
+    yield head_item(), lambda key: Head(cfg).init(key, hidden, time)
+
+
+def abstract_params(cfg: DiTConfig) -> dict[str, Params]:
+    """Returns the shapes (float32 ShapeDtypeStruct) of every checkpoint item of the DiT."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {item: jax.eval_shape(init, key)["params"] for item, init in _initialisers(cfg)}
+
+
+def init_items(cfg: DiTConfig, key: jax.Array) -> dict[str, Params]:
+    """Returns random float32 parameters of every checkpoint item."""
+    items = list(_initialisers(cfg))
+    keys = jax.random.split(key, len(items))
+    return {item: init(k)["params"] for (item, init), k in zip(items, keys, strict=True)}
+
+
+def assemble(cfg: DiTConfig, items: dict[str, Params]) -> DiTParams:
+    """Returns the parameters as the forward pass takes them."""
+    blocks = tuple(items[block_item(i)] for i in range(cfg.num_layers))
+    return DiTParams(items[embed_item()], blocks, items[head_item()])

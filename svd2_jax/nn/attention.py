@@ -1,0 +1,114 @@
+"""Scaled dot-product attention over a KV cache of which only the first slots may be valid."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+AttentionImplementation = Literal["auto", "xla", "blocked", "cudnn"]
+
+PLAIN_LOGITS_LIMIT = 1 << 24  # logits beyond which "auto" stops materialising them all (64 MiB in float32)
+KEY_BLOCK = 2048  # keys per block of the online softmax
+CUDNN_MAX_HEAD_DIM = 128
+MASKED = -1e30  # finite, so that a block without any valid key gives no NaN
+
+
+def attend(
+    q_BQND: jax.Array,
+    k_BKND: jax.Array,
+    v_BKND: jax.Array,
+    kv_len_B: jax.Array | None = None,
+    implementation: AttentionImplementation = "auto",
+) -> jax.Array:
+    """Returns softmax(q k^T / sqrt(D)) v of shape [B, Q, N, D] in the query's dtype; softmax in float32.
+
+    Args:
+      q_BQND: queries.
+      k_BKND: keys, same dtype as the queries; B may be 1 to serve all rows.
+      v_BKND: values, shaped like the keys.
+      kv_len_B: int32 number of leading keys that are valid for each row (at least 1), or None for all.
+      implementation: "xla" materialises the logits; "blocked" keeps an online softmax over blocks of keys, one
+        head at a time (Milakov & Gimelshein 2018), for large sizes without a fused kernel; "cudnn" is the fused
+        GPU kernel (16-bit, D <= 128); "auto" picks by backend, dtype and size.
+    """
+    rows = q_BQND.shape[0]
+    k_BKND = jnp.broadcast_to(k_BKND, (rows, *k_BKND.shape[1:]))
+    v_BKND = jnp.broadcast_to(v_BKND, (rows, *v_BKND.shape[1:]))
+    if implementation == "auto":
+        implementation = _pick(q_BQND, k_BKND)
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BQND, k_BKND, v_BKND, key_value_seq_lengths=kv_len_B, implementation="cudnn"
+        )
+    if implementation == "blocked":
+        return _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B)
+    return _attend_plain(q_BQND, k_BKND, v_BKND, kv_len_B)
+
+
+def _pick(q_BQND: jax.Array, k_BKND: jax.Array) -> AttentionImplementation:
+    B, Q, N, D = q_BQND.shape
+    half = q_BQND.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half and D <= CUDNN_MAX_HEAD_DIM:
+        return "cudnn"
+    return "xla" if B * N * Q * k_BKND.shape[1] <= PLAIN_LOGITS_LIMIT else "blocked"
+
+
+def _attend_plain(q_BQND, k_BKND, v_BKND, kv_len_B):
+    scale = 1.0 / math.sqrt(q_BQND.shape[-1])
+    logits_BNQK = jnp.einsum("BQND,BKND->BNQK", q_BQND, k_BKND, preferred_element_type=jnp.float32) * scale
+    if kv_len_B is not None:
+        valid_BK = jnp.arange(k_BKND.shape[1], dtype=jnp.int32)[None, :] < kv_len_B[:, None]
+        logits_BNQK = jnp.where(valid_BK[:, None, None, :], logits_BNQK, MASKED)
+    weights_BNQK = jax.nn.softmax(logits_BNQK, axis=-1).astype(v_BKND.dtype)
+    return jnp.einsum("BNQK,BKND->BQND", weights_BNQK, v_BKND)
+
+
+def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
+    B, Q, N, D = q_BQND.shape
+    K = k_BKND.shape[1]
+    blocks = -(-K // KEY_BLOCK)
+    size = -(-K // blocks)
+    padded = blocks * size
+    masked = kv_len_B is not None or padded != K
+    length_B = jnp.full((B,), K, jnp.int32) if kv_len_B is None else kv_len_B
+    scale = 1.0 / math.sqrt(D)
+
+    def split(x_BKND):
+        x_BKND = jnp.pad(x_BKND, ((0, 0), (0, padded - K), (0, 0), (0, 0)))
+        return x_BKND.reshape(B, blocks, size, N, D).transpose(0, 3, 1, 2, 4).reshape(B * N, blocks, size, D)
+
+    def one_head(args):
+        q_QD, k_JKD, v_JKD, length = args
+
+        def step(carry, block):
+            best_Q, total_Q, out_QD = carry
+            k_KD, v_KD, j = block
+            logits_QK = jnp.einsum("QD,KD->QK", q_QD, k_KD, preferred_element_type=jnp.float32) * scale
+            if masked:
+                valid_K = j * size + jnp.arange(size, dtype=jnp.int32) < length
+                logits_QK = jnp.where(valid_K[None, :], logits_QK, MASKED)
+            new_Q = jnp.maximum(best_Q, logits_QK.max(axis=-1))
+            weights_QK = jnp.exp(logits_QK - new_Q[:, None])
+            shrink_Q = jnp.exp(best_Q - new_Q)
+            total_Q = total_Q * shrink_Q + weights_QK.sum(axis=-1)
+            part_QD = jnp.einsum(
+                "QK,KD->QD", weights_QK.astype(v_KD.dtype), v_KD, preferred_element_type=jnp.float32
+            )
+            return (new_Q, total_Q, out_QD * shrink_Q[:, None] + part_QD), None
+
+        start = (
+            jnp.full((Q,), MASKED, jnp.float32),
+            jnp.zeros((Q,), jnp.float32),
+            jnp.zeros((Q, D), jnp.float32),
+        )
+        (_, total_Q, out_QD), _ = jax.lax.scan(
+            step, start, (k_JKD, v_JKD, jnp.arange(blocks, dtype=jnp.int32))
+        )
+        return (out_QD / total_Q[:, None]).astype(q_BQND.dtype)
+
+    q_XQD = q_BQND.transpose(0, 2, 1, 3).reshape(B * N, Q, D)
+    out_XQD = jax.lax.map(one_head, (q_XQD, split(k_BKND), split(v_BKND), jnp.repeat(length_B, N)))
+    return out_XQD.reshape(B, N, Q, D).transpose(0, 2, 1, 3)
