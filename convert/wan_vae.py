@@ -17,7 +17,7 @@ from svd2_jax.errors import ConfigError, ConversionError
 
 
 def conv_kernel(x: np.ndarray) -> np.ndarray:
-    """Turns a convolution's weight [out, in, (depth,) height, width] into [(depth,) height, width, in, out]."""
+    """Turns a convolution's weight [out, in, (time,) height, width] into [(time,) height, width, in, out]."""
     return x.transpose(*range(2, x.ndim), 1, 0)
 
 
@@ -109,8 +109,8 @@ def infer_config(shapes: Mapping[str, Sequence[int]]) -> VAEConfig:
         number += 1
     if len(set(blocks)) != 1 or len(widths) != len(blocks) or any(width % dim for width in widths):
         raise ConversionError(
-            f"not a Wan2.1 VAE: {layers} has {blocks} residual blocks of widths {widths}; expected the same number "
-            f"at every level and multiples of {dim}"
+            f"not a Wan2.1 VAE: {layers} has {blocks} residual blocks of widths {widths}; expected "
+            f"the same number at every level and multiples of {dim}"
         )
     try:
         return VAEConfig(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ class _Tails:
 
 
 class _Norm(nn.Module):
-    """L2 normalisation over the channels times sqrt(C) and a learned scale, then SiLU if asked, in float32."""
+    """L2 normalisation over the channels times sqrt(C) and a learned scale, then SiLU, in float32."""
 
     silu: bool = True
 
@@ -119,7 +119,8 @@ class _Attention(nn.Module):
         batch, frames, height, width, channels = x.shape
         qkv = nn.Dense(3 * channels, name="qkv")(_Norm(silu=False, name="norm")(x))
         qkv_BQND = qkv.reshape(batch * frames, height * width, 1, 3 * channels)
-        y = attend(*jnp.split(qkv_BQND, 3, axis=-1))
+        q_BQND, k_BKND, v_BKND = jnp.split(qkv_BQND, 3, axis=-1)
+        y = attend(q_BQND, k_BKND, v_BKND)
         return x + nn.Dense(channels, name="proj")(y.reshape(x.shape))
 
 
@@ -161,7 +162,8 @@ class _Up(nn.Module):
 class Encoder(nn.Module):
     """Frames [B, T, H, W, 3] to latent mean [B, F, h, w, z_dim]; parameters of the item "vae.encoder".
 
-    Called with `tails=None` it starts a stream (T = 1 + 4k, F = 1 + k), else it continues one (T = 4k, F = k).
+    Called with `tails=None` it starts a stream (T = 1 + 4k, F = 1 + k), else it continues one (T = 4k,
+    F = k).
     """
 
     cfg: VAEConfig
@@ -216,7 +218,7 @@ class Decoder(nn.Module):
 
 
 def unfold_frames(x_BTHWC: jax.Array, times: int) -> jax.Array:
-    """Returns `times` frames for one, cut from its channels: [B, T, H, W, times * C] -> [B, T * times, H, W, C]."""
+    """Returns frames [B, T * times, H, W, C], `times` of them cut from the channels of each [B, T, H, W, ...]."""
     batch, frames, height, width, channels = x_BTHWC.shape
     x = x_BTHWC.reshape(batch, frames, height, width, times, channels // times)
     return jnp.moveaxis(x, 4, 2).reshape(batch, frames * times, height, width, channels // times)
@@ -261,7 +263,7 @@ def encode_first(cfg: VAEConfig, params: Params, pixels: jax.Array) -> tuple[jax
     frames = pixels.shape[1]
     _check_pixels(pixels, frames % LATENT_STRIDE == 1, "1 + 4k")
     group = min(frames, 1 + LATENT_STRIDE)
-    latents, tails = Encoder(cfg).apply({"params": params}, _cast(params, pixels[:, :group]), None)
+    latents, tails = _run(Encoder(cfg), params, pixels[:, :group], None)
     state = EncodeState(tails)
     if frames == group:
         return latents, state
@@ -289,7 +291,7 @@ def encode(
     _check_pixels(pixels, pixels.shape[1] % LATENT_STRIDE == 0 and pixels.shape[1] > 0, "4k")
 
     def step(state: EncodeState, pixels: jax.Array) -> tuple[EncodeState, jax.Array]:
-        latents, tails = Encoder(cfg).apply({"params": params}, _cast(params, pixels), state.tails)
+        latents, tails = _run(Encoder(cfg), params, pixels, state.tails)
         return EncodeState(tails), latents
 
     return _in_pieces(step, state, pixels, LATENT_STRIDE)
@@ -304,7 +306,8 @@ def decode_first(cfg: VAEConfig, params: Params, latents: jax.Array) -> tuple[ja
       latents: [B, F, h, w, C], normalised.
 
     Returns:
-      Pixels [B, 1 + 4(F-1), 8h, 8w, 3] clipped to [-1, 1] in the parameters' dtype, and the state for `decode`.
+      Pixels [B, 1 + 4(F-1), 8h, 8w, 3] clipped to [-1, 1] in the parameters' dtype, and the state
+      for `decode`.
 
     Raises:
       ValueError: there is no latent frame.
@@ -313,8 +316,8 @@ def decode_first(cfg: VAEConfig, params: Params, latents: jax.Array) -> tuple[ja
     _check(cfg)
     _check_latents(latents)
     group = min(latents.shape[1], 2)
-    z = _cast(params, denormalise(latents[:, :group].astype(jnp.float32)))
-    pixels, tails = Decoder(cfg).apply({"params": params}, z, None)
+    z = denormalise(latents[:, :group].astype(jnp.float32))
+    pixels, tails = _run(Decoder(cfg), params, z, None)
     pixels, state = _clip(pixels), DecodeState(tails)
     if latents.shape[1] == group:
         return pixels, state
@@ -344,8 +347,8 @@ def decode(
     _check_latents(latents)
 
     def step(state: DecodeState, latents: jax.Array) -> tuple[DecodeState, jax.Array]:
-        z = _cast(params, denormalise(latents.astype(jnp.float32)))
-        pixels, tails = Decoder(cfg).apply({"params": params}, z, state.tails)
+        z = denormalise(latents.astype(jnp.float32))
+        pixels, tails = _run(Decoder(cfg), params, z, state.tails)
         return DecodeState(tails), _clip(pixels)
 
     return _in_pieces(step, state, latents, 1)
@@ -366,7 +369,7 @@ def decode_offline(cfg: VAEConfig, params: Params, latents: jax.Array) -> jax.Ar
 def init_encode_state(
     cfg: VAEConfig, batch: int, height: int, width: int, dtype: Any = jnp.float32
 ) -> EncodeState:
-    """Returns an all-zero state with the shapes that `encode` takes, for frames of `height` x `width` pixels."""
+    """Returns an all-zero state with the shapes that `encode` takes, for frames of the given pixels."""
     params = abstract_params(cfg, dtype)[ENCODER_ITEM]
     pixels = jax.ShapeDtypeStruct((batch, 1, height, width, 3), dtype)
     _, state = jax.eval_shape(lambda p, x: encode_first(cfg, p, x), params, pixels)
@@ -376,7 +379,7 @@ def init_encode_state(
 def init_decode_state(
     cfg: VAEConfig, batch: int, height: int, width: int, dtype: Any = jnp.float32
 ) -> DecodeState:
-    """Returns an all-zero state with the shapes that `decode` takes, for frames of `height` x `width` pixels."""
+    """Returns an all-zero state with the shapes that `decode` takes, for frames of the given pixels."""
     params = abstract_params(cfg, dtype)[DECODER_ITEM]
     scale = 2 ** (len(cfg.dim_mult) - 1)
     latents = jax.ShapeDtypeStruct((batch, 1, height // scale, width // scale, cfg.z_dim), dtype)
@@ -405,7 +408,7 @@ def abstract_params(cfg: VAEConfig, dtype: Any = jnp.float32) -> dict[str, Param
 def _in_pieces(
     step: Callable[[_State, jax.Array], tuple[_State, jax.Array]], state: _State, x: jax.Array, size: int
 ) -> tuple[jax.Array, _State]:
-    """Returns (outputs, state) of `step` over pieces of `size` frames, as one loop so that it compiles once."""
+    """Returns (outputs, state) of `step` over pieces of `size` frames; a loop, so that it compiles once."""
     pieces = x.shape[1] // size
     if pieces == 1:
         state, y = step(state, x)
@@ -424,8 +427,12 @@ def _affine(latents: jax.Array, scale: np.ndarray, shift: np.ndarray) -> jax.Arr
     return y.astype(latents.dtype)
 
 
-def _cast(params: Params, x: jax.Array) -> jax.Array:
-    return x.astype(params["conv_in"]["kernel"].dtype)
+def _run(
+    model: Encoder | Decoder, params: Params, x: jax.Array, tails: tuple[jax.Array, ...] | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns (output, new tails) of one pass in the parameters' dtype."""
+    y, tails = cast(Any, model.apply({"params": params}, x.astype(params["conv_in"]["kernel"].dtype), tails))
+    return y, tails
 
 
 def _clip(pixels: jax.Array) -> jax.Array:

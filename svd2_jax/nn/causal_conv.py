@@ -24,7 +24,7 @@ def causal_conv3d(
     time_stride: int = 1,
     formulation: Formulation = DEFAULT_FORMULATION,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (convolved frames, new tail): frame t sees frames up to t, the tail stands in front of the first.
+    """Returns (convolved frames, new tail): a frame sees itself and earlier ones, the tail is before the first.
 
     In space the size is kept (zero padding). In time nothing is padded but the tail, so that a stream cut
     into pieces gives the frames of the uncut one.
@@ -36,7 +36,7 @@ def causal_conv3d(
       tail: the last `time taps - time_stride` input frames of what came before; None at the start of a stream
         means zeros.
       time_stride: input frames per output frame.
-      formulation: "taps" sums one 2-D convolution per time tap; "conv3d" is one 3-D convolution. Equal results.
+      formulation: "taps" sums one 2-D convolution per time tap; "conv3d" is one 3-D convolution; equal.
 
     Returns:
       ([B, T // time_stride, H, W, out], [B, time taps - time_stride, H, W, C]), both in the input's dtype.
