@@ -241,7 +241,7 @@ class Head(nn.Module):
         """Returns patches [B, Q, patch * C_out] of hidden states [B, Q, E]."""
         cfg = self.cfg
         table = self.param("modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim))
-        shift, scale = (table.astype(jnp.float32)[i] + time_BE for i in range(2))
+        shift, scale = (table.astype(jnp.float32)[i][None] + time_BE for i in range(2))
         y = _layer_norm(x, cfg.eps) * (1 + scale[:, None]) + shift[:, None]
         return nn.Dense(math.prod(cfg.patch) * cfg.out_channels, name="proj")(y.astype(x.dtype))
 
