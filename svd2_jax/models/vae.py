@@ -23,6 +23,7 @@ from svd2_jax.config import LATENT_STRIDE, VAEConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.nn.attention import attend
 from svd2_jax.nn.causal_conv import CausalConv
+from svd2_jax.nn.resample import unfold_frames, upsample_space
 
 Params = Any  # nested dict of arrays, the parameters of one part
 _State = TypeVar("_State")
@@ -215,21 +216,6 @@ class Decoder(nn.Module):
                 x = _Up(temporal_upsample[level], name=f"up_{level}")(x, keep)
         x = keep.conv(CausalConv(3, name="conv_out"), _Norm(name="norm_out")(x))
         return x, tuple(keep.new)
-
-
-def unfold_frames(x_BTHWC: jax.Array, times: int) -> jax.Array:
-    """Returns frames [B, T * times, H, W, C], `times` of them cut from the channels of each [B, T, H, W, ...]."""
-    batch, frames, height, width, channels = x_BTHWC.shape
-    x = x_BTHWC.reshape(batch, frames, height, width, times, channels // times)
-    return jnp.moveaxis(x, 4, 2).reshape(batch, frames * times, height, width, channels // times)
-
-
-def upsample_space(x_BTHWC: jax.Array) -> jax.Array:
-    """Returns the frames with every pixel doubled in height and width (nearest neighbour)."""
-    batch, frames, height, width, channels = x_BTHWC.shape
-    x = x_BTHWC.reshape(batch, frames, height, 1, width, 1, channels)
-    x = jnp.broadcast_to(x, (batch, frames, height, 2, width, 2, channels))
-    return x.reshape(batch, frames, 2 * height, 2 * width, channels)
 
 
 def normalise(latents: jax.Array) -> jax.Array:
@@ -431,8 +417,7 @@ def _run(
     model: Encoder | Decoder, params: Params, x: jax.Array, tails: tuple[jax.Array, ...] | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns (output, new tails) of one pass in the parameters' dtype."""
-    y, tails = cast(Any, model.apply({"params": params}, x.astype(params["conv_in"]["kernel"].dtype), tails))
-    return y, tails
+    return cast(Any, model.apply({"params": params}, x.astype(params["conv_in"]["kernel"].dtype), tails))
 
 
 def _clip(pixels: jax.Array) -> jax.Array:

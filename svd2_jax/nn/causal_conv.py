@@ -24,7 +24,7 @@ def causal_conv3d(
     time_stride: int = 1,
     formulation: Formulation = DEFAULT_FORMULATION,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (convolved frames, new tail): a frame sees itself and earlier ones, the tail is before the first.
+    """Returns (convolved frames, new tail); a frame sees itself and earlier ones, the tail comes first.
 
     In space the size is kept (zero padding). In time nothing is padded but the tail, so that a stream cut
     into pieces gives the frames of the uncut one.
