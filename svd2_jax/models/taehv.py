@@ -178,7 +178,7 @@ def _frames_needed(emit: int) -> list[int]:
 
 
 def _previous_frame(x_BTHWC: jax.Array, valid_B: jax.Array) -> jax.Array:
-    """Returns the frame before each one; zeros before the first and before the first of the `valid_B` last."""
+    """Returns the frame before each one; zeros before the first and the first of the `valid_B` last."""
     batch, frames = x_BTHWC.shape[:2]
     past = jnp.concatenate([jnp.zeros_like(x_BTHWC[:, :1]), x_BTHWC[:, :-1]], axis=1)
     to_the_end_T = jnp.arange(frames, 0, -1, dtype=jnp.int32)

@@ -1,0 +1,170 @@
+"""UMT5's encoder, which turns prompt tokens into the context of the DiT's cross attention.
+
+Source: Wan2.1 (`wan/modules/t5.py`), UMT5 (every block has its own relative position bias). It is split into
+the items "text.embed", "text.block.000", ... and "text.head" with one function each, so that the 11 GB of
+UMT5-XXL need not be in memory at once. Computed in the parameters' dtype; norms, logits and the softmax in
+float32. Axes: B prompts, P tokens, E model width, N heads, D head dim; Q and K are P as query and as key.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from svd2_jax.config import TextConfig
+
+Params = Any  # nested dict of arrays, the parameters of one item
+
+EMBED_ITEM = "text.embed"
+HEAD_ITEM = "text.head"
+NORM_EPS = 1e-6
+
+
+def block_item(layer: int) -> str:
+    """Returns the name of the checkpoint item that holds block `layer`."""
+    return f"text.block.{layer:03d}"
+
+
+class _RMSNorm(nn.Module):
+    """Divides by the root mean square over the channels (no mean removed), times a learned scale."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPS)
+        return x32.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class _Attention(nn.Module):
+    """Self-attention with a learned bias per distance; unlike usual the logits are not scaled."""
+
+    cfg: TextConfig
+
+    @nn.compact
+    def __call__(self, x_BPE: jax.Array, mask_BP: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        batch, tokens, width = x_BPE.shape
+        heads = (batch, tokens, cfg.num_heads, cfg.dim_attn // cfg.num_heads)
+        q_std = (cfg.dim * cfg.dim_attn) ** -0.5 * cfg.num_heads**0.5  # stands in for the missing scaling
+        q_BQND = _linear(cfg.dim_attn, q_std, "q")(x_BPE).reshape(heads)
+        k_BKND = _linear(cfg.dim_attn, cfg.dim**-0.5, "k")(x_BPE).reshape(heads)
+        v_BKND = _linear(cfg.dim_attn, cfg.dim**-0.5, "v")(x_BPE).reshape(heads)
+        table = self.param(
+            "position_bias", nn.initializers.normal(cfg.num_heads**-0.5), (cfg.num_buckets, cfg.num_heads)
+        )
+        buckets_QK = relative_buckets(tokens, cfg.num_buckets, cfg.max_distance)
+        bias_QKN = table.astype(jnp.float32)[buckets_QK]
+        logits_BNQK = jnp.einsum("BQND,BKND->BNQK", q_BQND, k_BKND, preferred_element_type=jnp.float32)
+        logits_BNQK = logits_BNQK + jnp.moveaxis(bias_QKN, -1, 0)[None]
+        logits_BNQK = jnp.where(mask_BP[:, None, None, :] > 0, logits_BNQK, jnp.finfo(jnp.float32).min)
+        weights_BNQK = jax.nn.softmax(logits_BNQK, axis=-1).astype(x_BPE.dtype)
+        y_BQND = jnp.einsum("BNQK,BKND->BQND", weights_BNQK, v_BKND)
+        return _linear(width, cfg.dim_attn**-0.5, "o")(y_BQND.reshape(batch, tokens, cfg.dim_attn))
+
+
+class _MLP(nn.Module):
+    cfg: TextConfig
+
+    @nn.compact
+    def __call__(self, x_BPE: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        gate = nn.gelu(_linear(cfg.dim_ffn, cfg.dim**-0.5, "gate")(x_BPE), approximate=True)
+        up = _linear(cfg.dim_ffn, cfg.dim**-0.5, "up")(x_BPE)
+        return _linear(cfg.dim, cfg.dim_ffn**-0.5, "down")(up * gate)
+
+
+class Block(nn.Module):
+    """One encoder block; parameters of the items "text.block.000", "text.block.001", ..."""
+
+    cfg: TextConfig
+
+    @nn.compact
+    def __call__(self, x_BPE: jax.Array, mask_BP: jax.Array) -> jax.Array:
+        x_BPE = x_BPE + _Attention(self.cfg, name="attn")(_RMSNorm(name="norm_attn")(x_BPE), mask_BP)
+        return x_BPE + _MLP(self.cfg, name="mlp")(_RMSNorm(name="norm_mlp")(x_BPE))
+
+
+def _linear(features: int, std: float, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(std), name=name)
+
+
+def relative_buckets(tokens: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Returns the int32 bucket [query, key] of every distance between two tokens (T5).
+
+    The first half of the buckets is for keys at or before the query, the second for keys behind it. Within a
+    half, small distances have a bucket each, larger ones share logarithmically up to `max_distance`.
+    """
+    position = np.arange(tokens)
+    distance = position[None, :] - position[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    size = np.abs(distance)
+    # Single precision as in the source: the rounding decides the bucket at its edges.
+    log = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
+    shared = exact + (log / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(int)
+    bucket = np.where(size < exact, size, np.minimum(shared, half - 1))
+    return (bucket + half * (distance > 0)).astype(np.int32)
+
+
+def embed(params: Params, ids: jax.Array) -> jax.Array:
+    """Returns token embeddings [B, P, E] of int32 `ids` [B, P]; `params` is the tree of "text.embed"."""
+    return params["embedding"][ids]
+
+
+def run_block(cfg: TextConfig, params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns activations [B, P, E] after one block.
+
+    Args:
+      cfg: sizes (static).
+      params: tree of one "text.block.NNN".
+      x: activations [B, P, E] in the parameters' dtype.
+      mask: int32 [B, P], 1 for tokens and 0 for padding, which no token attends to.
+    """
+    return cast(jax.Array, Block(cfg).apply({"params": params}, x, mask))
+
+
+def head(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the normed activations [B, P, E], zero at padding; `params` is the tree of "text.head"."""
+    y = cast(jax.Array, _RMSNorm().apply({"params": params["norm"]}, x))
+    return jnp.where(mask[:, :, None] > 0, y, jnp.zeros((), y.dtype))
+
+
+def encode(cfg: TextConfig, params: Mapping[str, Params], ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns prompt embeddings [B, P, E] in the parameters' dtype, zero at padding.
+
+    Args:
+      cfg: sizes (static).
+      params: trees of all text items by item name.
+      ids: int32 [B, P].
+      mask: int32 [B, P], 1 for tokens and 0 for padding.
+    """
+    x = embed(params[EMBED_ITEM], ids)
+    for layer in range(cfg.num_layers):
+        x = run_block(cfg, params[block_item(layer)], x, mask)
+    return head(params[HEAD_ITEM], x, mask)
+
+
+def init_params(cfg: TextConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
+    """Returns random parameters {item: tree} of all text items."""
+    key_embed, *key_blocks = jax.random.split(key, 1 + cfg.num_layers)
+    x, mask = jnp.zeros((1, 1, cfg.dim)), jnp.ones((1, 1), jnp.int32)
+    params: dict[str, Params] = {
+        EMBED_ITEM: {"embedding": jax.random.normal(key_embed, (cfg.vocab, cfg.dim), dtype)}
+    }
+    for layer, key_block in enumerate(key_blocks):
+        block = Block(cfg).init(key_block, x, mask)["params"]
+        params[block_item(layer)] = jax.tree.map(lambda leaf: leaf.astype(dtype), block)
+    params[HEAD_ITEM] = {"norm": {"scale": jnp.ones((cfg.dim,), dtype)}}
+    return params
+
+
+def abstract_params(cfg: TextConfig, dtype: Any = jnp.float32) -> dict[str, Params]:
+    """Returns {item: tree} of ShapeDtypeStruct for all text items; computes nothing."""
+    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), dtype))
