@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -358,37 +359,32 @@ def head_item() -> str:
     return "dit.head"
 
 
-def _initialisers(cfg: DiTConfig):
-    """Yields (item, init function of a key) for every part."""
-    tokens, channels = 1, cfg.in_channels
-    latents = jnp.zeros((1, 1, cfg.patch[1], cfg.patch[2], channels), jnp.float32)
-    context = jnp.zeros((1, cfg.text_len, cfg.text_dim), jnp.float32)
-    hidden = jnp.zeros((1, tokens, cfg.dim), jnp.float32)
-    modulation = jnp.zeros((1, 6, cfg.dim), jnp.float32)
-    angles = jnp.zeros((1, tokens, cfg.head_dim // 2), jnp.float32)
-    text = jnp.zeros((1, cfg.text_len, cfg.dim), jnp.float32)
-    time = jnp.zeros((1, cfg.dim), jnp.float32)
+def items(cfg: DiTConfig) -> list[str]:
+    """Returns the checkpoint items of the DiT in order."""
+    return [embed_item(), *(block_item(i) for i in range(cfg.num_layers)), head_item()]
 
-    yield embed_item(), lambda key: Embed(cfg).init(key, latents, context, jnp.zeros((1,), jnp.int32))
-    for i in range(cfg.num_layers):
-        yield block_item(i), lambda key: Block(cfg).init(key, hidden, modulation, (angles, angles), text)
-    yield head_item(), lambda key: Head(cfg).init(key, hidden, time)
+
+def init_item(cfg: DiTConfig, item: str, key: jax.Array) -> Params:
+    """Returns random float32 parameters of one checkpoint item."""
+    hidden = jnp.zeros((1, 1, cfg.dim), jnp.float32)
+    if item == head_item():
+        return Head(cfg).init(key, hidden, jnp.zeros((1, cfg.dim), jnp.float32))["params"]
+    if item == embed_item():
+        latents = jnp.zeros((1, *cfg.patch, cfg.in_channels), jnp.float32)
+        context = jnp.zeros((1, 1, cfg.text_dim), jnp.float32)
+        return Embed(cfg).init(key, latents, context, jnp.zeros((1,), jnp.int32))["params"]
+    modulation = jnp.zeros((1, 6, cfg.dim), jnp.float32)
+    angles = jnp.zeros((1, 1, cfg.head_dim // 2), jnp.float32)
+    return Block(cfg).init(key, hidden, modulation, (angles, angles), hidden)["params"]
 
 
 def abstract_params(cfg: DiTConfig) -> dict[str, Params]:
     """Returns the shapes (float32 ShapeDtypeStruct) of every checkpoint item of the DiT."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return {item: jax.eval_shape(init, key)["params"] for item, init in _initialisers(cfg)}
+    return {item: jax.eval_shape(functools.partial(init_item, cfg, item), key) for item in items(cfg)}
 
 
-def init_items(cfg: DiTConfig, key: jax.Array) -> dict[str, Params]:
-    """Returns random float32 parameters of every checkpoint item."""
-    items = list(_initialisers(cfg))
-    keys = jax.random.split(key, len(items))
-    return {item: init(k)["params"] for (item, init), k in zip(items, keys, strict=True)}
-
-
-def assemble(cfg: DiTConfig, items: dict[str, Params]) -> DiTParams:
-    """Returns the parameters as the forward pass takes them."""
-    blocks = tuple(items[block_item(i)] for i in range(cfg.num_layers))
-    return DiTParams(items[embed_item()], blocks, items[head_item()])
+def assemble(cfg: DiTConfig, read_item: Callable[[str], Params]) -> DiTParams:
+    """Returns the parameters as the forward pass takes them, reading item by item."""
+    blocks = tuple(read_item(block_item(i)) for i in range(cfg.num_layers))
+    return DiTParams(read_item(embed_item()), blocks, read_item(head_item()))

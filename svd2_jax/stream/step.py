@@ -65,7 +65,7 @@ def tick(
     state: StreamState,
     noisy_FHWC: jax.Array,
     timestep: jax.Array,
-    noise_BFHWC: jax.Array,
+    noise: tuple[jax.Array, ...],
     attention: AttentionImplementation = "auto",
 ) -> tuple[StreamState, jax.Array]:
     """Runs one tick of the stream batch: rows shift by one, every row takes one denoising step.
@@ -78,7 +78,7 @@ def tick(
       state: state with `cfg.rows` cache rows.
       noisy_FHWC: the chunk that enters row 0, float32 [F, h, w, C].
       timestep: int32 [] its timestep; later rows are at the configured ones.
-      noise_BFHWC: Gaussians [B - 1, F, h, w, C]; entry r re-noises the chunk of row r to step r + 1.
+      noise: B - 1 Gaussians [F, h, w, C]; entry r re-noises the chunk of row r to step r + 1.
       attention: see `attend`.
 
     Returns:
@@ -96,6 +96,7 @@ def tick(
         model, cfg, params, prompt, state.cache, x, timestep_B, start_B, active_B, attention
     )
     clean = jnp.where(active_B[:, None, None, None, None], clean, 0.0)
+    noise_BFHWC = jnp.stack(noise) if noise else jnp.zeros_like(state.rows)
     again = flow_match.add_noise(clean[:-1], noise_BFHWC, later)
     again = jnp.where(active_B[:-1, None, None, None, None], again, 0.0)
     return StreamState(

@@ -1,0 +1,106 @@
+"""What a session takes and gives. Numpy only: servers and schedulers build on this without loading JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from svd2_jax.config import StreamConfig
+from svd2_jax.errors import ConfigError
+
+DEFAULT_NOISE_SCALE = 0.8
+
+
+@dataclass(frozen=True)
+class SessionSpec:
+    """Everything that defines one session.
+
+    Attributes:
+      prompt: what to re-draw the video to; must not be blank.
+      stream: what is computed (sizes, steps, cache).
+      noise_scale: share of noise in (0, 1]; the higher, the freer the re-drawing. Ignored in text-to-video.
+      seed: every Gaussian is a function of (seed, chunk, step).
+      pixels: "uint8" frames in [0, 255], or "float32" frames in [0, 1] (unrounded, for comparisons).
+    """
+
+    prompt: str
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    noise_scale: float = DEFAULT_NOISE_SCALE
+    seed: int = 0
+    pixels: Literal["uint8", "float32"] = "uint8"
+
+    def __post_init__(self):
+        check_prompt(self.prompt)
+        if not 0.0 < self.noise_scale <= 1.0:
+            raise ConfigError(f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in [0, 2**32), got {self.seed}")
+        if self.pixels not in ("uint8", "float32"):
+            raise ConfigError(f"pixels must be 'uint8' or 'float32', got {self.pixels!r}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises ConfigError for a blank prompt."""
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; say in words what the video should look like")
+
+
+class Chunk(Protocol):
+    """Finished frames that may still be on their way from the device.
+
+    Attributes:
+      first_frame: index of the chunk's first frame in the output.
+      frame_count: frames in the chunk.
+    """
+
+    first_frame: int
+    frame_count: int
+
+    def frames(self) -> np.ndarray:
+        """Waits for the frames [T, H, W, 3] and returns them."""
+        ...
+
+
+class Session(Protocol):
+    """One stream of frames, from its first frame to `close`."""
+
+    def push(self, frames: np.ndarray) -> list[Chunk]:
+        """Takes any number of input frames, uint8 [T, H, W, 3]; returns what they complete (video-to-video)."""
+        ...
+
+    def advance(self) -> list[Chunk]:
+        """Makes the next chunk from noise alone (text-to-video)."""
+        ...
+
+    def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
+        """Changes the prompt from the next chunk on, in one go or over `blend_chunks` chunks."""
+        ...
+
+    def finish(self) -> list[Chunk]:
+        """Completes the frames still under way: as many come out as went in."""
+        ...
+
+    def run(
+        self,
+        frames: Iterable[np.ndarray] | None = None,
+        count: int | None = None,
+        prompts: Mapping[int, str] | None = None,
+        blend_chunks: int = 0,
+    ) -> Iterator[np.ndarray]:
+        """Streams a whole clip; yields finished frames [T, H, W, 3]."""
+        ...
+
+    def close(self) -> None:
+        """Frees the session's state; further calls raise SessionError."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded model that opens sessions."""
+
+    def open(self, spec: SessionSpec) -> Session:
+        """Compiles what the session needs and returns it, ready for its first frame."""
+        ...

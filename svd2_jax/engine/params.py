@@ -1,0 +1,70 @@
+"""Parameters as the programs take them, from a checkpoint or random."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from svd2_jax.config import ModelConfig
+from svd2_jax.models import dit, taehv, text_encoder, vae
+from svd2_jax.models.dit import DiTParams
+
+Params = dict[str, Any]
+ItemReader = Callable[[str], Params]
+"""Returns the parameters of a checkpoint item, placed on a device in the compute dtype."""
+
+RANDOM_VOCAB = 300  # 256 bytes and a few special tokens
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class EngineParams:
+    """What a stream's programs read: the DiT, the VAE's encoder, and the decoder in use."""
+
+    dit: DiTParams
+    encoder: Params
+    decoder: Params
+
+
+def decoder_item(decoder: Literal["wan", "taehv"]) -> str:
+    """Returns the checkpoint item of a decoder."""
+    return "taehv" if decoder == "taehv" else "vae.decoder"
+
+
+def read_params(model: ModelConfig, read_item: ItemReader, decoder: Literal["wan", "taehv"]) -> EngineParams:
+    """Reads all parameters of a stream item by item."""
+    return EngineParams(
+        dit.assemble(model.dit, read_item), read_item("vae.encoder"), read_item(decoder_item(decoder))
+    )
+
+
+def with_random_text(model: ModelConfig) -> ModelConfig:
+    """Returns the model with a one-block text encoder over bytes: random weights know no language anyway."""
+    text = dataclasses.replace(model.text, num_layers=1, vocab=RANDOM_VOCAB)
+    return dataclasses.replace(model, text=text)
+
+
+def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype, device: jax.Device) -> ItemReader:
+    """Returns a reader that draws an item's parameters instead of reading them."""
+
+    def read_item(item: str) -> Params:
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(item.encode()))
+        part = item.split(".")[0]
+        if part == "dit":
+            drawn = dit.init_item(model.dit, item, key)
+        elif part == "vae":
+            drawn = vae.init_params(model.vae, key)[item]
+        elif part == "taehv":
+            drawn = taehv.init_params(model.taehv, key)[item]
+        else:
+            drawn = text_encoder.init_params(model.text, key)[item]
+        return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
+
+    return read_item

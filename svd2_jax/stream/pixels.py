@@ -1,0 +1,103 @@
+"""The two ends of a stream: frames to noisy latents, clean latents to frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from svd2_jax.config import TAEHVConfig, VAEConfig
+from svd2_jax.diffusion import noise_control
+from svd2_jax.models import taehv, vae
+
+
+@register_dataclass
+@dataclass(frozen=True)
+class InputState:
+    """What the input end remembers between chunks.
+
+    Attributes:
+      vae: tails of the encoder's causal convolutions.
+      last_frame: uint8 [H, W, 3] the last frame seen.
+      noise_scale: float32 [] that of the last chunk.
+    """
+
+    vae: vae.EncodeState
+    last_frame: jax.Array
+    noise_scale: jax.Array
+
+
+def encode_first_group(
+    cfg: VAEConfig, params: Any, frames_THWC: jax.Array, noise_FHWC: jax.Array, noise_scale: jax.Array
+) -> tuple[InputState, jax.Array]:
+    """Returns the input state and the noisy latents, float32 [F, h, w, C], of a stream's first frames.
+
+    Args:
+      cfg: sizes of the VAE.
+      params: encoder parameters.
+      frames_THWC: uint8 [1 + 4k, H, W, 3].
+      noise_FHWC: Gaussian of the latents' shape.
+      noise_scale: float32 [] the session's noise scale.
+    """
+    latents, state = vae.encode_first(cfg, params, _batch(params, frames_THWC))
+    noisy = noise_control.mix(latents[0].astype(jnp.float32), noise_FHWC, noise_scale)
+    # A copy: the state is donated later, the caller's scalar is not.
+    return InputState(state, frames_THWC[-1], noise_scale + 0.0), noisy
+
+
+def encode_chunk(
+    cfg: VAEConfig,
+    params: Any,
+    state: InputState,
+    frames_THWC: jax.Array,
+    noise_FHWC: jax.Array,
+    initial_noise_scale: jax.Array,
+) -> tuple[InputState, jax.Array, jax.Array]:
+    """Returns the state, the noisy latents and the first timestep (int32 []) of a later chunk of 4k frames."""
+    pixels = noise_control.pixels_from_uint8(frames_THWC)
+    level = noise_control.motion(noise_control.pixels_from_uint8(state.last_frame), pixels)
+    noise_scale = noise_control.next_noise_scale(level, initial_noise_scale, state.noise_scale)
+    latents, vae_state = vae.encode(cfg, params, state.vae, _batch(params, frames_THWC))
+    noisy = noise_control.mix(latents[0].astype(jnp.float32), noise_FHWC, noise_scale)
+    state = InputState(vae_state, frames_THWC[-1], noise_scale)
+    return state, noisy, noise_control.first_timestep(noise_scale)
+
+
+def decode_first_group(
+    kind: Literal["wan", "taehv"], cfg: VAEConfig | TAEHVConfig, params: Any, latents_FHWC: jax.Array, pixels: str
+) -> tuple[Any, jax.Array]:
+    """Returns the decoder's state and the 1 + 4(F-1) frames of a stream's first clean latents."""
+    decoder = taehv if kind == "taehv" else vae
+    frames, state = decoder.decode_first(cfg, params, latents_FHWC[None].astype(_dtype(params)))
+    return state, to_output(frames[0], pixels)
+
+
+def decode_chunk(
+    kind: Literal["wan", "taehv"],
+    cfg: VAEConfig | TAEHVConfig,
+    params: Any,
+    state: Any,
+    latents_FHWC: jax.Array,
+    pixels: str,
+) -> tuple[Any, jax.Array]:
+    """Returns the decoder's state and the 4F frames of a later chunk's clean latents."""
+    decoder = taehv if kind == "taehv" else vae
+    frames, state = decoder.decode(cfg, params, state, latents_FHWC[None].astype(_dtype(params)))
+    return state, to_output(frames[0], pixels)
+
+
+def to_output(frames_THWC: jax.Array, pixels: str) -> jax.Array:
+    """Turns frames in [-1, 1] into uint8, or into float32 in [0, 1]."""
+    unit = jnp.clip(frames_THWC.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+    return jnp.round(unit * 255.0).astype(jnp.uint8) if pixels == "uint8" else unit
+
+
+def _batch(params: Any, frames_THWC: jax.Array) -> jax.Array:
+    return noise_control.pixels_from_uint8(frames_THWC).astype(_dtype(params))[None]
+
+
+def _dtype(params: Any) -> jnp.dtype:
+    return jax.tree.leaves(params)[0].dtype
