@@ -1,0 +1,125 @@
+"""The parts of a model as the converter sees them: their tables, their sizes and the leaves they must have."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert import taehv, umt5, wan_dit, wan_vae
+from convert.rules import Leaf, Table, audit, best_table, strip_prefixes
+from convert.source import Source, Tensor
+from svd2_jax.config import PRESETS, ModelConfig
+from svd2_jax.errors import ConfigError, ConversionError
+from svd2_jax.models import dit, text_encoder, vae
+from svd2_jax.models import taehv as taehv_model
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network.
+
+    Attributes:
+      title: how messages call it.
+      infer_config: (source shapes, settings of its config.json) -> sizes.
+      tables: sizes -> tables of the layouts that are read.
+      expected: sizes -> item -> nested dict of leaves with a shape.
+    """
+
+    title: str
+    infer_config: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], Any]
+    tables: Callable[[Any], tuple[Table, ...]]
+    expected: Callable[[Any], Mapping[str, Any]]
+
+
+# By their field in ModelConfig, in the order in which they are written.
+COMPONENTS: Mapping[str, Component] = {
+    "dit": Component(
+        "Wan2.1 text-to-video transformer",
+        wan_dit.infer_config,
+        lambda cfg: tuple(Table(r, wan_dit.IGNORED) for r in (wan_dit.RULES, wan_dit.DIFFUSERS_RULES)),
+        dit.abstract_params,
+    ),
+    "vae": Component(
+        "Wan2.1 VAE",
+        lambda shapes, _: wan_vae.infer_config(shapes),
+        lambda cfg: (Table(wan_vae.rules(cfg)), Table(wan_vae.diffusers_rules(cfg))),
+        vae.abstract_params,
+    ),
+    "text": Component(
+        "UMT5 encoder",
+        lambda shapes, _: umt5.infer_config(shapes),
+        lambda cfg: (Table(umt5.RULES), Table(umt5.HUGGING_FACE_RULES, umt5.HUGGING_FACE_IGNORED)),
+        text_encoder.abstract_params,
+    ),
+    "taehv": Component(
+        "TAEHV decoder for Wan2.1",
+        lambda shapes, _: taehv.infer_config(shapes),
+        lambda cfg: (Table(taehv.rules(cfg), taehv.IGNORED),),
+        taehv_model.abstract_params,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component found in a source: its sizes, the leaves of its items, and what is wrong with it."""
+
+    config: Any
+    items: Mapping[str, list[Leaf[Tensor]]]
+    problems: list[str]
+
+
+def recognise(component: Component, source: Source, settings: Mapping[str, Any]) -> Part:
+    """Returns what a source holds of a component.
+
+    Raises ConversionError if it is not that component at all; lesser problems are listed in the result.
+    """
+    tensors = [(strip_prefixes(name), tensor) for name, tensor in source.tensors]
+    names = [name for name, _ in tensors]
+    try:
+        config = component.infer_config({name: tensor.shape for name, tensor in tensors}, settings)
+    except (
+        ConversionError,
+        ConfigError,
+        IndexError,
+        ZeroDivisionError,
+    ) as e:  # the latter: odd ranks, empty axes
+        sample = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConversionError(
+            f"{source.label} cannot be converted as a {component.title}: {e} (it holds {len(names)} tensors: {sample})"
+        ) from None
+    table = best_table(component.tables(config), names)
+    items, problems = audit(source.label, table, tensors, component.expected(config))
+    return Part(config, items, problems)
+
+
+def model_config(configs: Mapping[str, Any]) -> ModelConfig:
+    """Returns the whole model's sizes from those of the parts that are there, by field of ModelConfig.
+
+    Parts that are absent get the sizes of the preset that the others match, else the published ones at the
+    widths the others need. Raises ConversionError if the parts do not fit together.
+    """
+    for known in PRESETS.values():
+        if all(getattr(known, name) == cfg for name, cfg in configs.items()):
+            return known
+    base = next(iter(PRESETS.values()))
+    has = {"dit": base.dit, "vae": base.vae, "text": base.text, "taehv": base.taehv, **configs}
+    text_dim = has["dit"].text_dim if "dit" in configs else has["text"].dim
+    latent = has["dit"].in_channels if "dit" in configs else has["vae"].z_dim
+    absent = {
+        "dit": dataclasses.replace(has["dit"], text_dim=text_dim, in_channels=latent, out_channels=latent),
+        "vae": dataclasses.replace(has["vae"], z_dim=latent),
+        "text": dataclasses.replace(has["text"], dim=text_dim),
+        "taehv": dataclasses.replace(has["taehv"], z_dim=latent),
+    }
+    try:
+        model = ModelConfig("custom", **{**absent, **configs})
+    except ConfigError as e:
+        raise ConversionError(f"the parts are not of one model: {e}") from None
+    if model.taehv.z_dim != latent:
+        raise ConversionError(
+            f"the parts are not of one model: TAEHV decodes {model.taehv.z_dim} channels, the latents have {latent}"
+        )
+    return model

@@ -1,0 +1,193 @@
+"""The conversion itself: find the parts, audit them all, then write one item at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from convert.components import COMPONENTS, Part, model_config, recognise
+from convert.files import TOKENIZER_FILES, WanFolder, find_wan_folder, open_weights, read_json
+from convert.rules import Leaf
+from convert.source import Source, Tensor, sha256
+from svd2_jax.config import ModelConfig
+from svd2_jax.engine.checkpoint import CheckpointWriter, Manifest, SourceFile
+from svd2_jax.errors import ConversionError
+
+DTYPES: Mapping[str, np.dtype] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+CAST_PIECE_BYTES = 64 << 20
+
+PathLike = str | Path
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the parts to convert lie, by component name, with the DiT's settings and the tokenizer's folder."""
+
+    weights: Mapping[str, Path]
+    settings: Path | None
+    tokenizer: Path | None
+
+
+def convert_checkpoint(
+    *,
+    out: PathLike,
+    generator: PathLike | None = None,
+    wan: PathLike | None = None,
+    taehv: PathLike | None = None,
+    vae: PathLike | None = None,
+    text_encoder: PathLike | None = None,
+    tokenizer: PathLike | None = None,
+    dtype: str = "bfloat16",
+    progress: bool = True,
+) -> Path:
+    """Converts weights into a checkpoint folder and returns its path.
+
+    Every weight path is a torch zip file, a safetensors file, an index of shards or a folder that holds one of
+    these. Parts that nothing gives are left out; the manifest lists what is there.
+
+    Args:
+      out: the folder to make; must not exist.
+      generator: the transformer's weights; without it those of the `wan` folder are used.
+      wan: a Wan2.1 folder, in Wan's own layout or in Diffusers'.
+      taehv: the tiny decoder's weights.
+      vae: the VAE's weights, instead of those of the `wan` folder.
+      text_encoder: the UMT5 encoder's weights, instead of those of the `wan` folder.
+      tokenizer: the folder of the tokenizer, instead of that of the `wan` folder.
+      dtype: "bfloat16" or "float32", of every leaf.
+      progress: whether to show a progress bar on standard error.
+
+    Raises:
+      ConversionError: a source is missing, damaged, unsafe or of another model; all problems are listed.
+      CheckpointError: `out` is taken or cannot be written. Nothing is left behind in either case.
+    """
+    if dtype not in DTYPES:
+        raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    paths = {"dit": generator, "vae": vae, "text": text_encoder, "taehv": taehv}
+    writer = CheckpointWriter(out)  # complain about the place before hours of work
+    inputs = _find_inputs({k: Path(v) for k, v in paths.items() if v is not None}, wan, tokenizer)
+    sources = {name: open_weights(path) for name, path in inputs.weights.items()}
+    parts = _recognise_all(sources, read_json(inputs.settings) if inputs.settings else {})
+    model = model_config({name: part.config for name, part in parts.items()})
+    tokenizer_files = _tokenizer_files(inputs.tokenizer)
+    with writer:
+        _write(writer, model, sources, parts, dtype, tokenizer_files, progress)
+    return writer.path
+
+
+def _find_inputs(weights: Mapping[str, Path], wan: PathLike | None, tokenizer: PathLike | None) -> Inputs:
+    """Returns what to convert: the paths given, and from the Wan2.1 folder what they leave open."""
+    found = find_wan_folder(Path(wan)) if wan is not None else WanFolder(None, None, None, None, None)
+    in_folder = {"dit": found.transformer, "vae": found.vae, "text": found.text_encoder}
+    merged = {k: weights.get(k) or in_folder.get(k) for k in COMPONENTS}
+    chosen = {k: path for k, path in merged.items() if path is not None}
+    if not chosen:
+        raise ConversionError("nothing to convert; give --generator, --wan or both")
+    settings = found.config
+    if settings is None and "dit" in chosen and (chosen["dit"] / "config.json").is_file():
+        settings = chosen["dit"] / "config.json"
+    return Inputs(chosen, settings, Path(tokenizer) if tokenizer is not None else found.tokenizer)
+
+
+def _tokenizer_files(folder: Path | None) -> Mapping[str, Path]:
+    """Returns the tokenizer's files by name; raises ConversionError if the folder holds no tokenizer."""
+    if folder is None:
+        return {}
+    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if TOKENIZER_FILES[0] not in files:
+        raise ConversionError(
+            f"{folder}: no {TOKENIZER_FILES[0]}; expected the folder of a Hugging Face tokenizer"
+        )
+    return files
+
+
+def _recognise_all(sources: Mapping[str, Source], settings: Mapping[str, Any]) -> dict[str, Part]:
+    """Returns every part; raises one ConversionError that lists the problems of all of them."""
+    parts = {
+        name: recognise(COMPONENTS[name], source, settings if name == "dit" else {})
+        for name, source in sources.items()
+    }
+    problems = [line for part in parts.values() for line in part.problems]
+    if problems:
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConversionError("\n  ".join([f"the weights do not fit the model, {count}:", *problems]))
+    return parts
+
+
+def _write(
+    writer: CheckpointWriter,
+    model: ModelConfig,
+    sources: Mapping[str, Source],
+    parts: Mapping[str, Part],
+    dtype: str,
+    tokenizer_files: Mapping[str, Path],
+    progress: bool,
+) -> None:
+    items = {item: leaves for part in parts.values() for item, leaves in part.items.items()}
+    files = dict.fromkeys(file for source in sources.values() for file in source.files)
+    itemsize = DTYPES[dtype].itemsize
+    total = sum(f.stat().st_size for f in files) + sum(
+        leaf.tensor.size * itemsize for leaves in items.values() for leaf in leaves
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        hashes = []
+        for file in files:
+            bar.set_description(f"checksum {file.name}")
+            hashes.append(SourceFile(file.name, sha256(file, bar.update)))
+        for item, leaves in items.items():
+            bar.set_description(item)
+            writer.write_item(item, _tree(leaves, DTYPES[dtype]))
+            for leaf in leaves:
+                leaf.tensor.release()
+                bar.update(leaf.tensor.size * itemsize)
+    if tokenizer_files:
+        writer.add_tokenizer(tokenizer_files)
+    writer.finish(Manifest(model, dtype, tuple(items), tuple(hashes)))
+
+
+def _tree(leaves: list[Leaf[Tensor]], dtype: np.dtype) -> dict[str, Any]:
+    """Returns an item's nested dict of arrays of `dtype`; they may still be views of the source file."""
+    tree: dict[str, Any] = {}
+    for leaf in leaves:
+        *folders, name = leaf.path
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = read_leaf(leaf.tensor, leaf.transform, dtype)
+    return tree
+
+
+def read_leaf(tensor: Tensor, transform: Callable[[np.ndarray], np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Returns the transformed tensor in `dtype`, rounded to nearest.
+
+    A tensor that has the dtype already stays a view of the file, in whatever order the transform gave it.
+    Otherwise it is cast in pieces and what was read is given back after each, so that the memory needed is
+    that of the result.
+    """
+    leaf = transform(tensor.view())
+    if leaf.dtype == dtype and leaf.flags.aligned:
+        return leaf
+    cast = np.empty(leaf.shape, dtype)
+    for piece in _pieces(leaf):
+        cast[piece] = leaf[piece]
+        tensor.release()
+    return cast
+
+
+def _pieces(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
+    """Yields slices that cover an array in memory order, each of about CAST_PIECE_BYTES."""
+    if array.ndim == 0 or array.nbytes <= CAST_PIECE_BYTES:
+        yield (slice(None),) * array.ndim
+        return
+    axis = int(np.argmax(np.abs(array.strides)))
+    step = max(1, array.shape[axis] * CAST_PIECE_BYTES // array.nbytes)
+    for start in range(0, array.shape[axis], step):
+        yield tuple(slice(start, start + step) if a == axis else slice(None) for a in range(array.ndim))

@@ -1,0 +1,148 @@
+"""Finds the weight files of each component and opens them, whatever their format."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.read_safetensors import looks_like_safetensors, read_safetensors
+from convert.read_torch import read_torch
+from convert.source import MappedFile, Source, Tensor
+from svd2_jax.errors import ConversionError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_LEGACY_MAGICS = (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9", b"\x80\x02}", b"\x80\x02c")  # a bare pickle, protocol 2
+_LFS_POINTER = b"version https://git-lfs"
+_HEAD_BYTES = 64
+_SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+
+
+@dataclass(frozen=True)
+class WanFolder:
+    """What a Wan2.1 folder, in Wan's own layout or in Diffusers', holds; None for what is not there."""
+
+    transformer: Path | None
+    config: Path | None
+    vae: Path | None
+    text_encoder: Path | None
+    tokenizer: Path | None
+
+
+def find_wan_folder(folder: Path) -> WanFolder:
+    """Returns where the parts of a Wan2.1 folder lie.
+
+    Raises ConversionError if it is no folder or holds no part of a Wan2.1 model.
+    """
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: no such folder; expected a Wan2.1 folder")
+
+    def first(*names: str) -> Path | None:
+        return next((folder / name for name in names if (folder / name).exists()), None)
+
+    has_weights = any(folder.glob("diffusion_pytorch_model*.safetensors*"))
+    found = WanFolder(
+        transformer=folder if has_weights else first("transformer"),
+        config=first("transformer/config.json", "config.json"),
+        vae=first("Wan2.1_VAE.pth", "vae"),
+        text_encoder=first("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
+        tokenizer=first("google/umt5-xxl", "tokenizer"),
+    )
+    if found.transformer is found.vae is found.text_encoder is None:
+        raise ConversionError(
+            f"{folder}: not a Wan2.1 folder; expected diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth and "
+            "models_t5_umt5-xxl-enc-bf16.pth, or the Diffusers folders transformer/, vae/ and text_encoder/"
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; raises ConversionError if it is missing or not one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConversionError(f"{path}: cannot be read ({e.strerror})") from None
+    except ValueError as e:
+        raise ConversionError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: expected a JSON object")
+    return content
+
+
+def open_weights(path: Path) -> Source:
+    """Opens a weight file, or the weight files of a folder, without reading tensor data.
+
+    A folder holds `model.pt`, or one set of safetensors files, sharded or not.
+    Raises ConversionError with the reason if anything is missing, cut short or of another format.
+    """
+    files = weight_files(path)
+    pairs = tuple(pair for file in files for pair in _read(file).items())
+    label = files[0].name if len(files) == 1 else f"{path.name}/ ({len(files)} shards)"
+    return Source(label, pairs, files)
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """Returns the files that hold the weights at `path`; raises ConversionError if one is missing."""
+    if not path.exists():
+        raise ConversionError(f"{path}: no such file or folder")
+    if path.is_file():
+        return _index_files(path) if path.name.endswith(INDEX_SUFFIX) else (path,)
+    if (path / "model.pt").is_file():
+        return (path / "model.pt",)
+    indices = sorted(path.glob("*" + INDEX_SUFFIX))
+    if len(indices) > 1:
+        raise ConversionError(f"{path}: several indices, give one: {', '.join(i.name for i in indices)}")
+    if indices:
+        return _index_files(indices[0])
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ConversionError(f"{path}: holds no weights; expected model.pt or *.safetensors")
+    _check_shard_numbers(files)
+    return tuple(files)
+
+
+def _index_files(index: Path) -> tuple[Path, ...]:
+    """Returns the shards that an index lists; raises ConversionError if one is missing."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ConversionError(f"{index}: not an index of safetensors shards (no weight_map)")
+    names = sorted(set(weight_map.values()))
+    outside = [n for n in names if Path(n).name != n]
+    missing = [n for n in names if not (index.parent / n).is_file()]
+    if outside or missing:
+        raise ConversionError(f"{index}: shards are missing: {', '.join(outside or missing)}")
+    return tuple(index.parent / n for n in names)
+
+
+def _check_shard_numbers(files: Sequence[Path]) -> None:
+    """Raises ConversionError unless files numbered like -00001-of-00006 are all there, and nothing else."""
+    numbers = [m and (int(m[1]), int(m[2])) for m in (_SHARD_NUMBER.search(f.name) for f in files)]
+    if len(files) == 1 and numbers[0] in (None, (1, 1)):
+        return
+    if numbers != [(i + 1, len(files)) for i in range(len(files))]:
+        raise ConversionError(
+            f"{files[0].parent}: its safetensors files are not one complete set: {', '.join(f.name for f in files)}"
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    file = MappedFile(path)
+    head = file.map[:_HEAD_BYTES]
+    if head.startswith(_ZIP_MAGIC):
+        return read_torch(file)
+    if looks_like_safetensors(head):
+        return read_safetensors(file)
+    if head.startswith(_LEGACY_MAGICS):
+        raise ConversionError(
+            f"{path}: the old torch format (before PyTorch 1.6), which cannot be mapped; re-save it with PyTorch: "
+            "torch.save(torch.load(FILE, map_location='cpu'), NEW_FILE)"
+        )
+    if head.startswith(_LFS_POINTER):
+        raise ConversionError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
+    raise ConversionError(f"{path}: not a checkpoint; expected a torch zip file or a safetensors file")

@@ -1,0 +1,291 @@
+"""Converted checkpoints on disk: a folder with a manifest, one Orbax item per part, and the tokenizer.
+
+Items are small (one transformer block each), so writing needs memory for one of them and a pipeline stage
+reads only its own, straight into its sharding. The folder is written beside its place under another name and
+renamed at the end: what has the right name is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from svd2_jax.config import ModelConfig
+from svd2_jax.errors import CheckpointError, ConfigError
+
+FORMAT = "svd2-jax checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+# Leaves are stored in chunks, and chunks gathered into files, of these sizes: what is in flight while writing
+# is a few of them. A leaf that is one chunk would be held in memory once more.
+CHUNK_BYTES = 32 << 20
+DATA_FILE_BYTES = 256 << 20
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file the checkpoint was made from: its name and SHA-256 in hex."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+      model: sizes of all networks; those of parts that are absent are the nearest preset's.
+      dtype: "bfloat16" or "float32", of every leaf.
+      items: names of the items, in order.
+      sources: files it was converted from.
+      format_version: of the folder's layout.
+    """
+
+    model: ModelConfig
+    dtype: str
+    items: tuple[str, ...]
+    sources: tuple[SourceFile, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """Returns the text of the manifest file."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads the manifest's text; raises CheckpointError if it is of another format or damaged."""
+        try:
+            values = json.loads(text)
+        except ValueError as e:
+            raise CheckpointError(f"not valid JSON ({e})") from None
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise CheckpointError(f"not the manifest of a {FORMAT}")
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"format version {version}, but this program reads version {FORMAT_VERSION}; convert the weights again"
+            )
+        try:
+            return cls(
+                model=ModelConfig.from_dict(values["model"]),
+                dtype=str(values["dtype"]),
+                items=tuple(values["items"]),
+                sources=tuple(SourceFile(**source) for source in values["sources"]),
+            )
+        except (KeyError, TypeError, AttributeError, ConfigError) as e:
+            raise CheckpointError(f"damaged manifest ({type(e).__name__}: {e})") from None
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder; leaves nothing behind unless `finish` was reached.
+
+    ```
+    with CheckpointWriter(path) as writer:
+        writer.write_item("dit.embed", tree)
+        writer.finish(manifest)
+    ```
+    """
+
+    def __init__(self, path: str | Path):
+        """Checks the place; raises CheckpointError if it is taken or its parent folder does not exist."""
+        self.path = Path(path)
+        if self.path.exists() or self.path.is_symlink():
+            raise CheckpointError(f"{self.path} exists; choose another place or remove it first")
+        if not self.path.parent.is_dir():
+            raise CheckpointError(f"{self.path.parent}: no such folder; create it first")
+        self._folder = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
+
+    def __enter__(self) -> Self:
+        with _readable_errors(self.path):
+            self._folder.mkdir()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)  # renamed away if finished
+
+    def write_item(self, name: str, tree: Mapping[str, Any]) -> None:
+        """Writes one item, a nested dict of arrays; raises CheckpointError if the disk is full."""
+        import orbax.checkpoint as ocp
+
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+        with _readable_errors(self.path), _checkpointer() as checkpointer:
+            checkpointer.save(
+                (self._folder / name).absolute(),
+                ocp.args.PyTreeSave(tree, save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES),
+            )
+
+    def add_tokenizer(self, files: Mapping[str, Path]) -> None:
+        """Copies the tokenizer's files, target name -> source."""
+        with _readable_errors(self.path):
+            (self._folder / TOKENIZER).mkdir()
+            for name, source in files.items():
+                shutil.copyfile(source, self._folder / TOKENIZER / name)
+
+    def finish(self, manifest: Manifest) -> None:
+        """Writes the manifest and gives the folder its name."""
+        with _readable_errors(self.path):
+            (self._folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            self._folder.rename(self.path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A converted checkpoint, opened for reading."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Opens a checkpoint folder; raises CheckpointError if it is missing, unfinished or of another format."""
+        path = Path(path).absolute()
+        hint = "make one with: svd2 convert --generator model.pt --wan WAN_FOLDER --out CHECKPOINT"
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such checkpoint; {hint}")
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: a file, not a converted checkpoint; {hint}")
+        try:
+            manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: no {MANIFEST}; not a converted checkpoint, or its conversion was interrupted; {hint}"
+            ) from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({e})") from None
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
+        missing = [item for item in manifest.items if not (path / item).is_dir()]
+        if missing:
+            raise CheckpointError(
+                f"{path}: incomplete, items are missing: {', '.join(missing)}; convert again"
+            )
+        return cls(path, manifest)
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The folder of the tokenizer's files; raises CheckpointError if the checkpoint has none."""
+        folder = self.path / TOKENIZER
+        if not folder.is_dir():
+            raise CheckpointError(f"{self.path}: no tokenizer; convert again with one in the --wan folder")
+        return folder
+
+    def abstract(self, item: str) -> dict[str, Any]:
+        """Returns the item's tree as ShapeDtypeStructs."""
+        with self._reading(item) as (checkpointer, folder):
+            tree = checkpointer.metadata(folder).item_metadata.tree
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+    def restore(self, item: str, sharding: Any = None, dtype: Any = None) -> dict[str, Any]:
+        """Returns the item's tree as JAX arrays.
+
+        Args:
+          item: one of `manifest.items`.
+          sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them; each device reads its own
+            part. Default: the first local device.
+          dtype: casts while reading (round to nearest); default: as stored.
+
+        Raises:
+          CheckpointError: no such item, or its files are damaged.
+        """
+        import orbax.checkpoint as ocp
+
+        if sharding is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = self.abstract(item)
+        if isinstance(sharding, jax.sharding.Sharding):
+            one = sharding
+            sharding = jax.tree.map(lambda _: one, tree)
+        restore_args = jax.tree.map(
+            lambda leaf, place: ocp.ArrayRestoreArgs(
+                sharding=place, dtype=dtype or leaf.dtype, global_shape=leaf.shape
+            ),
+            tree,
+            sharding,
+        )
+        with self._reading(item) as (checkpointer, folder):
+            return checkpointer.restore(folder, ocp.args.PyTreeRestore(tree, restore_args))
+
+    @contextlib.contextmanager
+    def _reading(self, item: str) -> Iterator[tuple[Any, Path]]:
+        if item not in self.manifest.items:
+            raise CheckpointError(f"{self.path}: no item {item!r}; it holds {', '.join(self.manifest.items)}")
+        try:
+            with _checkpointer() as checkpointer:
+                yield checkpointer, self.path / item
+        except (ValueError, OSError, KeyError) as e:
+            raise CheckpointError(f"{self.path}: {item} is damaged ({_first_line(e)}); convert again") from e
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[Any]:
+    """Yields an Orbax checkpointer that neither copies what it writes nor logs."""
+    import orbax.checkpoint as ocp
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            yield checkpointer
+    finally:
+        logger.setLevel(level)
+
+
+def _handler() -> Any:
+    import orbax.checkpoint as ocp
+
+    # Uncompressed: trained weights shrink little, and a stream should start fast.
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=_type_handlers())
+
+
+@functools.cache
+def _type_handlers() -> Any:
+    from orbax.checkpoint import type_handlers
+
+    # The stock NumPy handler copies every array first, in case the caller changes it meanwhile. We wait.
+    return type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),
+    )
+
+
+@contextlib.contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    """Turns a failed write into one line; Orbax reports a full disk as ValueError with the errno in its text."""
+    try:
+        yield
+    except (OSError, ValueError) as e:
+        number = e.errno if isinstance(e, OSError) else None
+        if number in _DISK_FULL or any(f"OS error {n}" in str(e) for n in _DISK_FULL):
+            raise CheckpointError(
+                f"{path}: the disk is full (or a size limit was reached); nothing was kept. Free some space or choose "
+                "another place"
+            ) from e
+        if isinstance(e, OSError):
+            raise CheckpointError(f"{path}: cannot be written ({_first_line(e)}); nothing was kept") from e
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
