@@ -6,10 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from svd2_jax.errors import Svd2Error
 
 EXIT_BAD_INPUT = 2
+DTYPES = ("bfloat16", "float32")
 
 EXAMPLE = """\
 example:
@@ -25,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the converter's options to a parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
-    path = {"type": Path, "metavar": "PATH"}
+    path: dict[str, Any] = {"type": Path, "metavar": "PATH"}
     parser.add_argument("--out", required=True, help="checkpoint folder to make; must not exist", **path)
     parser.add_argument(
         "--generator",
-        help="StreamDiffusionV2, Self-Forcing or CausVid weights (default: the Wan folder's)",
+        help="StreamDiffusionV2, Self-Forcing or CausVid file (default: Wan folder's)",
         **path,
     )
     parser.add_argument("--wan", help="Wan2.1 folder, in Wan's own layout or in Diffusers'", **path)

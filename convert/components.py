@@ -1,4 +1,4 @@
-"""The parts of a model as the converter sees them: their tables, their sizes and the leaves they must have."""
+"""The parts of a model as the converter sees them: their tables, sizes and the leaves they must have."""
 
 from __future__ import annotations
 
@@ -85,10 +85,11 @@ def recognise(component: Component, source: Source, settings: Mapping[str, Any])
         ConfigError,
         IndexError,
         ZeroDivisionError,
-    ) as e:  # the latter: odd ranks, empty axes
+    ) as e:  # last two: odd shapes
         sample = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise ConversionError(
-            f"{source.label} cannot be converted as a {component.title}: {e} (it holds {len(names)} tensors: {sample})"
+            f"{source.label} cannot be converted as a {component.title}: {e} "
+            f"(it holds {len(names)} tensors: {sample})"
         ) from None
     table = best_table(component.tables(config), names)
     items, problems = audit(source.label, table, tensors, component.expected(config))
@@ -120,6 +121,7 @@ def model_config(configs: Mapping[str, Any]) -> ModelConfig:
         raise ConversionError(f"the parts are not of one model: {e}") from None
     if model.taehv.z_dim != latent:
         raise ConversionError(
-            f"the parts are not of one model: TAEHV decodes {model.taehv.z_dim} channels, the latents have {latent}"
+            f"the parts are not of one model: TAEHV decodes {model.taehv.z_dim} channels, "
+            f"the latents have {latent}"
         )
     return model

@@ -30,7 +30,7 @@ PathLike = str | Path
 
 @dataclass(frozen=True)
 class Inputs:
-    """Where the parts to convert lie, by component name, with the DiT's settings and the tokenizer's folder."""
+    """Where the parts to convert lie, by component name, the DiT's settings and the tokenizer's folder."""
 
     weights: Mapping[str, Path]
     settings: Path | None
@@ -51,8 +51,8 @@ def convert_checkpoint(
 ) -> Path:
     """Converts weights into a checkpoint folder and returns its path.
 
-    Every weight path is a torch zip file, a safetensors file, an index of shards or a folder that holds one of
-    these. Parts that nothing gives are left out; the manifest lists what is there.
+    Every weight path is a torch zip file, a safetensors file, an index of shards or a folder that holds one
+    of these. Parts that nothing gives are left out; the manifest lists what is there.
 
     Args:
       out: the folder to make; must not exist.

@@ -56,8 +56,8 @@ def find_wan_folder(folder: Path) -> WanFolder:
     )
     if found.transformer is found.vae is found.text_encoder is None:
         raise ConversionError(
-            f"{folder}: not a Wan2.1 folder; expected diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth and "
-            "models_t5_umt5-xxl-enc-bf16.pth, or the Diffusers folders transformer/, vae/ and text_encoder/"
+            f"{folder}: not a Wan2.1 folder; expected diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth "
+            "and models_t5_umt5-xxl-enc-bf16.pth, or Diffusers' transformer/, vae/ and text_encoder/"
         )
     return found
 
@@ -127,7 +127,8 @@ def _check_shard_numbers(files: Sequence[Path]) -> None:
         return
     if numbers != [(i + 1, len(files)) for i in range(len(files))]:
         raise ConversionError(
-            f"{files[0].parent}: its safetensors files are not one complete set: {', '.join(f.name for f in files)}"
+            f"{files[0].parent}: its safetensors files are not one complete set: "
+            f"{', '.join(f.name for f in files)}"
         )
 
 
@@ -140,8 +141,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_safetensors(file)
     if head.startswith(_LEGACY_MAGICS):
         raise ConversionError(
-            f"{path}: the old torch format (before PyTorch 1.6), which cannot be mapped; re-save it with PyTorch: "
-            "torch.save(torch.load(FILE, map_location='cpu'), NEW_FILE)"
+            f"{path}: the old torch format (before PyTorch 1.6), which cannot be mapped; re-save it with "
+            "PyTorch: torch.save(torch.load(FILE, map_location='cpu'), NEW_FILE)"
         )
     if head.startswith(_LFS_POINTER):
         raise ConversionError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")

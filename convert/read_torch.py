@@ -95,8 +95,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED_GLOBALS:
             raise ConversionError(
-                f"{self._label}: its pickle names {module}.{name}, which weights do not need and which could run "
-                f"code; refused. {_HOW_TO_RESAVE}"
+                f"{self._label}: its pickle names {module}.{name}, which weights do not need and which could "
+                f"run code; refused. {_HOW_TO_RESAVE}"
             )
         return ALLOWED_GLOBALS[module, name]
 
@@ -156,7 +156,7 @@ class _Record(NamedTuple):
 
 
 def _records(file: MappedFile) -> dict[str, _Record]:
-    """Returns where each record's bytes lie; raises ConversionError if the archive is damaged or cut short."""
+    """Returns where each record's bytes lie; raises ConversionError if the archive is damaged or cut."""
     try:
         with zipfile.ZipFile(file.path) as archive:
             return {info.filename: _record(file, info) for info in archive.infolist()}
@@ -168,15 +168,11 @@ def _records(file: MappedFile) -> dict[str, _Record]:
 
 def _record(file: MappedFile, info: zipfile.ZipInfo) -> _Record:
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ConversionError(
-            f"{file.path}: record {info.filename} is compressed; torch.save never does that"
-        )
+        raise ConversionError(f"{file.path}: record {info.filename} is compressed, as torch.save never does")
     signature, name_len, extra_len = _LOCAL_HEADER.unpack_from(file.map, info.header_offset)
     offset = info.header_offset + _LOCAL_HEADER.size + name_len + extra_len
     if signature != b"PK\x03\x04" or offset + info.file_size > len(file):
-        raise ConversionError(
-            f"{file.path}: truncated or damaged at record {info.filename}; download it again"
-        )
+        raise ConversionError(f"{file.path}: truncated or damaged at {info.filename}; download it again")
     return _Record(offset, info.file_size)
 
 

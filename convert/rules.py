@@ -151,7 +151,7 @@ def _leaf_shapes(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def _shape_problem(where: str, rule: Rule, tensor: Shaped, expected: tuple[int, ...]) -> list[str]:
-    """Returns a line if the transformed tensor would not have the expected shape, in source terms if we can."""
+    """Returns a line if the transformed tensor would not have the expected shape."""
     try:  # on one repeated element, so that nothing is read or allocated
         got = rule.transform(np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)).shape
     except (ValueError, IndexError) as e:

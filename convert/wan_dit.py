@@ -98,7 +98,7 @@ def infer_config(
         length, epsilon. Without it the heads are 128 wide.
 
     Raises:
-      ConversionError: a tensor that tells the sizes is missing or of the wrong rank, or the heads are unknown.
+      ConversionError: a tensor that tells the sizes is missing or of wrong rank, or the heads are unknown.
     """
     settings = settings or {}
 
@@ -119,7 +119,7 @@ def infer_config(
         dim=dim,
         ffn_dim=shape(_MLP_UP, 2)[0],
         num_heads=_num_heads(dim, settings),
-        # A missing last block shows only in config.json; a stray blocks.999999 must not cost a million layers.
+        # A missing last block shows only in config.json; a stray blocks.99999 must not cost as many layers.
         num_layers=int(settings.get("num_layers") or min(max(blocks) + 1, 2 * len(blocks))),
         freq_dim=shape(_TIME_IN, 2)[1],
         text_dim=shape(_TEXT_IN, 2)[1],
@@ -137,8 +137,8 @@ def _check_width(dim: int, settings: Mapping[str, Any]) -> None:
     if said != dim:
         known = next((name for name, p in PRESETS.items() if p.dit.dim == dim), "custom")
         raise ConversionError(
-            f"its width is {dim}, but config.json of the Wan2.1 folder says {said}; is this a {known} checkpoint? "
-            "use the Wan2.1 folder of the same size"
+            f"its width is {dim}, but config.json of the Wan2.1 folder says {said}; is this a {known} "
+            "checkpoint? use the Wan2.1 folder of the same size"
         )
 
 
@@ -148,6 +148,6 @@ def _num_heads(dim: int, settings: Mapping[str, Any]) -> int:
         return int(heads)
     if dim % PUBLISHED_HEAD_DIM:
         raise ConversionError(
-            f"cannot tell the number of heads of a model of width {dim}; give the folder that holds its config.json"
+            f"cannot tell the number of heads of a model of width {dim}; give the folder with its config.json"
         )
     return dim // PUBLISHED_HEAD_DIM

@@ -82,7 +82,8 @@ class Manifest:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"format version {version}, but this program reads version {FORMAT_VERSION}; convert the weights again"
+                f"format version {version}, but this program reads version {FORMAT_VERSION}; "
+                "convert the weights again"
             )
         try:
             return cls(
@@ -158,7 +159,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Opens a checkpoint folder; raises CheckpointError if it is missing, unfinished or of another format."""
+        """Opens a checkpoint folder; raises CheckpointError if missing, unfinished or of another format."""
         path = Path(path).absolute()
         hint = "make one with: svd2 convert --generator model.pt --wan WAN_FOLDER --out CHECKPOINT"
         if not path.exists():
@@ -169,7 +170,7 @@ class Checkpoint:
             manifest = Manifest.from_json((path / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"{path}: no {MANIFEST}; not a converted checkpoint, or its conversion was interrupted; {hint}"
+                f"{path}: no {MANIFEST}; not a converted checkpoint, or an interrupted conversion; {hint}"
             ) from None
         except (OSError, UnicodeDecodeError) as e:
             raise CheckpointError(f"{path}: {MANIFEST} cannot be read ({e})") from None
@@ -272,15 +273,15 @@ def _type_handlers() -> Any:
 
 @contextlib.contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
-    """Turns a failed write into one line; Orbax reports a full disk as ValueError with the errno in its text."""
+    """Turns a failed write into one line; Orbax reports a full disk as ValueError, errno in its text."""
     try:
         yield
     except (OSError, ValueError) as e:
         number = e.errno if isinstance(e, OSError) else None
         if number in _DISK_FULL or any(f"OS error {n}" in str(e) for n in _DISK_FULL):
             raise CheckpointError(
-                f"{path}: the disk is full (or a size limit was reached); nothing was kept. Free some space or choose "
-                "another place"
+                f"{path}: the disk is full (or a size limit was reached); nothing was kept. Free some space "
+                "or choose another place"
             ) from e
         if isinstance(e, OSError):
             raise CheckpointError(f"{path}: cannot be written ({_first_line(e)}); nothing was kept") from e
