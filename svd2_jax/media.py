@@ -363,7 +363,7 @@ def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Itera
     shapes = 5
     corners = rng.uniform(40, 215, (2, 2, 3)).astype(np.float32)  # colours of the gradient's corners
     colours = rng.uniform(0, 255, (shapes, 3)).astype(np.float32)
-    radii = rng.uniform(0.07, 0.16, shapes) * min(height, width)
+    radii = (rng.uniform(0.07, 0.16, shapes) * min(height, width)).astype(np.float32)
     starts = rng.uniform(0, 2, (shapes, 2))
     speeds = rng.uniform(0.01, 0.04, (shapes, 2)) * rng.choice([-1, 1], (shapes, 2))
     pan = float(rng.uniform(0.004, 0.01))
@@ -378,7 +378,7 @@ def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Itera
         picture = top * (1 - v) + bottom * v + stripes
         for i in range(shapes):
             phase = starts[i] + speeds[i] * t
-            bounce = 1 - np.abs(phase % 2 - 1)  # there and back again in [0, 1]
+            bounce = (1 - np.abs(phase % 2 - 1)).astype(np.float32)  # there and back again in [0, 1]
             dy, dx = y - bounce[0] * height, x - bounce[1] * width
             distance = np.hypot(dy, dx) if i % 2 == 0 else np.maximum(np.abs(dy), np.abs(dx))
             inside = np.clip(radii[i] - distance + 0.5, 0, 1)[..., None]  # one pixel of soft edge
