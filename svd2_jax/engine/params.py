@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from svd2_jax.config import ModelConfig
@@ -51,20 +52,39 @@ def with_random_text(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, text=text)
 
 
+def abstract_items(model: ModelConfig) -> dict[str, Params]:
+    """Returns the shapes (ShapeDtypeStruct) of every checkpoint item of a model."""
+    return {
+        **dit.abstract_params(model.dit),
+        **vae.abstract_params(model.vae),
+        **taehv.abstract_params(model.taehv),
+        **text_encoder.abstract_params(model.text),
+    }
+
+
 def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype, device: jax.Device) -> ItemReader:
-    """Returns a reader that draws an item's parameters instead of reading them."""
+    """Returns a reader that draws an item's parameters instead of reading them.
+
+    Drawn on the host: compiling the initialisers of a whole VAE takes most of a minute.
+    """
+    shapes = abstract_items(model)
 
     def read_item(item: str) -> Params:
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(item.encode()))
-        part = item.split(".")[0]
-        if part == "dit":
-            drawn = dit.init_item(model.dit, item, key)
-        elif part == "vae":
-            drawn = vae.init_params(model.vae, key)[item]
-        elif part == "taehv":
-            drawn = taehv.init_params(model.taehv, key)[item]
-        else:
-            drawn = text_encoder.init_params(model.text, key)[item]
-        return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
+        rng = np.random.default_rng((seed, zlib.crc32(item.encode())))
+
+        def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(_draw(path[-1].key, leaf.shape, rng).astype(dtype), device)
+
+        return jax.tree_util.tree_map_with_path(draw, shapes[item])
 
     return read_item
+
+
+def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Draws a leaf so that activations keep their size: kernels by their fan-in, norms at one, biases at zero."""
+    if name in ("scale", "gamma"):
+        return np.ones(shape, np.float32)
+    if name == "bias":
+        return np.zeros(shape, np.float32)
+    spread = np.float32({"kernel": np.prod(shape[:-1]), "modulation": shape[-1]}.get(name, 1.0) ** -0.5)
+    return rng.standard_normal(shape, np.float32) * spread

@@ -149,13 +149,24 @@ def _compile(
     sharding: SingleDeviceSharding, function: Program, *args: Any, donate: tuple[int, ...] = ()
 ) -> tuple[Program, Any]:
     """Returns the executable and its results as ShapeDtypeStructs placed on the device."""
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((x.shape, x.dtype) for x in leaves)
+    call = function if isinstance(function, functools.partial) else functools.partial(function)
+    static = (call.func, call.args, tuple(sorted(call.keywords.items())))
+    return _compile_once(static, structure, shapes, donate, sharding)
 
-    def place(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    args = jax.tree.map(place, args)
-    lowered = jax.jit(function, donate_argnums=donate, out_shardings=sharding).lower(*args)
-    return lowered.compile(), jax.tree.map(place, lowered.out_info)
+@functools.lru_cache(maxsize=64)
+def _compile_once(static, structure, shapes, donate, sharding) -> tuple[Program, Any]:
+    """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
+    function, positional, keywords = static
+    args = structure.unflatten([jax.ShapeDtypeStruct(*s, sharding=sharding) for s in shapes])
+    bound = functools.partial(function, *positional, **dict(keywords))
+    lowered = jax.jit(bound, donate_argnums=donate, out_shardings=sharding).lower(*args)
+    results = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), lowered.out_info
+    )
+    return lowered.compile(), results
 
 
 def _blend(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
