@@ -10,6 +10,7 @@ Channels last; everything is computed in the parameters' dtype.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from svd2_jax.config import LATENT_STRIDE, SPATIAL_STRIDE, TAEHVConfig
+from svd2_jax.nn.random_params import random_params
 from svd2_jax.nn.resample import unfold_frames, upsample_space
 
 Params = Any  # nested dict of arrays, the parameters of one part
@@ -155,16 +157,21 @@ def init_decode_state(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def init_params(cfg: TAEHVConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
     """Returns random parameters {"taehv": tree} that keep activations bounded."""
-    latents, valid_B = jnp.zeros((1, 1, 1, 1, cfg.z_dim)), jnp.ones((1,), jnp.int32)
-    params = Decoder(cfg).init(key, latents, valid_B, 1)["params"]
-    return {ITEM: jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
+    return random_params(abstract_params(cfg), key, dtype)
 
 
 def abstract_params(cfg: TAEHVConfig, dtype: Any = jnp.float32) -> dict[str, Params]:
     """Returns {"taehv": tree} of ShapeDtypeStruct; computes nothing."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), dtype))
+
+    def init() -> dict[str, Params]:
+        latents, valid_B = jnp.zeros((1, 1, 1, 1, cfg.z_dim)), jnp.ones((1,), jnp.int32)
+        params = Decoder(cfg).init(jax.random.key(0), latents, valid_B, 1)["params"]
+        return {ITEM: jax.tree.map(lambda leaf: leaf.astype(dtype), params)}
+
+    return jax.eval_shape(init)
 
 
 def _frames_needed(emit: int) -> list[int]:

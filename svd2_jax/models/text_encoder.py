@@ -8,6 +8,7 @@ float32. Axes: B prompts, P tokens, E model width, N heads, D head dim; Q and K 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -18,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from svd2_jax.config import TextConfig
+from svd2_jax.nn.random_params import random_params
 
 Params = Any  # nested dict of arrays, the parameters of one item
 
@@ -52,13 +54,11 @@ class _Attention(nn.Module):
         cfg = self.cfg
         batch, tokens, width = x_BPE.shape
         heads = (batch, tokens, cfg.num_heads, cfg.dim_attn // cfg.num_heads)
-        q_std = (cfg.dim * cfg.dim_attn) ** -0.5 * cfg.num_heads**0.5  # stands in for the missing scaling
-        q_BQND = _linear(cfg.dim_attn, q_std, "q")(x_BPE).reshape(heads)
-        k_BKND = _linear(cfg.dim_attn, cfg.dim**-0.5, "k")(x_BPE).reshape(heads)
-        v_BKND = _linear(cfg.dim_attn, cfg.dim**-0.5, "v")(x_BPE).reshape(heads)
-        table = self.param(
-            "position_bias", nn.initializers.normal(cfg.num_heads**-0.5), (cfg.num_buckets, cfg.num_heads)
-        )
+        q_BQND = _linear(cfg.dim_attn, "q")(x_BPE).reshape(heads)
+        k_BKND = _linear(cfg.dim_attn, "k")(x_BPE).reshape(heads)
+        v_BKND = _linear(cfg.dim_attn, "v")(x_BPE).reshape(heads)
+        buckets = (cfg.num_buckets, cfg.num_heads)
+        table = self.param("position_bias", nn.initializers.normal(), buckets)
         buckets_QK = relative_buckets(tokens, cfg.num_buckets, cfg.max_distance)
         bias_QKN = table.astype(jnp.float32)[buckets_QK]
         logits_BNQK = jnp.einsum("BQND,BKND->BNQK", q_BQND, k_BKND, preferred_element_type=jnp.float32)
@@ -66,7 +66,7 @@ class _Attention(nn.Module):
         logits_BNQK = jnp.where(mask_BP[:, None, None, :] > 0, logits_BNQK, jnp.finfo(jnp.float32).min)
         weights_BNQK = jax.nn.softmax(logits_BNQK, axis=-1).astype(x_BPE.dtype)
         y_BQND = jnp.einsum("BNQK,BKND->BQND", weights_BNQK, v_BKND)
-        return _linear(width, cfg.dim_attn**-0.5, "o")(y_BQND.reshape(batch, tokens, cfg.dim_attn))
+        return _linear(width, "o")(y_BQND.reshape(batch, tokens, cfg.dim_attn))
 
 
 class _MLP(nn.Module):
@@ -75,9 +75,9 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BPE: jax.Array) -> jax.Array:
         cfg = self.cfg
-        gate = nn.gelu(_linear(cfg.dim_ffn, cfg.dim**-0.5, "gate")(x_BPE), approximate=True)
-        up = _linear(cfg.dim_ffn, cfg.dim**-0.5, "up")(x_BPE)
-        return _linear(cfg.dim, cfg.dim_ffn**-0.5, "down")(up * gate)
+        gate = nn.gelu(_linear(cfg.dim_ffn, "gate")(x_BPE), approximate=True)
+        up = _linear(cfg.dim_ffn, "up")(x_BPE)
+        return _linear(cfg.dim, "down")(up * gate)
 
 
 class Block(nn.Module):
@@ -91,8 +91,8 @@ class Block(nn.Module):
         return x_BPE + _MLP(self.cfg, name="mlp")(_RMSNorm(name="norm_mlp")(x_BPE))
 
 
-def _linear(features: int, std: float, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(std), name=name)
+def _linear(features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, name=name)
 
 
 def relative_buckets(tokens: int, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -151,20 +151,23 @@ def encode(cfg: TextConfig, params: Mapping[str, Params], ids: jax.Array, mask: 
     return head(params[HEAD_ITEM], x, mask)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def init_params(cfg: TextConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
     """Returns random parameters {item: tree} of all text items."""
-    key_embed, *key_blocks = jax.random.split(key, 1 + cfg.num_layers)
-    x, mask = jnp.zeros((1, 1, cfg.dim)), jnp.ones((1, 1), jnp.int32)
-    params: dict[str, Params] = {
-        EMBED_ITEM: {"embedding": jax.random.normal(key_embed, (cfg.vocab, cfg.dim), dtype)}
-    }
-    for layer, key_block in enumerate(key_blocks):
-        block = Block(cfg).init(key_block, x, mask)["params"]
-        params[block_item(layer)] = jax.tree.map(lambda leaf: leaf.astype(dtype), block)
-    params[HEAD_ITEM] = {"norm": {"scale": jnp.ones((cfg.dim,), dtype)}}
-    return params
+    return random_params(abstract_params(cfg), key, dtype)
 
 
 def abstract_params(cfg: TextConfig, dtype: Any = jnp.float32) -> dict[str, Params]:
     """Returns {item: tree} of ShapeDtypeStruct for all text items; computes nothing."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), dtype))
+
+    def init_block() -> Params:
+        x, mask = jnp.zeros((1, 1, cfg.dim)), jnp.ones((1, 1), jnp.int32)
+        block = Block(cfg).init(jax.random.key(0), x, mask)["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), block)
+
+    block = jax.eval_shape(init_block)
+    return {
+        EMBED_ITEM: {"embedding": jax.ShapeDtypeStruct((cfg.vocab, cfg.dim), dtype)},
+        **{block_item(layer): block for layer in range(cfg.num_layers)},
+        HEAD_ITEM: {"norm": {"scale": jax.ShapeDtypeStruct((cfg.dim,), dtype)}},
+    }

@@ -9,6 +9,7 @@ computed in float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -23,6 +24,7 @@ from svd2_jax.config import LATENT_STRIDE, VAEConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.nn.attention import attend
 from svd2_jax.nn.causal_conv import CausalConv
+from svd2_jax.nn.random_params import random_params
 from svd2_jax.nn.resample import unfold_frames, upsample_space
 
 Params = Any  # nested dict of arrays, the parameters of one part
@@ -373,22 +375,27 @@ def init_decode_state(
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
 def init_params(cfg: VAEConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
     """Returns random parameters {"vae.encoder": tree, "vae.decoder": tree} that keep activations bounded."""
-    size = 2 ** (len(cfg.dim_mult) - 1)
-    key_encoder, key_decoder = jax.random.split(key)
-    pixels = jnp.zeros((1, 1 + LATENT_STRIDE, size, size, 3))
-    latents = jnp.zeros((1, 2, 1, 1, cfg.z_dim))
-    params = {
-        ENCODER_ITEM: Encoder(cfg).init(key_encoder, pixels, None)["params"],
-        DECODER_ITEM: Decoder(cfg).init(key_decoder, latents, None)["params"],
-    }
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    return random_params(abstract_params(cfg), key, dtype)
 
 
 def abstract_params(cfg: VAEConfig, dtype: Any = jnp.float32) -> dict[str, Params]:
     """Returns {"vae.encoder": tree, "vae.decoder": tree} of ShapeDtypeStruct; computes nothing."""
-    return jax.eval_shape(lambda: init_params(cfg, jax.random.key(0), dtype))
+    size = 2 ** (len(cfg.dim_mult) - 1)
+
+    def init() -> dict[str, Params]:
+        key = jax.random.key(0)
+        pixels = jnp.zeros((1, 1 + LATENT_STRIDE, size, size, 3))
+        latents = jnp.zeros((1, 2, 1, 1, cfg.z_dim))
+        params = {
+            ENCODER_ITEM: Encoder(cfg).init(key, pixels, None)["params"],
+            DECODER_ITEM: Decoder(cfg).init(key, latents, None)["params"],
+        }
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return jax.eval_shape(init)
 
 
 def _in_pieces(
