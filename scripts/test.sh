@@ -8,10 +8,14 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-if [ "${1:-}" = "--fast" ]; then
+for argument in "$@"; do
   shift
-  set -- -m "not slow" "$@"
-fi
+  if [ "$argument" = "--fast" ]; then
+    set -- "$@" -m "not slow"
+  else
+    set -- "$@" "$argument"
+  fi
+done
 
 prepare_venv dev
 cd "$ROOT"
