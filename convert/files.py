@@ -18,7 +18,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_LEGACY_MAGICS = (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9", b"\x80\x02}", b"\x80\x02c")  # a bare pickle, protocol 2
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19."  # a pickled magic number
 _LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 64
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
@@ -139,7 +139,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_torch(file)
     if looks_like_safetensors(head):
         return read_safetensors(file)
-    if head.startswith(_LEGACY_MAGICS):
+    if head.startswith(_LEGACY_MAGIC):
         raise ConversionError(
             f"{path}: the old torch format (before PyTorch 1.6), which cannot be mapped; re-save it with "
             "PyTorch: torch.save(torch.load(FILE, map_location='cpu'), NEW_FILE)"

@@ -24,9 +24,10 @@ from svd2_jax.errors import ConversionError
 
 STATE_KEYS = ("generator", "generator_ema", "state_dict")  # first found wins, like the reference
 
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, name length, extra length
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, length of the name, length of the extra field
+_LOCAL_SIGNATURE = b"PK\x03\x04"
 _HOW_TO_RESAVE = (
-    "if you trust the file, load it with PyTorch once and save only its weights: "
+    "If you trust the file, load it with PyTorch once and save only its weights: "
     "torch.save(torch.load(FILE, weights_only=False)['generator'], NEW_FILE)"
 )
 
@@ -114,19 +115,20 @@ def read_torch(file: MappedFile) -> dict[str, Tensor]:
     Raises ConversionError if the file is truncated, not written by torch.save, or names a forbidden global.
     """
     label = file.path
-    records = _records(file)
-    pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
+    directory = _directory(file)
+    pickles = [name for name in directory if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise ConversionError(f"{label}: a zip file, but not a PyTorch checkpoint (no data.pkl inside)")
     root = pickles[0].removesuffix("data.pkl")
-    if root + "constants.pkl" in records:
+    if root + "constants.pkl" in directory:
         raise ConversionError(f"{label}: a TorchScript program, not a checkpoint of weights")
-    if _record_bytes(file, records.get(root + "byteorder")) not in (b"", b"little"):
+    byteorder = directory.get(root + "byteorder")  # absent in files of older versions
+    if byteorder is not None and _read_record(file, byteorder) != b"little":
         raise ConversionError(f"{label}: written on a big-endian machine; re-save it on a little-endian one")
     try:
-        content = _Unpickler(_record_bytes(file, records[pickles[0]]), str(label)).load()
+        content = _Unpickler(_read_record(file, directory[pickles[0]]), str(label)).load()
         state = _state_dict(content, str(label))
-        return {name: _locate(name, ref, file, root, records) for name, ref in state.items()}
+        return {name: _locate(name, ref, file, root, directory) for name, ref in state.items()}
     except ConversionError:
         raise
     except Exception as e:  # a damaged pickle, or what it describes, fails in any way at all
@@ -155,11 +157,11 @@ class _Record(NamedTuple):
     nbytes: int
 
 
-def _records(file: MappedFile) -> dict[str, _Record]:
-    """Returns where each record's bytes lie; raises ConversionError if the archive is damaged or cut."""
+def _directory(file: MappedFile) -> dict[str, zipfile.ZipInfo]:
+    """Returns the archive's records by name; raises ConversionError if it is damaged or cut short."""
     try:
         with zipfile.ZipFile(file.path) as archive:
-            return {info.filename: _record(file, info) for info in archive.infolist()}
+            return {info.filename: info for info in archive.infolist()}
     except (zipfile.BadZipFile, struct.error, EOFError):
         raise ConversionError(
             f"{file.path}: truncated or damaged (its zip directory is missing); download it again"
@@ -167,27 +169,32 @@ def _records(file: MappedFile) -> dict[str, _Record]:
 
 
 def _record(file: MappedFile, info: zipfile.ZipInfo) -> _Record:
+    """Returns where the record's bytes lie; raises ConversionError if they are not all there."""
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ConversionError(f"{file.path}: record {info.filename} is compressed, as torch.save never does")
-    signature, name_len, extra_len = _LOCAL_HEADER.unpack_from(file.map, info.header_offset)
-    offset = info.header_offset + _LOCAL_HEADER.size + name_len + extra_len
-    if signature != b"PK\x03\x04" or offset + info.file_size > len(file):
-        raise ConversionError(f"{file.path}: truncated or damaged at {info.filename}; download it again")
-    return _Record(offset, info.file_size)
+        raise ConversionError(f"{file.path}: {info.filename} is compressed, as torch.save never does")
+    header = file.map[info.header_offset : info.header_offset + _LOCAL_HEADER.size]
+    if len(header) == _LOCAL_HEADER.size:
+        signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
+        offset = info.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
+        if signature == _LOCAL_SIGNATURE and offset + info.file_size <= len(file):
+            return _Record(offset, info.file_size)
+    raise ConversionError(f"{file.path}: truncated or damaged at {info.filename}; download it again")
 
 
-def _record_bytes(file: MappedFile, record: _Record | None) -> bytes:
-    return b"" if record is None else file.map[record.offset : record.offset + record.nbytes]
+def _read_record(file: MappedFile, info: zipfile.ZipInfo) -> bytes:
+    record = _record(file, info)
+    return file.map[record.offset : record.offset + record.nbytes]
 
 
 def _locate(
-    name: str, ref: _TensorRef, file: MappedFile, root: str, records: Mapping[str, _Record]
+    name: str, ref: _TensorRef, file: MappedFile, root: str, directory: Mapping[str, zipfile.ZipInfo]
 ) -> Tensor:
     """Returns the tensor at its place in the file, checked against the bounds of its storage."""
     dtype = _STORAGE_DTYPES[ref.storage.dtype]
-    record = records.get(f"{root}data/{ref.storage.key}")
-    if record is None:
+    info = directory.get(f"{root}data/{ref.storage.key}")
+    if info is None:
         raise ConversionError(f"{file.path}: damaged, the data of {name} is missing")
+    record = _record(file, info)
     numbers = (ref.offset, *ref.shape, *ref.strides)
     if len(ref.shape) != len(ref.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ConversionError(f"{file.path}: damaged, {name} has the impossible shape {ref.shape}")

@@ -7,12 +7,13 @@ renamed at the end: what has the right name is complete.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import logging
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -194,8 +195,10 @@ class Checkpoint:
     def abstract(self, item: str) -> dict[str, Any]:
         """Returns the item's tree as ShapeDtypeStructs."""
         with self._reading(item) as (checkpointer, folder):
-            tree = checkpointer.metadata(folder).item_metadata.tree
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+            metadata = checkpointer.metadata(folder).item_metadata
+            if metadata is None:  # Orbax logs why and goes on
+                raise ValueError("its description cannot be read")
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
     def restore(self, item: str, sharding: Any = None, dtype: Any = None) -> dict[str, Any]:
         """Returns the item's tree as JAX arrays.
@@ -245,7 +248,7 @@ def _checkpointer() -> Iterator[Any]:
 
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
             yield checkpointer
@@ -254,31 +257,42 @@ def _checkpointer() -> Iterator[Any]:
 
 
 def _handler() -> Any:
+    """Returns Orbax's handler of trees with our way of writing NumPy arrays."""
     import orbax.checkpoint as ocp
-
-    # Uncompressed: trained weights shrink little, and a stream should start fast.
-    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=_type_handlers())
-
-
-@functools.cache
-def _type_handlers() -> Any:
     from orbax.checkpoint import type_handlers
 
-    # The stock NumPy handler copies every array first, in case the caller changes it meanwhile. We wait.
-    return type_handlers.create_type_handler_registry(
-        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    class Writer(type_handlers.NumpyHandler):
+        """Lets a leaf that failed wait for the others: Orbax closes the event loop under their feet else."""
+
+        running = 0
+
+        async def _open_and_write(self, *args: Any, **kwargs: Any) -> None:
+            self.running += 1
+            failed = True
+            try:
+                await super()._open_and_write(*args, **kwargs)
+                failed = False
+            finally:
+                self.running -= 1
+                while failed and self.running:
+                    await asyncio.sleep(0.01)
+
+    registry = type_handlers.create_type_handler_registry(
+        # The stock handler copies every array first, in case the caller changes it meanwhile. We wait.
+        (np.ndarray, Writer(deepcopy_host_arrays=False)),
         (jax.Array, type_handlers.ArrayHandler()),
     )
+    # Uncompressed: trained weights shrink little, and a stream should start fast.
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 @contextlib.contextmanager
 def _readable_errors(path: Path) -> Iterator[None]:
-    """Turns a failed write into one line; Orbax reports a full disk as ValueError, errno in its text."""
+    """Turns a failed write into one line; Orbax reports a full disk as ValueError with the system's text."""
     try:
         yield
     except (OSError, ValueError) as e:
-        number = e.errno if isinstance(e, OSError) else None
-        if number in _DISK_FULL or any(f"OS error {n}" in str(e) for n in _DISK_FULL):
+        if any(os.strerror(number) in str(e) for number in _DISK_FULL):
             raise CheckpointError(
                 f"{path}: the disk is full (or a size limit was reached); nothing was kept. Free some space "
                 "or choose another place"
