@@ -262,6 +262,26 @@ class StreamConfig(_Config):
                 f"rope_refresh must be at least cache_frames={self.cache_frames}, got {self.rope_refresh}"
             )
 
+    @classmethod
+    def for_task(cls, task: str, steps: int = 2, **settings: Any) -> Self:
+        """Returns the published configuration of a task ("v2v" or "t2v") with `steps` steps, 1 to 4.
+
+        Text-to-video adds a clean pass at timestep 0 behind its steps, and works on blocks of three latent
+        frames within the window of 21 that the model was trained on. `settings` replace single fields.
+        """
+        if not 1 <= steps <= len(V2V_TIMESTEPS):
+            raise ConfigError(f"steps must be 1 to {len(V2V_TIMESTEPS)}, got {steps}")
+        defaults: dict[str, Any] = {"task": task, "timesteps": V2V_TIMESTEPS[:steps]}
+        if task == "t2v":
+            defaults.update(
+                timesteps=(*T2V_TIMESTEPS[:steps], 0),
+                frames_per_block=3,
+                cache_frames=21,
+                sink_frames=3,
+                sink_threshold=SINK_THRESHOLD_OFF,
+            )
+        return cls.from_dict({**defaults, **settings})
+
     @property
     def steps(self) -> int:
         """Denoising steps S."""

@@ -1,4 +1,4 @@
-"""Video files to frames and frames to video files, one piece at a time; a procedural test clip.
+"""Video files to frames and frames to video files, one piece at a time; a procedural test clip and contact sheets.
 
 The border where pixels enter and leave: outside any container or codec, inside uint8 RGB frames [H, W, 3].
 Neither direction holds more than a few frames, so an hour-long file needs no more memory than a short one.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +24,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
+from PIL import Image, ImageDraw
 
 from svd2_jax.errors import MediaError
 
@@ -209,6 +210,12 @@ class VideoWriter:
     included, removes it and leaves the target as it was.
 
     The suffix chooses the format: H.264 for .mp4, .mov and .mkv, VP9 for .webm.
+
+    Attributes:
+      path: file to write.
+      size: (height, width) of its frames.
+      fps: frames per second.
+      frames_written: frames so far.
     """
 
     def __init__(self, path: str | os.PathLike[str], fps: float, height: int, width: int):
@@ -223,26 +230,26 @@ class VideoWriter:
         Raises:
           MediaError: the path, the rate or the size cannot be used.
         """
-        self._path = Path(path)
-        suffix = self._path.suffix.lower()
-        if self._path.is_dir():
-            raise MediaError(f"{self._path}: is a folder, expected a file name to write")
+        self.path = Path(path)
+        suffix = self.path.suffix.lower()
+        if self.path.is_dir():
+            raise MediaError(f"{self.path}: is a folder, expected a file name to write")
         if suffix not in _ENCODINGS:
             raise MediaError(
-                f"{self._path}: cannot write the format {suffix!r}; supported are {', '.join(_ENCODINGS)}"
+                f"{self.path}: cannot write the format {suffix!r}; supported are {', '.join(_ENCODINGS)}"
             )
-        if not self._path.parent.is_dir():
-            raise MediaError(f"{self._path}: the folder {self._path.parent} does not exist; create it first")
+        if not self.path.parent.is_dir():
+            raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
         self._rate = Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR) if 0 < fps < 1e4 else Fraction(0)
         if not self._rate:
             raise MediaError(f"fps must be above 0 and below 10000, got {fps}")
         for name, value in (("height", height), ("width", width)):
             if value < 2 or value % 2:
                 raise MediaError(f"{name} must be a positive even number of pixels, got {value}")
-        self._height, self._width = height, width
+        self.size, self.fps = (height, width), fps
         self._encoding = _ENCODINGS[suffix]
         # FFmpeg picks the container from the suffix, so the temporary name keeps it.
-        self._part = self._path.with_name(f".{self._path.stem}.{secrets.token_hex(4)}.part{suffix}")
+        self._part = self.path.with_name(f".{self.path.stem}.{secrets.token_hex(4)}.part{suffix}")
         self._reformatter = VideoReformatter()
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
@@ -265,7 +272,8 @@ class VideoWriter:
             VideoStream,
             container.add_stream(self._encoding.codec, rate=self._rate, options=dict(self._encoding.options)),
         )
-        stream.width, stream.height, stream.pix_fmt = self._width, self._height, "yuv420p"
+        stream.height, stream.width = self.size
+        stream.pix_fmt = "yuv420p"
         # Said outright, because players guess the matrix from the picture size when it is not.
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
@@ -275,11 +283,11 @@ class VideoWriter:
     def write(self, frames: np.ndarray) -> None:
         """Appends `frames`, uint8 [T, H, W, 3] of the writer's size, T >= 0."""
         if self._container is None or self._stream is None:
-            raise MediaError(f"{self._path}: not open; write inside `with VideoWriter(...) as writer:`")
-        expected = (self._height, self._width, 3)
+            raise MediaError(f"{self.path}: not open; write inside `with VideoWriter(...) as writer:`")
+        expected = (*self.size, 3)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
             raise MediaError(
-                f"{self._path}: expected uint8 frames [T, {self._height}, {self._width}, 3], "
+                f"{self.path}: expected uint8 frames [T, {', '.join(map(str, expected))}], "
                 f"got {frames.dtype} {list(frames.shape)}"
             )
         try:
@@ -306,11 +314,11 @@ class VideoWriter:
         assert self._container is not None
         assert self._stream is not None
         if not self.frames_written:
-            raise MediaError(f"{self._path}: no frames were written, so there is no video to keep")
+            raise MediaError(f"{self.path}: no frames were written, so there is no video to keep")
         self._container.mux(self._stream.encode(None))
         self._container.close()
         self._container = None
-        os.replace(self._part, self._path)
+        os.replace(self._part, self.path)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -338,13 +346,13 @@ class VideoWriter:
         """Raises MediaError for what encoding and writing can fail with, does nothing for the rest."""
         if isinstance(error, UnknownCodecError):
             raise MediaError(
-                f"{self._path}: this build of PyAV has no encoder {self._encoding.codec!r}; "
+                f"{self.path}: this build of PyAV has no encoder {self._encoding.codec!r}; "
                 "install the `av` wheel from the package index"
             ) from error
         if isinstance(error, (FFmpegError, OSError, ValueError)):
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             hint = "; free some space or write elsewhere" if full else ""
-            raise MediaError(f"{self._path}: cannot be written ({_reason(error)}){hint}") from error
+            raise MediaError(f"{self.path}: cannot be written ({_reason(error)}){hint}") from error
 
 
 def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -384,3 +392,43 @@ def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Itera
             inside = np.clip(radii[i] - distance + 0.5, 0, 1)[..., None]  # one pixel of soft edge
             picture = picture * (1 - inside) + colours[i] * inside
         yield np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def contact_sheet(
+    path: str | os.PathLike[str],
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[np.ndarray],
+    prompts: Mapping[int, str],
+    columns: int = 6,
+) -> None:
+    """Writes a PNG of evenly spaced frames: input above output, the prompt in force as caption.
+
+    Args:
+      path: file to write.
+      inputs: uint8 frames [H, W, 3].
+      outputs: as many frames of the same size.
+      prompts: prompt by the frame from which it holds; frame 0 must be there.
+      columns: frames shown at most.
+
+    Raises:
+      MediaError: the file cannot be written.
+    """
+    height, width = outputs[0].shape[:2]
+    count = min(columns, len(outputs))
+    shown = [round(i * (len(outputs) - 1) / max(count - 1, 1)) for i in range(count)]
+    gap, caption = 6, 18
+    sheet = Image.new("RGB", (count * (width + gap) + gap, 2 * (height + gap) + gap + caption), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, frame in enumerate(shown):
+        left = gap + column * (width + gap)
+        sheet.paste(Image.fromarray(inputs[frame]), (left, gap))
+        sheet.paste(Image.fromarray(outputs[frame]), (left, 2 * gap + height))
+        prompt = prompts[max(at for at in prompts if at <= frame)]
+        text = f"{frame}: {prompt}"
+        while draw.textlength(text) > width and len(text) > 1:
+            text = text[:-2].rstrip() + "…"
+        draw.text((left, 2 * (gap + height) + gap // 2), text, fill="black")
+    try:
+        sheet.save(path)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({_reason(error)})") from error

@@ -16,7 +16,7 @@ from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams, ItemReader
 from svd2_jax.engine.programs import Programs
-from svd2_jax.engine.prompt import PromptEncoder, TextPlacement
+from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
 from svd2_jax.engine.session import DeviceSession
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError
@@ -96,16 +96,19 @@ class DeviceEngine:
         tokenizer = Tokenizer.bytes_fallback(model.dit.text_len, model.text.vocab)
         return cls(model, reader, PromptEncoder(model.text, tokenizer, reader, keep=True), device, attention)
 
-    def open(self, spec: SessionSpec, noise: NoiseSource | None = None) -> DeviceSession:
+    def open(
+        self, spec: SessionSpec, noise: NoiseSource | None = None, prompts: Prompts | None = None
+    ) -> DeviceSession:
         """Compiles what a session needs (once per shape) and opens it.
 
         Args:
           spec: what to do.
           noise: where Gaussians come from; None draws them from the seed.
+          prompts: where text embeddings come from; None is the model's own text encoder.
         """
         params = self.params(spec.stream)
         programs = self.programs(spec.stream, spec.pixels)
-        return DeviceSession(self.model, spec, params, programs, self.prompts, self.device, noise)
+        return DeviceSession(spec, params, programs, prompts or self.prompts, self.device, noise)
 
     def params(self, cfg: StreamConfig) -> EngineParams:
         """Returns the parameters a stream needs, reading what is not on the device yet."""
@@ -119,6 +122,15 @@ class DeviceEngine:
                 self.model, cfg, self.params(cfg), self.device, pixels, self._attention
             )
         return self._programs[key]
+
+    def describe(self, cfg: StreamConfig) -> str:
+        """Returns one line on the model, its size on the device and where it runs."""
+        leaves = jax.tree.leaves(self.params(cfg))
+        count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
+        return (
+            f"{self.model.name}: {count / 1e6:.1f} million parameters, {size / 2**30:.2f} GiB as {leaves[0].dtype}, "
+            f"on {self.device.device_kind} {self.device.id}"
+        )
 
     def _item(self, item: str) -> params_lib.Params:
         if item not in self._items:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,14 @@ from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.models import text_encoder
 
 TextPlacement = Literal["host", "device", "disk"]
+
+
+class Prompts(Protocol):
+    """Turns prompts into text embeddings."""
+
+    def encode(self, prompt: str) -> np.ndarray:
+        """Returns the embedding, float32 [1, P, dim], of a prompt."""
+        ...
 
 
 class PromptEncoder:
@@ -33,12 +42,16 @@ class PromptEncoder:
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the embedding, float32 [1, P, dim], of a prompt; rows of padding are zero."""
-        ids, mask = self._tokenizer([prompt])
+        ids, mask = self.tokenize([prompt])
         x = self._embed(self._item(text_encoder.EMBED_ITEM), ids)
         for i in range(self._cfg.num_layers):
             x = self._block(self._item(text_encoder.block_item(i)), x, mask)
         x = self._head(self._item(text_encoder.HEAD_ITEM), x, mask)
         return np.asarray(x.astype(jnp.float32))
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns token ids and mask, int32 [B, P], of prompts."""
+        return self._tokenizer(prompts)
 
     def _item(self, item: str) -> Params:
         if item in self._kept:

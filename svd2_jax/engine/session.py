@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.api import Chunk, SessionSpec, check_prompt
-from svd2_jax.config import ModelConfig
 from svd2_jax.engine.noise import ChunkNoise, NoiseSource
 from svd2_jax.engine.params import EngineParams
 from svd2_jax.engine.programs import Programs
-from svd2_jax.engine.prompt import PromptEncoder
+from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import ConfigError, SessionError
 
 
@@ -55,11 +54,10 @@ class DeviceSession:
 
     def __init__(
         self,
-        model: ModelConfig,
         spec: SessionSpec,
         params: EngineParams,
         programs: Programs,
-        prompts: PromptEncoder,
+        prompts: Prompts,
         device: jax.Device,
         noise: NoiseSource | None = None,
     ):

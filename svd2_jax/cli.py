@@ -1,0 +1,337 @@
+"""The command line: `svd2 run | convert | verify | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from svd2_jax import media
+from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
+from svd2_jax.config import PRESETS, StreamConfig
+from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
+
+if TYPE_CHECKING:
+    from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.session import DeviceSession
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+RANDOM = "random:"
+T2V_FPS = 16.0  # the rate Wan2.1 was trained at
+DEMO_PROMPTS = {0: "a neon city at night", 24: "an oil painting of the sea", 48: "a pencil sketch"}
+
+RUN_EXAMPLES = """\
+examples:
+  svd2 run --checkpoint ckpt --input in.mp4 --prompt "a watercolour painting" --output out.mp4
+  svd2 run --checkpoint ckpt --input in.mp4 --prompt "a sunny day" --prompt-at "120=heavy rain" --blend 8 \\
+      --steps 4 --output out.mp4
+  svd2 run --checkpoint ckpt --prompt "a dog runs on the beach" --frames 81 --output dog.mp4
+
+Without --input the video is made from the text alone (text-to-video). Pictures of random weights mean nothing,
+but --checkpoint random:wan-1.3b shows what a machine can do before anything is downloaded.
+"""
+VERIFY_EXAMPLES = """\
+example:
+  svd2 verify tests/goldens
+  svd2 verify tests/goldens --dtype bfloat16 --json report.json
+
+Converts the weights found in the folder, runs every golden file there is through the same programs that
+`svd2 run` uses, and prints one line each. Exit code 1 if any fails.
+"""
+DEMO_EXAMPLES = """\
+example:
+  svd2 demo --out out
+
+Re-draws a short synthetic clip, with two changes of prompt on the way, and writes demo.mp4 and demo.png.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; bad input becomes one line on standard error."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.command(args)
+    except Svd2Error as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def entry_point() -> None:
+    """The console command."""
+    sys.exit(main())
+
+
+def _parser() -> argparse.ArgumentParser:
+    from convert import cli as convert_cli
+
+    parser = argparse.ArgumentParser(
+        prog="svd2",
+        description="Live video re-drawn to a text prompt.",
+        epilog="`svd2 COMMAND --help` shows each command's options and examples.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Any, text: str, examples: str | None) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        added.set_defaults(command=function)
+        return added
+
+    _add_run(command("run", _run, "re-draw a video file to a prompt, or make one from text", RUN_EXAMPLES))
+    convert_cli.add_arguments(
+        command("convert", convert_cli.run, "convert published PyTorch weights into a checkpoint folder", None)
+    )
+    _add_verify(command("verify", _verify, "check the numbers against the reference's", VERIFY_EXAMPLES))
+    _add_demo(command("demo", _demo, "see it work in a minute, without any weights", DEMO_EXAMPLES))
+    return parser
+
+
+# --- svd2 run
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    stream = StreamConfig()
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FOLDER",
+        help=f"folder that `svd2 convert` wrote, or {RANDOM}PRESET for random weights ({', '.join(PRESETS)})",
+    )  # fmt: skip
+    parser.add_argument("--prompt", required=True, help="what the video should look like")
+    parser.add_argument("--output", required=True, type=Path, help="video file to write; replaced if it exists")
+    parser.add_argument("--input", type=Path, help="video file to re-draw; without it: text-to-video")
+    parser.add_argument("--frames", type=int, help="frames to make (text-to-video), or to take from the input")
+    parser.add_argument(
+        "--prompt-at", action="append", default=[], metavar="FRAME=TEXT",
+        help="change the prompt with the chunk that holds this frame; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blend", type=int, default=0, metavar="CHUNKS", help="spread a prompt change over so many chunks"
+    )
+    parser.add_argument("--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
+                        help="0 to 1: the higher, the freer the re-drawing (default %(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same video (default %(default)s)")
+    parser.add_argument("--fps", type=float, help="of the output (default: the input's, or 16)")
+
+    shape = parser.add_argument_group("what is computed (defaults: published settings of the task)")
+    shape.add_argument("--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml")
+    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2)")
+    shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
+    shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
+    shape.add_argument("--mode", choices=("stream", "sequential"),
+                       help="stream: all steps at once on different chunks, highest throughput; sequential: one "
+                            "chunk at a time, lowest latency (default stream)")  # fmt: skip
+    shape.add_argument("--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)")
+    shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
+    shape.add_argument("--sink-frames", type=int, metavar="N", help="of these, kept as anchors")
+    shape.add_argument("--sink-threshold", type=float, metavar="X",
+                       help="similarity below which an anchor is replaced; -1: never")  # fmt: skip
+
+    machine = parser.add_argument_group("where and how it runs")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)")
+    machine.add_argument(
+        "--text-encoder", choices=("host", "device", "disk"), default="host",
+        help="where it lives: host memory (default), the accelerator, or read anew for every prompt",
+    )  # fmt: skip
+    machine.add_argument("-v", "--verbose", action="store_true", help="say what is loaded and how large it is")
+
+
+def _run(args: argparse.Namespace) -> int:
+    cfg = _stream_config(args)
+    spec = SessionSpec(args.prompt, cfg, args.noise_scale, args.seed)
+    prompts = dict(_parse_prompt_at(text) for text in args.prompt_at)
+    if args.frames is not None and args.frames < 1:
+        raise ConfigError(f"--frames must be at least 1, got {args.frames}")
+    if args.blend < 0:
+        raise ConfigError(f"--blend must be at least 0, got {args.blend}")
+
+    if cfg.task == "t2v":
+        if args.frames is None:
+            raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
+        writer = media.VideoWriter(args.output, args.fps or T2V_FPS, cfg.height, cfg.width)
+        with _open(args, spec) as session:
+            _write(session.run(count=args.frames, prompts=prompts, blend_chunks=args.blend), writer, args.frames)
+    else:
+        with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
+            writer = media.VideoWriter(args.output, args.fps or reader.fps, cfg.height, cfg.width)
+            with _open(args, spec) as session:
+                frames = session.run(reader, prompts=prompts, blend_chunks=args.blend)
+                _write(frames, writer, reader.frame_count)
+    return 0
+
+
+def _stream_config(args: argparse.Namespace) -> StreamConfig:
+    """Returns the stream configuration: the task's published one, then --config, then single options."""
+    settings: dict[str, Any] = _read_yaml(args.config) if args.config else {}
+    task = "v2v" if args.input else "t2v"
+    if settings.pop("task", task) != task:
+        wanted = "leave out --input" if args.input else "add --input VIDEO"
+        raise ConfigError(f"{args.config} is for the other task; {wanted}")
+    for name in ("height", "width", "mode", "decoder", "cache_frames", "sink_frames", "sink_threshold"):
+        value = getattr(args, name)
+        if value is not None:
+            settings[name] = value
+    if args.steps is not None:
+        settings.pop("timesteps", None)
+    return StreamConfig.for_task(task, 2 if args.steps is None else args.steps, **settings)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{path}: cannot be read as YAML ({str(e).splitlines()[0]})") from e
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected lines of `name: value`, got {type(values).__name__}")
+    return values
+
+
+def _parse_prompt_at(text: str) -> tuple[int, str]:
+    frame, separator, prompt = text.partition("=")
+    if not separator or not frame.strip().isdigit() or not prompt.strip():
+        raise ConfigError(f"--prompt-at takes FRAME=TEXT, for example 120=heavy rain; got {text!r}")
+    return int(frame), prompt
+
+
+def _open(args: argparse.Namespace, spec: SessionSpec) -> DeviceSession:
+    """Loads the model, compiles its programs and opens the session."""
+    started = time.monotonic()
+    engine = _engine(args)
+    _say(f"compiling for {spec.stream.width}x{spec.stream.height}, {spec.stream.steps} steps, {spec.stream.mode}")
+    session = _device_errors(engine.open, spec)
+    if args.verbose:
+        _say(engine.describe(spec.stream))
+    _say(f"ready after {time.monotonic() - started:.1f} s")
+    return session
+
+
+def _engine(args: argparse.Namespace) -> DeviceEngine:
+    from svd2_jax.engine.engine import DeviceEngine  # late: JAX takes a second to load
+
+    if args.checkpoint.startswith(RANDOM):
+        name = args.checkpoint.removeprefix(RANDOM)
+        _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
+        return DeviceEngine.random(name, dtype=args.dtype or "float32")
+    _say(f"loading {args.checkpoint}")
+    return DeviceEngine.from_checkpoint(args.checkpoint, args.dtype, args.text_encoder)
+
+
+def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter, total: int | None) -> None:
+    """Writes finished frames with a progress bar, then says what was written."""
+    started, count = time.monotonic(), 0
+    with writer, tqdm(total=total, unit="frame", desc="re-drawing", dynamic_ncols=True) as bar:
+        for chunk in _guarded(frames):
+            writer.write(chunk)
+            count += len(chunk)
+            bar.update(len(chunk))
+        if not count:
+            raise MediaError("the input holds no frame; nothing to re-draw")
+    seconds = time.monotonic() - started
+    height, width = writer.size
+    print(
+        f"{writer.path}: {count} frames, {width}x{height} at {writer.fps:g} fps, "
+        f"made in {seconds:.1f} s ({count / seconds:.2f} frames/s)"
+    )
+
+
+def _guarded(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    iterator = iter(frames)
+    while (chunk := _device_errors(next, iterator, None)) is not None:
+        yield chunk
+
+
+def _device_errors(function: Any, *args: Any) -> Any:
+    """Calls a function; a failing device becomes one line that says what to try."""
+    import jax
+
+    try:
+        return function(*args)
+    except jax.errors.JaxRuntimeError as e:
+        reason = str(e).splitlines()[0]
+        hint = "; try a smaller --height and --width, fewer --steps or --dtype bfloat16"
+        raise EngineError(f"the device failed: {reason}{hint if 'RESOURCE_EXHAUSTED' in reason else ''}") from e
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- svd2 verify
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="golden folder, laid out like tests/goldens")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="bfloat16 checks with looser, stated tolerances (default %(default)s)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from svd2_jax import verify
+
+    if args.json and not args.json.parent.is_dir():
+        raise ConfigError(f"{args.json}: the folder {args.json.parent} does not exist; create it first")
+    files = verify.golden_files(args.folder)
+    outcomes = []
+    with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
+        for outcome in verify.verify(args.folder, args.dtype):
+            outcomes.append(outcome)
+            bar.write(outcome.line(), file=sys.stdout)
+            bar.update()
+    if args.json:
+        args.json.write_text(json.dumps(verify.report(outcomes, args.dtype), indent=1) + "\n")
+    failed = [o.name for o in outcomes if not o.passed]
+    written = f"; report in {args.json}" if args.json else ""
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} goldens pass in {args.dtype}{written}")
+    return EXIT_FAILED if failed else 0
+
+
+# --- svd2 demo
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default %(default)s)")
+    parser.add_argument("--frames", type=int, default=73, help="length of the clip (default %(default)s)")
+    parser.set_defaults(checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", verbose=False)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if args.frames < 1:
+        raise ConfigError(f"--frames must be at least 1, got {args.frames}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise MediaError(f"{args.out}: cannot be made ({os.strerror(e.errno or 0)})") from e
+    cfg = StreamConfig.for_task("v2v", height=128, width=224)
+    _say("No trained model ships with the project yet: this runs the whole pipeline on small RANDOM weights.")
+    _say("Expect moving noise, not pictures; convert the published weights to see the real thing (README).")
+    clip = list(media.synthetic_clip(args.frames, cfg.height, cfg.width))
+    writer = media.VideoWriter(args.out / "demo.mp4", T2V_FPS, cfg.height, cfg.width)
+    shown: list[np.ndarray] = []
+
+    def keep(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            shown.extend(chunk)
+            yield chunk
+
+    changes = {frame: prompt for frame, prompt in DEMO_PROMPTS.items() if frame}
+    with _open(args, SessionSpec(DEMO_PROMPTS[0], cfg)) as session:
+        _write(keep(session.run(clip, prompts=changes, blend_chunks=2)), writer, len(clip))
+    sheet = args.out / "demo.png"
+    media.contact_sheet(sheet, clip, shown, DEMO_PROMPTS)
+    print(f"{sheet}: input above output, prompts as captions")
+    return 0
