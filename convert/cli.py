@@ -11,6 +11,7 @@ from typing import Any
 from svd2_jax.errors import Svd2Error
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells report it
 DTYPES = ("bfloat16", "float32")
 
 EXAMPLE = """\
@@ -82,3 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Svd2Error as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; nothing was kept", file=sys.stderr)
+        return EXIT_INTERRUPTED

@@ -228,13 +228,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("convert.conversion.read_leaf", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(out=tmp_path / "c", generator=GENERATOR, wan=WAN, progress=False)
+    assert cli.main(["--wan", str(WAN), "--out", str(tmp_path / "c"), "--no-progress"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was kept\n"
     assert list(tmp_path.iterdir()) == []
 
 
