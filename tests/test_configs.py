@@ -37,5 +37,5 @@ def test_a_preset_loads_as_its_header_says(name):
     text = (CONFIGS / f"{name}.yaml").read_text()
     assert StreamConfig.from_dict(yaml.safe_load(text)) == EXPECTED[name]
     header = [line for line in text.splitlines() if line.startswith("#")]
-    assert any(f"svd2 run --config configs/{name}.yaml" in line for line in header)
+    assert any(f"svd2 run --checkpoint ckpt --config configs/{name}.yaml" in line for line in header)
     assert any(line.startswith("# Expect: ") for line in header)
