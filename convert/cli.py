@@ -20,7 +20,7 @@ example:
 
 The Wan2.1 folder gives the VAE, the text encoder, the tokenizer and, without --generator, the transformer.
 Weights are torch files (read without PyTorch, and without running code from them), safetensors files, or
-folders of safetensors shards. Free memory needed: the largest block of the model and 1 GiB, about.
+folders of safetensors shards. Free memory needed: 3 GiB, mostly for one tensor of the text encoder.
 """
 
 
