@@ -1,0 +1,44 @@
+"""What every test runs under: CPU with eight virtual devices, strict types, full precision."""
+
+import os
+
+# XLA reads these when the backend starts, which no import of ours does.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """The reference's recorded outputs and the weights they were made with."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(golden_folder, tmp_path_factory) -> Path:
+    """The golden weights, converted to float32."""
+    from convert import convert_checkpoint
+
+    return convert_checkpoint(
+        out=tmp_path_factory.mktemp("golden") / "checkpoint",
+        generator=golden_folder / "wan_causal" / "model.pt",
+        wan=golden_folder / "wan_models" / "Wan2.1-T2V-tiny",
+        dtype="float32",
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(golden_checkpoint):
+    """The golden model on one device."""
+    from svd2_jax.engine.engine import DeviceEngine
+
+    return DeviceEngine.from_checkpoint(golden_checkpoint)
