@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -35,7 +35,9 @@ class SessionSpec:
     def __post_init__(self):
         check_prompt(self.prompt)
         if not 0.0 < self.noise_scale <= 1.0:
-            raise ConfigError(f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default")
+            raise ConfigError(
+                f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default"
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.pixels not in ("uint8", "float32"):
@@ -49,15 +51,17 @@ def check_prompt(prompt: str) -> None:
 
 
 class Chunk(Protocol):
-    """Finished frames that may still be on their way from the device.
+    """Finished frames that may still be on their way from the device."""
 
-    Attributes:
-      first_frame: index of the chunk's first frame in the output.
-      frame_count: frames in the chunk.
-    """
+    @property
+    def first_frame(self) -> int:
+        """Index of the chunk's first frame in the output."""
+        ...
 
-    first_frame: int
-    frame_count: int
+    @property
+    def frame_count(self) -> int:
+        """Frames in the chunk."""
+        ...
 
     def frames(self) -> np.ndarray:
         """Waits for the frames [T, H, W, 3] and returns them."""
@@ -67,11 +71,11 @@ class Chunk(Protocol):
 class Session(Protocol):
     """One stream of frames, from its first frame to `close`."""
 
-    def push(self, frames: np.ndarray) -> list[Chunk]:
+    def push(self, frames: np.ndarray) -> Sequence[Chunk]:
         """Takes any number of input frames, uint8 [T, H, W, 3]; returns what they complete (video-to-video)."""
         ...
 
-    def advance(self) -> list[Chunk]:
+    def advance(self) -> Sequence[Chunk]:
         """Makes the next chunk from noise alone (text-to-video)."""
         ...
 
@@ -79,7 +83,7 @@ class Session(Protocol):
         """Changes the prompt from the next chunk on, in one go or over `blend_chunks` chunks."""
         ...
 
-    def finish(self) -> list[Chunk]:
+    def finish(self) -> Sequence[Chunk]:
         """Completes the frames still under way: as many come out as went in."""
         ...
 

@@ -231,7 +231,9 @@ class StreamConfig(_Config):
             value = getattr(self, name)
             if value <= 0 or value % PIXEL_MULTIPLE:
                 near = max(PIXEL_MULTIPLE, round(value / PIXEL_MULTIPLE) * PIXEL_MULTIPLE)
-                raise ConfigError(f"{name} must be a positive multiple of {PIXEL_MULTIPLE}, got {value}; try {near}")
+                raise ConfigError(
+                    f"{name} must be a positive multiple of {PIXEL_MULTIPLE}, got {value}; try {near}"
+                )
         for name, choices in (("task", ("v2v", "t2v")), ("mode", ("stream", "sequential")),
                               ("decoder", ("wan", "taehv"))):  # fmt: skip
             if getattr(self, name) not in choices:
@@ -245,10 +247,10 @@ class StreamConfig(_Config):
                 f"video-to-video uses chunks of 1 latent frame, got frames_per_block={self.frames_per_block}"
             )
         block, first = self.frames_per_block, self.first_latents
-        if self.cache_frames % block or self.cache_frames < first + block:
+        if self.cache_frames % block or self.cache_frames < 2 * first:
+            # The first group is never queued for eviction: a smaller cache would have nothing to evict.
             raise ConfigError(
-                f"cache_frames must be a multiple of {block} and at least {first + block} (the first group and one "
-                f"more chunk), got {self.cache_frames}"
+                f"cache_frames must be a multiple of {block} and at least {2 * first}, got {self.cache_frames}"
             )
         if not 0 <= self.sink_frames <= self.cache_frames - block:
             raise ConfigError(
@@ -315,4 +317,6 @@ class StreamConfig(_Config):
     @property
     def adaptive_sinks(self) -> bool:
         """Whether sinks are replaced; like the reference only with chunks of one latent frame."""
-        return self.sink_threshold > SINK_THRESHOLD_OFF and self.sink_frames > 0 and self.frames_per_block == 1
+        return (
+            self.sink_threshold > SINK_THRESHOLD_OFF and self.sink_frames > 0 and self.frames_per_block == 1
+        )

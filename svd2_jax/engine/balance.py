@@ -43,7 +43,9 @@ def best_split(block_costs: Sequence[float], stage_overheads: Sequence[float]) -
     return tuple(reversed(counts))
 
 
-def bottleneck(counts: Sequence[int], block_costs: Sequence[float], stage_overheads: Sequence[float]) -> float:
+def bottleneck(
+    counts: Sequence[int], block_costs: Sequence[float], stage_overheads: Sequence[float]
+) -> float:
     """Returns the time of the slowest stage of a split."""
     slowest, start = 0.0, 0
     for count, overhead in zip(counts, stage_overheads, strict=True):

@@ -38,6 +38,13 @@ TOKENIZER = "tokenizer"
 CHUNK_BYTES = 32 << 20
 DATA_FILE_BYTES = 256 << 20
 
+ITEM_SOURCES = {  # which option of the converter gives an item, by the first part of its name
+    "dit": "--generator FILE or --wan FOLDER",
+    "vae": "--wan FOLDER or --vae FILE",
+    "text": "--wan FOLDER or --text-encoder FILE",
+    "taehv": "--taehv FILE (or use --decoder wan)",
+}
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -233,7 +240,8 @@ class Checkpoint:
     @contextlib.contextmanager
     def _reading(self, item: str) -> Iterator[tuple[Any, Path]]:
         if item not in self.manifest.items:
-            raise CheckpointError(f"{self.path}: no item {item!r}; it holds {', '.join(self.manifest.items)}")
+            source = ITEM_SOURCES.get(item.split(".")[0], "what it lacks")
+            raise CheckpointError(f"{self.path}: holds no item {item!r}; convert again with {source}")
         try:
             with _checkpointer() as checkpointer:
                 yield checkpointer, self.path / item

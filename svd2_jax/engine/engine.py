@@ -21,6 +21,7 @@ from svd2_jax.engine.session import DeviceSession
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError
 from svd2_jax.nn.attention import AttentionImplementation
+from svd2_jax.types import Device
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -37,12 +38,12 @@ class DeviceEngine:
         model: ModelConfig,
         read_item: ItemReader,
         prompts: PromptEncoder,
-        device: jax.Device,
+        device: Device,
         attention: AttentionImplementation = "auto",
     ):
-        self.model, self.device = model, device
-        self.prompts = prompts
-        self._read_item, self._attention = read_item, attention
+        self.model, self.device, self.prompts = model, device, prompts
+        self._read_item = read_item
+        self._attention: AttentionImplementation = attention
         self._items: dict[str, params_lib.Params] = {}
         self._programs: dict[tuple[StreamConfig, str], Programs] = {}
 
@@ -52,7 +53,7 @@ class DeviceEngine:
         path: Path | str,
         dtype: str | None = None,
         text: TextPlacement = "host",
-        device: jax.Device | None = None,
+        device: Device | None = None,
         attention: AttentionImplementation = "auto",
     ) -> Self:
         """Opens a converted checkpoint.
@@ -71,7 +72,7 @@ class DeviceEngine:
         model, device = checkpoint.manifest.model, device or jax.devices()[0]
         compute = checked_dtype(dtype or checkpoint.manifest.dtype)
 
-        def reader(target: jax.Device) -> ItemReader:
+        def reader(target: Device) -> ItemReader:
             sharding = jax.sharding.SingleDeviceSharding(target)
             return lambda item: checkpoint.restore(item, sharding=sharding, dtype=compute)
 
@@ -86,7 +87,7 @@ class DeviceEngine:
         preset_name: str,
         seed: int = 0,
         dtype: str = "float32",
-        device: jax.Device | None = None,
+        device: Device | None = None,
         attention: AttentionImplementation = "auto",
     ) -> Self:
         """Makes a model of a preset's sizes with random weights: its pictures mean nothing, its speed does."""

@@ -73,5 +73,7 @@ class RecordedNoise:
             latents = next(self._draws)
             again = tuple(jnp.asarray(next(self._draws)) for _ in range(self._cfg.steps - 1))
         except StopIteration:
-            raise SessionError("the recorded noise is used up; record one draw more per chunk and step") from None
+            raise SessionError(
+                "the recorded noise is used up; record one draw more per chunk and step"
+            ) from None
         return jnp.asarray(latents), again

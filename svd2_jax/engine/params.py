@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.tree_util import register_dataclass
 
 from svd2_jax.config import ModelConfig
 from svd2_jax.models import dit, taehv, text_encoder, vae
 from svd2_jax.models.dit import DiTParams
+from svd2_jax.nn.random_params import random_params
+from svd2_jax.types import Device
 
 Params = dict[str, Any]
 ItemReader = Callable[[str], Params]
@@ -62,29 +63,12 @@ def abstract_items(model: ModelConfig) -> dict[str, Params]:
     }
 
 
-def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype, device: jax.Device) -> ItemReader:
-    """Returns a reader that draws an item's parameters instead of reading them.
-
-    Drawn on the host: compiling the initialisers of a whole VAE takes most of a minute.
-    """
+def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype, device: Device) -> ItemReader:
+    """Returns a reader that draws an item's parameters instead of reading them."""
     shapes = abstract_items(model)
 
     def read_item(item: str) -> Params:
-        rng = np.random.default_rng((seed, zlib.crc32(item.encode())))
-
-        def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.device_put(_draw(path[-1].key, leaf.shape, rng).astype(dtype), device)
-
-        return jax.tree_util.tree_map_with_path(draw, shapes[item])
+        drawn = random_params(shapes[item], (seed, zlib.crc32(item.encode())))
+        return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
 
     return read_item
-
-
-def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Draws a leaf so that activations keep their size: kernels by their fan-in, norms at one, biases at zero."""
-    if name in ("scale", "gamma"):
-        return np.ones(shape, np.float32)
-    if name == "bias":
-        return np.zeros(shape, np.float32)
-    spread = np.float32({"kernel": np.prod(shape[:-1]), "modulation": shape[-1]}.get(name, 1.0) ** -0.5)
-    return rng.standard_normal(shape, np.float32) * spread

@@ -17,6 +17,7 @@ from svd2_jax.engine.params import EngineParams
 from svd2_jax.models import dit
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.stream import pixels, state, step
+from svd2_jax.types import Device
 
 Program = Callable[..., Any]
 
@@ -60,7 +61,7 @@ def build(
     model: ModelConfig,
     cfg: StreamConfig,
     params: EngineParams,
-    device: jax.Device,
+    device: Device,
     pixel_format: str = "uint8",
     attention: AttentionImplementation = "auto",
 ) -> Programs:
@@ -132,11 +133,11 @@ def build(
 
     decoder_cfg = model.taehv if cfg.decoder == "taehv" else model.vae
     decode_first, (decoder_state, _) = compile_(
-        functools.partial(pixels.decode_first_group, cfg.decoder, decoder_cfg, pixels=pixel_format),
+        functools.partial(pixels.decode_first_group, decoder_cfg, pixels=pixel_format),
         params.decoder, latents(first),
     )  # fmt: skip
     decode, _ = compile_(
-        functools.partial(pixels.decode_chunk, cfg.decoder, decoder_cfg, pixels=pixel_format),
+        functools.partial(pixels.decode_chunk, decoder_cfg, pixels=pixel_format),
         params.decoder, decoder_state, latents(block), donate=(1,),
     )  # fmt: skip
     return Programs(
@@ -170,5 +171,6 @@ def _compile_once(static, structure, shapes, donate, sharding) -> tuple[Program,
 
 
 def _blend(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
-    mixed = old.astype(jnp.float32) * (1 - weight) + new.astype(jnp.float32) * weight
-    return mixed.astype(old.dtype)
+    start, end = old.astype(jnp.float32), new.astype(jnp.float32)
+    # Exact at both ends, and where old and new agree.
+    return jnp.where(weight < 1, start + (end - start) * weight, end).astype(old.dtype)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from svd2_jax.api import Chunk, SessionSpec, check_prompt
+from svd2_jax.api import SessionSpec, check_prompt
 from svd2_jax.engine.noise import ChunkNoise, NoiseSource
 from svd2_jax.engine.params import EngineParams
 from svd2_jax.engine.programs import Programs
 from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import ConfigError, SessionError
+from svd2_jax.types import Device
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class DeviceChunk:
 class SeededNoise:
     """Gaussians drawn on the device from (seed, chunk, step)."""
 
-    def __init__(self, programs: Programs, seed: int, device: jax.Device):
+    def __init__(self, programs: Programs, seed: int, device: Device):
         self._programs = programs
         self._key = jax.device_put(jax.random.key(seed), device)
         self._chunk = jax.device_put(jnp.ones((), jnp.int32), device)
@@ -58,7 +59,7 @@ class DeviceSession:
         params: EngineParams,
         programs: Programs,
         prompts: Prompts,
-        device: jax.Device,
+        device: Device,
         noise: NoiseSource | None = None,
     ):
         self.spec = spec
@@ -80,7 +81,7 @@ class DeviceSession:
 
     # --- the verbs of api.Session
 
-    def push(self, frames: np.ndarray) -> list[Chunk]:
+    def push(self, frames: np.ndarray) -> list[DeviceChunk]:
         """Takes input frames, uint8 [T, H, W, 3], and returns the chunks they complete."""
         self._check_open()
         if self._cfg.task != "v2v":
@@ -98,14 +99,14 @@ class DeviceSession:
             done += self._submit(group)
         return done
 
-    def advance(self) -> list[Chunk]:
+    def advance(self) -> list[DeviceChunk]:
         """Makes the next chunk of a text-to-video session."""
         self._check_open()
         if self._cfg.task != "t2v":
             raise SessionError("a video-to-video session needs frames; call push(frames)")
         return self._submit(None)
 
-    def finish(self) -> list[Chunk]:
+    def finish(self) -> list[DeviceChunk]:
         """Returns the frames still under way, so that as many come out as went in.
 
         The last chunk is filled up by repeating the last frame, and further copies push the rows of the stream
@@ -113,7 +114,7 @@ class DeviceSession:
         """
         self._check_open()
         self._finished = True
-        done: list[Chunk] = []
+        done: list[DeviceChunk] = []
         if self._cfg.task != "v2v" or not self._taken:
             return done
         # Rows of the stream batch hold chunks even when no frame is waiting.
@@ -154,7 +155,7 @@ class DeviceSession:
           blend_chunks: see `set_prompt`.
         """
         changes = sorted((prompts or {}).items())
-        held: list[Chunk] = []
+        held: list[DeviceChunk] = []
         for done in self._run_chunks(frames, count, changes, blend_chunks):
             # Reading waits for the device: read a chunk only once the next one is under way.
             yield from (chunk.frames() for chunk in held if chunk.frame_count)
@@ -175,7 +176,7 @@ class DeviceSession:
 
     # --- inner workings
 
-    def _run_chunks(self, frames, count, changes, blend_chunks) -> Iterator[list[Chunk]]:
+    def _run_chunks(self, frames, count, changes, blend_chunks) -> Iterator[list[DeviceChunk]]:
         def change_prompt(next_group_ends: int) -> None:
             while changes and changes[0][0] < next_group_ends:
                 self.set_prompt(changes.pop(0)[1], blend_chunks)
@@ -200,7 +201,7 @@ class DeviceSession:
     def _next_frames(self) -> int:
         return self._cfg.chunk_frames if self._ticks else self._cfg.first_frames
 
-    def _submit(self, frames: np.ndarray | None, limit: int | None = None) -> list[Chunk]:
+    def _submit(self, frames: np.ndarray | None, limit: int | None = None) -> list[DeviceChunk]:
         """Dispatches one group of frames; returns the chunk that finishes with it, if any."""
         if frames is not None:
             self._last_frame = frames[-1]
@@ -215,7 +216,7 @@ class DeviceSession:
         return [chunk if limit is None else _cut(chunk, limit)]
 
     def _first_group(self, frames: np.ndarray | None) -> jax.Array:
-        programs, cfg = self._programs, self._cfg
+        programs = self._programs
         noise, again = self._noise.first()
         noisy = noise
         if programs.encode_first is not None:
@@ -275,7 +276,7 @@ class DeviceSession:
             raise SessionError(f"the session is {'closed' if self._closed else 'finished'}; open a new one")
 
 
-def _cut(chunk: Chunk, limit: int) -> Chunk:
+def _cut(chunk: DeviceChunk, limit: int) -> DeviceChunk:
     """Cuts the frames beyond `limit` off a chunk."""
     count = max(0, min(chunk.frame_count, limit - chunk.first_frame))
     return DeviceChunk(chunk.first_frame, count, chunk.pixels)

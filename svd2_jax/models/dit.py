@@ -247,21 +247,26 @@ class Head(nn.Module):
         return nn.Dense(math.prod(cfg.patch) * cfg.out_channels, name="proj")(y.astype(x.dtype))
 
 
+def _apply(module: nn.Module, params: Params, *args: Any, method: str | None = None) -> Any:
+    """Runs a module as a pure function of its parameters."""
+    return module.apply({"params": params}, *args, method=method)
+
+
 def condition(cfg: DiTConfig, params: DiTParams, timestep_B: jax.Array) -> Conditioning:
     """Returns the modulations of the rows' timesteps (int32 [B])."""
-    return Embed(cfg).apply({"params": params.embed}, timestep_B, params.dtype, method="time")
+    return _apply(Embed(cfg), params.embed, timestep_B, params.dtype, method="time")
 
 
 def prompt_kv(cfg: DiTConfig, params: DiTParams, context_BPT: jax.Array) -> PromptKV:
     """Returns every layer's cross-attention keys and values of text embeddings [1, P, text_dim]."""
-    context = Embed(cfg).apply({"params": params.embed}, context_BPT, method="text")
-    pairs = [Block(cfg).apply({"params": p}, context, method="prompt_kv") for p in params.blocks]
+    context = _apply(Embed(cfg), params.embed, context_BPT, method="text")
+    pairs = [_apply(Block(cfg), p, context, method="prompt_kv") for p in params.blocks]
     return PromptKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
 
 def embed(cfg: DiTConfig, params: DiTParams, x_BFHWC: jax.Array) -> jax.Array:
     """Returns the tokens [B, Q, E] of latents [B, F, h, w, C]."""
-    return Embed(cfg).apply({"params": params.embed}, x_BFHWC, method="patches")
+    return _apply(Embed(cfg), params.embed, x_BFHWC, method="patches")
 
 
 def run_block(
@@ -280,15 +285,17 @@ def run_block(
 ) -> tuple[jax.Array, LayerCache]:
     """Runs one block on hidden states x [B, Q, E]; returns its output and the written cache."""
     block = Block(cfg)
-    q, k, v = block.apply({"params": params}, x, modulation_B6E, rope, method="project")
+    q, k, v = _apply(block, params, x, modulation_B6E, rope, method="project")
     cache = kv_cache.write(stream, cache, plan, k, v, frames)
     args = (x, q, cache, kv_len_B, *prompt, modulation_B6E, attention)
-    return block.apply({"params": params}, *args, method="finish"), cache
+    return _apply(block, params, *args, method="finish"), cache
 
 
-def head(cfg: DiTConfig, params: DiTParams, x: jax.Array, time_BE: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def head(
+    cfg: DiTConfig, params: DiTParams, x: jax.Array, time_BE: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
     """Returns the velocity, float32 [B, F, h, w, C], of hidden states [B, Q, E] on a token grid (h, w)."""
-    patches = Head(cfg).apply({"params": params.head}, x, time_BE)
+    patches = _apply(Head(cfg), params.head, x, time_BE)
     _, q, r = cfg.patch
     h, w = grid
     return rearrange(
@@ -337,7 +344,18 @@ def forward(
     for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
         pair = (prompt.k[i], prompt.v[i])
         x, layer = run_block(
-            cfg, stream, block, x, layer, plan, kv_len_B, pair, conditioning.modulation, rope, frames, attention
+            cfg,
+            stream,
+            block,
+            x,
+            layer,
+            plan,
+            kv_len_B,
+            pair,
+            conditioning.modulation,
+            rope,
+            frames,
+            attention,
         )
         layers.append(layer)
     velocity = head(cfg, params, x, conditioning.time, grid)
@@ -359,29 +377,21 @@ def head_item() -> str:
     return "dit.head"
 
 
-def items(cfg: DiTConfig) -> list[str]:
-    """Returns the checkpoint items of the DiT in order."""
-    return [embed_item(), *(block_item(i) for i in range(cfg.num_layers)), head_item()]
-
-
-def init_item(cfg: DiTConfig, item: str, key: jax.Array) -> Params:
-    """Returns random float32 parameters of one checkpoint item."""
-    hidden = jnp.zeros((1, 1, cfg.dim), jnp.float32)
-    if item == head_item():
-        return Head(cfg).init(key, hidden, jnp.zeros((1, cfg.dim), jnp.float32))["params"]
-    if item == embed_item():
-        latents = jnp.zeros((1, *cfg.patch, cfg.in_channels), jnp.float32)
-        context = jnp.zeros((1, 1, cfg.text_dim), jnp.float32)
-        return Embed(cfg).init(key, latents, context, jnp.zeros((1,), jnp.int32))["params"]
-    modulation = jnp.zeros((1, 6, cfg.dim), jnp.float32)
-    angles = jnp.zeros((1, 1, cfg.head_dim // 2), jnp.float32)
-    return Block(cfg).init(key, hidden, modulation, (angles, angles), hidden)["params"]
-
-
 def abstract_params(cfg: DiTConfig) -> dict[str, Params]:
-    """Returns the shapes (float32 ShapeDtypeStruct) of every checkpoint item of the DiT."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return {item: jax.eval_shape(functools.partial(init_item, cfg, item), key) for item in items(cfg)}
+    """Returns the shapes (float32 ShapeDtypeStruct) of every checkpoint item of the DiT; computes nothing."""
+
+    def shapes(module: nn.Module, *args: Any) -> Params:
+        return jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+
+    hidden, time = jnp.zeros((1, 1, cfg.dim)), jnp.zeros((1, cfg.dim))
+    latents, context = jnp.zeros((1, *cfg.patch, cfg.in_channels)), jnp.zeros((1, 1, cfg.text_dim))
+    angles = jnp.zeros((1, 1, cfg.head_dim // 2))
+    block = shapes(Block(cfg), hidden, jnp.zeros((1, 6, cfg.dim)), (angles, angles), hidden)
+    return {
+        embed_item(): shapes(Embed(cfg), latents, context, jnp.zeros((1,), jnp.int32)),
+        **{block_item(i): block for i in range(cfg.num_layers)},
+        head_item(): shapes(Head(cfg), hidden, time),
+    }
 
 
 def assemble(cfg: DiTConfig, read_item: Callable[[str], Params]) -> DiTParams:

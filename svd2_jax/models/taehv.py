@@ -10,7 +10,6 @@ Channels last; everything is computed in the parameters' dtype.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from svd2_jax.config import LATENT_STRIDE, SPATIAL_STRIDE, TAEHVConfig
-from svd2_jax.nn.random_params import random_params
 from svd2_jax.nn.resample import unfold_frames, upsample_space
 
 Params = Any  # nested dict of arrays, the parameters of one part
@@ -155,12 +153,6 @@ def init_decode_state(
         context=jnp.zeros((batch, CONTEXT_LATENTS, *size, cfg.z_dim), dtype),
         valid_B=jnp.zeros((batch,), jnp.int32),
     )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def init_params(cfg: TAEHVConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
-    """Returns random parameters {"taehv": tree} that keep activations bounded."""
-    return random_params(abstract_params(cfg), key, dtype)
 
 
 def abstract_params(cfg: TAEHVConfig, dtype: Any = jnp.float32) -> dict[str, Params]:

@@ -8,7 +8,6 @@ float32. Axes: B prompts, P tokens, E model width, N heads, D head dim; Q and K 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -19,7 +18,6 @@ import numpy as np
 from flax import linen as nn
 
 from svd2_jax.config import TextConfig
-from svd2_jax.nn.random_params import random_params
 
 Params = Any  # nested dict of arrays, the parameters of one item
 
@@ -149,12 +147,6 @@ def encode(cfg: TextConfig, params: Mapping[str, Params], ids: jax.Array, mask: 
     for layer in range(cfg.num_layers):
         x = run_block(cfg, params[block_item(layer)], x, mask)
     return head(params[HEAD_ITEM], x, mask)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def init_params(cfg: TextConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
-    """Returns random parameters {item: tree} of all text items."""
-    return random_params(abstract_params(cfg), key, dtype)
 
 
 def abstract_params(cfg: TextConfig, dtype: Any = jnp.float32) -> dict[str, Params]:

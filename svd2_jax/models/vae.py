@@ -9,7 +9,6 @@ computed in float32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -24,7 +23,6 @@ from svd2_jax.config import LATENT_STRIDE, VAEConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.nn.attention import attend
 from svd2_jax.nn.causal_conv import CausalConv
-from svd2_jax.nn.random_params import random_params
 from svd2_jax.nn.resample import unfold_frames, upsample_space
 
 Params = Any  # nested dict of arrays, the parameters of one part
@@ -373,12 +371,6 @@ def init_decode_state(
     latents = jax.ShapeDtypeStruct((batch, 1, height // scale, width // scale, cfg.z_dim), dtype)
     _, state = jax.eval_shape(lambda p, z: decode_first(cfg, p, z), params, latents)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def init_params(cfg: VAEConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Params]:
-    """Returns random parameters {"vae.encoder": tree, "vae.decoder": tree} that keep activations bounded."""
-    return random_params(abstract_params(cfg), key, dtype)
 
 
 def abstract_params(cfg: VAEConfig, dtype: Any = jnp.float32) -> dict[str, Params]:

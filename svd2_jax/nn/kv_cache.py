@@ -142,11 +142,8 @@ def write(
 ) -> LayerCache:
     """Returns the layer's cache with the chunk's keys and values [B, Q, N, D] written where `plan` says."""
     queue, queue_len = cache.queue, cache.queue_len
-    adaptive = cfg.adaptive_sinks and frames == 1
-    means = None
-    if cfg.adaptive_sinks:
-        means = _token_means(k_BQND, v_BQND, frames)
-    if adaptive:
+    means = _token_means(k_BQND, v_BQND, frames) if cfg.adaptive_sinks else None
+    if means is not None and frames == 1:
         least, position = _least_similar_sink(cache.sink_means, means[:, 0])
         reanchor = plan.active & (least < cfg.sink_threshold)
         push = functools.partial(_push_front, cfg)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jax.tree_util import register_dataclass
 from svd2_jax.config import TAEHVConfig, VAEConfig
 from svd2_jax.diffusion import noise_control
 from svd2_jax.models import taehv, vae
+
+DecoderConfig = VAEConfig | TAEHVConfig
 
 
 @register_dataclass
@@ -67,25 +69,18 @@ def encode_chunk(
 
 
 def decode_first_group(
-    kind: Literal["wan", "taehv"], cfg: VAEConfig | TAEHVConfig, params: Any, latents_FHWC: jax.Array, pixels: str
+    cfg: DecoderConfig, params: Any, latents_FHWC: jax.Array, pixels: str
 ) -> tuple[Any, jax.Array]:
     """Returns the decoder's state and the 1 + 4(F-1) frames of a stream's first clean latents."""
-    decoder = taehv if kind == "taehv" else vae
-    frames, state = decoder.decode_first(cfg, params, latents_FHWC[None].astype(_dtype(params)))
+    frames, state = _decoder(cfg).decode_first(cfg, params, latents_FHWC[None].astype(_dtype(params)))
     return state, to_output(frames[0], pixels)
 
 
 def decode_chunk(
-    kind: Literal["wan", "taehv"],
-    cfg: VAEConfig | TAEHVConfig,
-    params: Any,
-    state: Any,
-    latents_FHWC: jax.Array,
-    pixels: str,
+    cfg: DecoderConfig, params: Any, state: Any, latents_FHWC: jax.Array, pixels: str
 ) -> tuple[Any, jax.Array]:
     """Returns the decoder's state and the 4F frames of a later chunk's clean latents."""
-    decoder = taehv if kind == "taehv" else vae
-    frames, state = decoder.decode(cfg, params, state, latents_FHWC[None].astype(_dtype(params)))
+    frames, state = _decoder(cfg).decode(cfg, params, state, latents_FHWC[None].astype(_dtype(params)))
     return state, to_output(frames[0], pixels)
 
 
@@ -93,6 +88,11 @@ def to_output(frames_THWC: jax.Array, pixels: str) -> jax.Array:
     """Turns frames in [-1, 1] into uint8, or into float32 in [0, 1]."""
     unit = jnp.clip(frames_THWC.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
     return jnp.round(unit * 255.0).astype(jnp.uint8) if pixels == "uint8" else unit
+
+
+def _decoder(cfg: DecoderConfig) -> Any:
+    """Returns the module whose functions decode with this configuration; their signatures are the same."""
+    return taehv if isinstance(cfg, TAEHVConfig) else vae
 
 
 def _batch(params: Any, frames_THWC: jax.Array) -> jax.Array:

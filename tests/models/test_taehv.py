@@ -11,6 +11,7 @@ from convert import taehv as table
 from svd2_jax.config import TAEHVConfig
 from svd2_jax.errors import ConversionError
 from svd2_jax.models import taehv, vae
+from svd2_jax.nn.random_params import random_params
 
 GOLDEN_ATOL = 5e-5  # from the goldens' README: float32, another order of summation
 SAME_ATOL = 2e-5  # the same sums in programs of other shapes
@@ -63,7 +64,7 @@ def reference(golden):
 
 @pytest.fixture(scope="module")
 def small():
-    return taehv.init_params(SMALL, jax.random.key(0))["taehv"]
+    return random_params(taehv.abstract_params(SMALL), seed=0)["taehv"]
 
 
 def random(shape, seed=0):

@@ -10,6 +10,7 @@ from convert import umt5
 from svd2_jax.config import TextConfig
 from svd2_jax.errors import ConversionError
 from svd2_jax.models import text_encoder
+from svd2_jax.nn.random_params import random_params
 
 GOLDEN_ATOL = 5e-5  # from the goldens' README: float32, another order of summation
 SAME_ATOL = 2e-5  # the same sums in programs of other shapes
@@ -31,7 +32,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def small():
-    return text_encoder.init_params(SMALL, jax.random.key(0))
+    return random_params(text_encoder.abstract_params(SMALL), seed=0)
 
 
 def ids_and_mask(lengths, tokens):

@@ -11,6 +11,7 @@ from convert import wan_vae
 from svd2_jax.config import VAEConfig
 from svd2_jax.errors import ConfigError, ConversionError
 from svd2_jax.models import vae
+from svd2_jax.nn.random_params import random_params
 
 GOLDEN_ATOL = 5e-5  # from the goldens' README: float32, another order of summation
 SAME_ATOL = 2e-5  # the same sums in programs of other shapes
@@ -46,7 +47,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def small():
-    return vae.init_params(SMALL, jax.random.key(0))
+    return random_params(vae.abstract_params(SMALL), seed=0)
 
 
 def random(shape, seed=0):
