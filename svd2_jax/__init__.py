@@ -1,1 +1,83 @@
-"""StreamDiffusionV2 in JAX: live video re-drawn to a text prompt."""
+"""StreamDiffusionV2 in JAX: live video re-drawn to a text prompt.
+
+```
+engine = svd2_jax.load("checkpoint")  # or svd2_jax.random_engine("tiny")
+with engine.open(svd2_jax.SessionSpec("a watercolour painting")) as session:
+    for chunk in session.push(frames):  # uint8 [T, H, W, 3]
+        show(chunk.frames())
+```
+
+Importing the package loads no JAX; `load` and `random_engine` do.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from svd2_jax.api import SessionSpec
+from svd2_jax.config import StreamConfig
+from svd2_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    EngineError,
+    MediaError,
+    SessionError,
+    Svd2Error,
+)
+
+if TYPE_CHECKING:
+    from svd2_jax.engine.engine import DeviceEngine
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "EngineError",
+    "MediaError",
+    "SessionError",
+    "SessionSpec",
+    "StreamConfig",
+    "Svd2Error",
+    "load",
+    "random_engine",
+]
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    text_encoder: Literal["host", "device", "disk"] = "host",
+) -> DeviceEngine:
+    """Returns an engine that runs a converted checkpoint on JAX's default device.
+
+    Args:
+      checkpoint: the folder that `svd2 convert` wrote.
+      dtype: to compute in; None takes the checkpoint's.
+      text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
+
+    Raises:
+      CheckpointError: the folder is missing, unfinished or of another format.
+    """
+    from svd2_jax.engine.engine import DeviceEngine
+
+    return DeviceEngine.from_checkpoint(os.fspath(checkpoint), dtype, text_encoder)
+
+
+def random_engine(
+    preset: str, seed: int = 0, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> DeviceEngine:
+    """Returns an engine of a preset's sizes with random weights: its pictures mean nothing, its speed does.
+
+    Args:
+      preset: "tiny", "wan-1.3b" or "wan-14b".
+      seed: same seed, same weights.
+      dtype: to compute in.
+
+    Raises:
+      ConfigError: there is no such preset.
+    """
+    from svd2_jax.engine.engine import DeviceEngine
+
+    return DeviceEngine.random(preset, seed, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from svd2_jax import media
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
 from svd2_jax.config import PRESETS, StreamConfig
-from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
+from svd2_jax.errors import CheckpointError, ConfigError, EngineError, MediaError, Svd2Error
 
 if TYPE_CHECKING:
     from svd2_jax.engine.engine import DeviceEngine
@@ -38,8 +39,8 @@ examples:
       --steps 4 --output out.mp4
   svd2 run --checkpoint ckpt --prompt "a dog runs on the beach" --frames 81 --output dog.mp4
 
-Without --input the video is made from the text alone (text-to-video). Pictures of random weights mean nothing,
-but --checkpoint random:wan-1.3b shows what a machine can do before anything is downloaded.
+Without --input the video is made from the text alone (text-to-video). Pictures of random weights mean
+nothing, but --checkpoint random:wan-1.3b shows what a machine can do before anything is downloaded.
 """
 VERIFY_EXAMPLES = """\
 example:
@@ -84,18 +85,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Live video re-drawn to a text prompt.",
         epilog="`svd2 COMMAND --help` shows each command's options and examples.",
     )
+    version = importlib.metadata.version("svd2-jax")
+    parser.add_argument("--version", action="version", version=f"svd2-jax {version}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, function: Any, text: str, examples: str | None) -> argparse.ArgumentParser:
         added = commands.add_parser(
-            name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(command=function)
         return added
 
     _add_run(command("run", _run, "re-draw a video file to a prompt, or make one from text", RUN_EXAMPLES))
     convert_cli.add_arguments(
-        command("convert", convert_cli.run, "convert published PyTorch weights into a checkpoint folder", None)
+        command(
+            "convert", convert_cli.run, "convert published PyTorch weights into a checkpoint folder", None
+        )
     )
     _add_verify(command("verify", _verify, "check the numbers against the reference's", VERIFY_EXAMPLES))
     _add_demo(command("demo", _demo, "see it work in a minute, without any weights", DEMO_EXAMPLES))
@@ -112,9 +121,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help=f"folder that `svd2 convert` wrote, or {RANDOM}PRESET for random weights ({', '.join(PRESETS)})",
     )  # fmt: skip
     parser.add_argument("--prompt", required=True, help="what the video should look like")
-    parser.add_argument("--output", required=True, type=Path, help="video file to write; replaced if it exists")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="video file to write; replaced if it exists"
+    )
     parser.add_argument("--input", type=Path, help="video file to re-draw; without it: text-to-video")
-    parser.add_argument("--frames", type=int, help="frames to make (text-to-video), or to take from the input")
+    parser.add_argument(
+        "--frames", type=int, help="frames to make (text-to-video), or to take from the input"
+    )
     parser.add_argument(
         "--prompt-at", action="append", default=[], metavar="FRAME=TEXT",
         help="change the prompt with the chunk that holds this frame; may be given several times",
@@ -122,32 +135,44 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blend", type=int, default=0, metavar="CHUNKS", help="spread a prompt change over so many chunks"
     )
-    parser.add_argument("--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
-                        help="0 to 1: the higher, the freer the re-drawing (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
+        help="above 0, up to 1: the higher, the freer the re-drawing (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="same seed, same video (default %(default)s)")
     parser.add_argument("--fps", type=float, help="of the output (default: the input's, or 16)")
 
     shape = parser.add_argument_group("what is computed (defaults: published settings of the task)")
-    shape.add_argument("--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml")
-    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2)")
+    shape.add_argument(
+        "--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml"
+    )
+    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2, or --config's)")
     shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
     shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
-    shape.add_argument("--mode", choices=("stream", "sequential"),
-                       help="stream: all steps at once on different chunks, highest throughput; sequential: one "
-                            "chunk at a time, lowest latency (default stream)")  # fmt: skip
-    shape.add_argument("--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)")
+    shape.add_argument(
+        "--mode", choices=("stream", "sequential"),
+        help="stream: all steps at once on different chunks, highest throughput; sequential: one chunk at a "
+        "time, lowest latency (default stream)",
+    )  # fmt: skip
+    shape.add_argument(
+        "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)"
+    )
     shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
     shape.add_argument("--sink-frames", type=int, metavar="N", help="of these, kept as anchors")
     shape.add_argument("--sink-threshold", type=float, metavar="X",
                        help="similarity below which an anchor is replaced; -1: never")  # fmt: skip
 
     machine = parser.add_argument_group("where and how it runs")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)")
+    machine.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)"
+    )
     machine.add_argument(
         "--text-encoder", choices=("host", "device", "disk"), default="host",
         help="where it lives: host memory (default), the accelerator, or read anew for every prompt",
     )  # fmt: skip
-    machine.add_argument("-v", "--verbose", action="store_true", help="say what is loaded and how large it is")
+    machine.add_argument(
+        "-v", "--verbose", action="store_true", help="say what is loaded and how large it is"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -162,25 +187,35 @@ def _run(args: argparse.Namespace) -> int:
     if cfg.task == "t2v":
         if args.frames is None:
             raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
-        writer = media.VideoWriter(args.output, args.fps or T2V_FPS, cfg.height, cfg.width)
+        writer = media.VideoWriter(args.output, _fps(args, T2V_FPS), cfg.height, cfg.width)
         with _open(args, spec) as session:
-            _write(session.run(count=args.frames, prompts=prompts, blend_chunks=args.blend), writer, args.frames)
+            _write(
+                session.run(count=args.frames, prompts=prompts, blend_chunks=args.blend), writer, args.frames
+            )
     else:
         with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
-            writer = media.VideoWriter(args.output, args.fps or reader.fps, cfg.height, cfg.width)
+            writer = media.VideoWriter(args.output, _fps(args, reader.fps), cfg.height, cfg.width)
             with _open(args, spec) as session:
                 frames = session.run(reader, prompts=prompts, blend_chunks=args.blend)
                 _write(frames, writer, reader.frame_count)
+    for frame in sorted(prompts):
+        if frame >= writer.frames_written:
+            _say(f"note: --prompt-at {frame} lies behind the last frame, {writer.frames_written - 1}; unused")
     return 0
+
+
+def _fps(args: argparse.Namespace, default: float) -> float:
+    return default if args.fps is None else args.fps
 
 
 def _stream_config(args: argparse.Namespace) -> StreamConfig:
     """Returns the stream configuration: the task's published one, then --config, then single options."""
     settings: dict[str, Any] = _read_yaml(args.config) if args.config else {}
     task = "v2v" if args.input else "t2v"
-    if settings.pop("task", task) != task:
-        wanted = "leave out --input" if args.input else "add --input VIDEO"
-        raise ConfigError(f"{args.config} is for the other task; {wanted}")
+    # A file holds differences from StreamConfig's defaults, so one that names no task is for video-to-video.
+    if args.config and (of_file := settings.pop("task", StreamConfig().task)) != task:
+        hint = "leave out --input" if args.input else "add --input VIDEO, or `task: t2v` to the file"
+        raise ConfigError(f"{args.config}: has settings for the task {of_file!r}; {hint}")
     for name in ("height", "width", "mode", "decoder", "cache_frames", "sink_frames", "sink_threshold"):
         value = getattr(args, name)
         if value is not None:
@@ -193,16 +228,36 @@ def _stream_config(args: argparse.Namespace) -> StreamConfig:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: cannot be read as YAML ({str(e).splitlines()[0]})") from e
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: is not YAML{where}; expected lines of `name: value`") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected lines of `name: value`, got {type(values).__name__}")
+    defaults = StreamConfig().to_dict()
+    for name, value in values.items():
+        if name in defaults and not _has_type_of(defaults[name], value):
+            raise ConfigError(
+                f"{path}: {name} takes a value like {_as_yaml(defaults[name])}, got {_as_yaml(value)}"
+            )
     return values
+
+
+def _has_type_of(default: Any, value: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(type(v) is int for v in value)
+    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+
+
+def _as_yaml(value: Any) -> str:
+    return json.dumps(value, default=str)
 
 
 def _parse_prompt_at(text: str) -> tuple[int, str]:
     frame, separator, prompt = text.partition("=")
-    if not separator or not frame.strip().isdigit() or not prompt.strip():
+    if not separator or not frame.strip().isdecimal() or not prompt.strip():
         raise ConfigError(f"--prompt-at takes FRAME=TEXT, for example 120=heavy rain; got {text!r}")
     return int(frame), prompt
 
@@ -210,8 +265,10 @@ def _parse_prompt_at(text: str) -> tuple[int, str]:
 def _open(args: argparse.Namespace, spec: SessionSpec) -> DeviceSession:
     """Loads the model, compiles its programs and opens the session."""
     started = time.monotonic()
-    engine = _engine(args)
-    _say(f"compiling for {spec.stream.width}x{spec.stream.height}, {spec.stream.steps} steps, {spec.stream.mode}")
+    _check_devices()
+    engine = _engine(args, spec.stream.decoder)
+    cfg = spec.stream
+    _say(f"compiling for {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}")
     session = _device_errors(engine.open, spec)
     if args.verbose:
         _say(engine.describe(spec.stream))
@@ -219,7 +276,19 @@ def _open(args: argparse.Namespace, spec: SessionSpec) -> DeviceSession:
     return session
 
 
-def _engine(args: argparse.Namespace) -> DeviceEngine:
+def _check_devices() -> None:
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # JAX asserts that the platform it was told to use is there
+        reason = (str(e).splitlines() or ["none was found"])[0]
+        raise EngineError(
+            f"JAX has no device to run on: {reason}; is JAX_PLATFORMS set to another machine's?"
+        ) from e
+
+
+def _engine(args: argparse.Namespace, decoder: str) -> DeviceEngine:
     from svd2_jax.engine.engine import DeviceEngine  # late: JAX takes a second to load
 
     if args.checkpoint.startswith(RANDOM):
@@ -227,7 +296,24 @@ def _engine(args: argparse.Namespace) -> DeviceEngine:
         _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
         return DeviceEngine.random(name, dtype=args.dtype or "float32")
     _say(f"loading {args.checkpoint}")
+    _check_parts(args.checkpoint, decoder)
     return DeviceEngine.from_checkpoint(args.checkpoint, args.dtype, args.text_encoder)
+
+
+def _check_parts(path: str, decoder: str) -> None:
+    """Raises CheckpointError, with what to do, where a part that the stream needs was not converted."""
+    from svd2_jax.engine.checkpoint import Checkpoint
+
+    components = {item.split(".")[0] for item in Checkpoint.open(path).manifest.items}
+    if decoder == "taehv" and "taehv" not in components:
+        raise CheckpointError(
+            f"{path}: has no TAEHV decoder; convert again with --taehv taew2_1.pth, or use --decoder wan"
+        )
+    names = {"dit": "transformer", "vae": "VAE", "text": "text encoder"}
+    if missing := [name for part, name in names.items() if part not in components]:
+        raise CheckpointError(
+            f"{path}: has no {' and no '.join(missing)}; convert again with --wan WAN_FOLDER"
+        )
 
 
 def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter, total: int | None) -> None:
@@ -263,7 +349,15 @@ def _device_errors(function: Any, *args: Any) -> Any:
     except jax.errors.JaxRuntimeError as e:
         reason = str(e).splitlines()[0]
         hint = "; try a smaller --height and --width, fewer --steps or --dtype bfloat16"
-        raise EngineError(f"the device failed: {reason}{hint if 'RESOURCE_EXHAUSTED' in reason else ''}") from e
+        raise EngineError(
+            f"the device failed: {reason}{hint if 'RESOURCE_EXHAUSTED' in reason else ''}"
+        ) from e
+    except Exception as e:
+        if type(e) is not Exception:
+            raise
+        # Orbax raises the bare class for a damaged file: pages of detail, and the reason as cause.
+        reason = str(e.__cause__ or e).splitlines()[0]
+        raise CheckpointError(f"the checkpoint is damaged: {reason}; convert again") from e
 
 
 def _say(text: str) -> None:
@@ -275,8 +369,10 @@ def _say(text: str) -> None:
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="golden folder, laid out like tests/goldens")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="bfloat16 checks with looser, stated tolerances (default %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="bfloat16 checks with looser, stated tolerances (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
 
 
@@ -285,6 +381,8 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.json and not args.json.parent.is_dir():
         raise ConfigError(f"{args.json}: the folder {args.json.parent} does not exist; create it first")
+    if args.json and args.json.is_dir():
+        raise ConfigError(f"{args.json}: is a folder, expected a file name to write")
     files = verify.golden_files(args.folder)
     outcomes = []
     with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
@@ -293,7 +391,10 @@ def _verify(args: argparse.Namespace) -> int:
             bar.write(outcome.line(), file=sys.stdout)
             bar.update()
     if args.json:
-        args.json.write_text(json.dumps(verify.report(outcomes, args.dtype), indent=1) + "\n")
+        try:
+            args.json.write_text(json.dumps(verify.report(outcomes, args.dtype), indent=1) + "\n")
+        except OSError as e:
+            raise ConfigError(f"{args.json}: cannot be written ({e.strerror})") from e
     failed = [o.name for o in outcomes if not o.passed]
     written = f"; report in {args.json}" if args.json else ""
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} goldens pass in {args.dtype}{written}")
@@ -304,7 +405,9 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder for the results (default %(default)s)"
+    )
     parser.add_argument("--frames", type=int, default=73, help="length of the clip (default %(default)s)")
     parser.set_defaults(checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", verbose=False)
 
