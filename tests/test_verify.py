@@ -51,7 +51,7 @@ def change(file: Path, **arrays: np.ndarray) -> None:
     with np.load(file) as content:
         changed = {name: content[name] for name in content.files} | arrays
     file.unlink()
-    np.savez(file, **changed)
+    np.savez(file, **changed)  # pyright: ignore[reportArgumentType]
 
 
 def array(name: str, file: str) -> np.ndarray:
