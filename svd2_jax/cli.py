@@ -19,7 +19,7 @@ from tqdm import tqdm
 from svd2_jax import media
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
 from svd2_jax.config import PRESETS, StreamConfig
-from svd2_jax.errors import CheckpointError, ConfigError, EngineError, MediaError, Svd2Error
+from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
 
 if TYPE_CHECKING:
     from svd2_jax.engine.engine import DeviceEngine
@@ -236,23 +236,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not YAML{where}; expected lines of `name: value`") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected lines of `name: value`, got {type(values).__name__}")
-    defaults = StreamConfig().to_dict()
-    for name, value in values.items():
-        if name in defaults and not _has_type_of(defaults[name], value):
-            raise ConfigError(
-                f"{path}: {name} takes a value like {_as_yaml(defaults[name])}, got {_as_yaml(value)}"
-            )
+    try:
+        StreamConfig.check_keys(values)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
     return values
-
-
-def _has_type_of(default: Any, value: Any) -> bool:
-    if isinstance(default, tuple):
-        return isinstance(value, list) and all(type(v) is int for v in value)
-    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-
-
-def _as_yaml(value: Any) -> str:
-    return json.dumps(value, default=str)
 
 
 def _parse_prompt_at(text: str) -> tuple[int, str]:
@@ -266,7 +254,7 @@ def _open(args: argparse.Namespace, spec: SessionSpec) -> DeviceSession:
     """Loads the model, compiles its programs and opens the session."""
     started = time.monotonic()
     _check_devices()
-    engine = _engine(args, spec.stream.decoder)
+    engine = _engine(args)
     cfg = spec.stream
     _say(f"compiling for {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}")
     session = _device_errors(engine.open, spec)
@@ -288,7 +276,7 @@ def _check_devices() -> None:
         ) from e
 
 
-def _engine(args: argparse.Namespace, decoder: str) -> DeviceEngine:
+def _engine(args: argparse.Namespace) -> DeviceEngine:
     from svd2_jax.engine.engine import DeviceEngine  # late: JAX takes a second to load
 
     if args.checkpoint.startswith(RANDOM):
@@ -296,24 +284,7 @@ def _engine(args: argparse.Namespace, decoder: str) -> DeviceEngine:
         _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
         return DeviceEngine.random(name, dtype=args.dtype or "float32")
     _say(f"loading {args.checkpoint}")
-    _check_parts(args.checkpoint, decoder)
     return DeviceEngine.from_checkpoint(args.checkpoint, args.dtype, args.text_encoder)
-
-
-def _check_parts(path: str, decoder: str) -> None:
-    """Raises CheckpointError, with what to do, where a part that the stream needs was not converted."""
-    from svd2_jax.engine.checkpoint import Checkpoint
-
-    components = {item.split(".")[0] for item in Checkpoint.open(path).manifest.items}
-    if decoder == "taehv" and "taehv" not in components:
-        raise CheckpointError(
-            f"{path}: has no TAEHV decoder; convert again with --taehv taew2_1.pth, or use --decoder wan"
-        )
-    names = {"dit": "transformer", "vae": "VAE", "text": "text encoder"}
-    if missing := [name for part, name in names.items() if part not in components]:
-        raise CheckpointError(
-            f"{path}: has no {' and no '.join(missing)}; convert again with --wan WAN_FOLDER"
-        )
 
 
 def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter, total: int | None) -> None:
@@ -352,12 +323,6 @@ def _device_errors(function: Any, *args: Any) -> Any:
         raise EngineError(
             f"the device failed: {reason}{hint if 'RESOURCE_EXHAUSTED' in reason else ''}"
         ) from e
-    except Exception as e:
-        if type(e) is not Exception:
-            raise
-        # Orbax raises the bare class for a damaged file: pages of detail, and the reason as cause.
-        reason = str(e.__cause__ or e).splitlines()[0]
-        raise CheckpointError(f"the checkpoint is damaged: {reason}; convert again") from e
 
 
 def _say(text: str) -> None:

@@ -28,16 +28,34 @@ def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value has the type of a field's default; True for fields without a plain default."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(_is_like(v, default[0]) for v in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default) if isinstance(default, (bool, int, str)) else True
+
+
 @dataclass(frozen=True)
 class _Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the config from plain values; unknown keys raise ConfigError."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known keys are {sorted(known)}")
+        """Builds the config from plain values; see `check_keys`."""
+        cls.check_keys(values)
         return cls(**{k: _to_tuple(v) for k, v in values.items()})
+
+    @classmethod
+    def check_keys(cls, values: Mapping[str, Any]) -> None:
+        """Raises ConfigError for unknown keys and for values of another type than the default's."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known keys are {sorted(fields)}")
+        for name, value in values.items():
+            default = fields[name].default
+            if not _is_like(_to_tuple(value), default):
+                raise ConfigError(f"{name} takes a value like {default}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that `from_dict` takes back."""

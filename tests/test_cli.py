@@ -208,8 +208,8 @@ CASES = {
     "cut item": (["--checkpoint", "cut_item"], "dit.block.001/"),
     "missing item": (["--checkpoint", "missing_item"], "items are missing: dit.block.001; convert again"),
     "other version": (["--checkpoint", "other_version"], "format version 7, but this program reads version"),
-    "no taehv": (["--checkpoint", "golden", "--decoder", "taehv"], "convert again with --taehv taew2_1.pth"),
-    "no vae": (["--checkpoint", "bare"], "bare: has no VAE and no text encoder; convert again with --wan"),
+    "no taehv": (["--checkpoint", "golden", "--decoder", "taehv"], "holds no TAEHV decoder; convert again with"),
+    "no vae": (["--checkpoint", "bare"], "bare: holds no VAE; convert again with --wan FOLDER or --vae"),
     "no output folder": (["--output", "a/b.mp4"], "a/b.mp4: the folder a does not exist; create it first"),
     "output is a folder": (["--output", "folder"], "folder: is a folder, expected a file name"),
     "unknown suffix": (["--output", "o.avi"], "cannot write the format '.avi'; supported are .mp4"),
@@ -232,8 +232,8 @@ CASES = {
     "broken config": (["--config", "broken.yaml"], "broken.yaml: is not YAML at line 2; expected lines of"),
     "binary config": (["--config", "binary.yaml"], "binary.yaml: is not YAML"),
     "config is a list": (["--config", "list.yaml"], "list.yaml: expected lines of `name: value`, got list"),
-    "config word": (["--config", "word.yaml"], 'word.yaml: height takes a value like 480, got "tall"'),
-    "config number": (["--config", "number.yaml"], "timesteps takes a value like [700, 500], got 700"),
+    "config word": (["--config", "word.yaml"], "word.yaml: height takes a value like 480, got 'tall'"),
+    "config number": (["--config", "number.yaml"], "timesteps takes a value like (700, 500), got 700"),
     "config of t2v": (["--config", CONFIGS / "t2v.yaml"], "settings for the task 't2v'; leave out --input"),
 }  # fmt: skip
 

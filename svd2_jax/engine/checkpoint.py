@@ -16,7 +16,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,11 +38,11 @@ TOKENIZER = "tokenizer"
 CHUNK_BYTES = 32 << 20
 DATA_FILE_BYTES = 256 << 20
 
-ITEM_SOURCES = {  # which option of the converter gives an item, by the first part of its name
-    "dit": "--generator FILE or --wan FOLDER",
-    "vae": "--wan FOLDER or --vae FILE",
-    "text": "--wan FOLDER or --text-encoder FILE",
-    "taehv": "--taehv FILE (or use --decoder wan)",
+PARTS = {  # what an item belongs to, by the first part of its name, and the converter's option that gives it
+    "dit": ("transformer", "--generator FILE or --wan FOLDER"),
+    "vae": ("VAE", "--wan FOLDER or --vae FILE"),
+    "text": ("text encoder", "--wan FOLDER or --text-encoder FILE"),
+    "taehv": ("TAEHV decoder", "--taehv FILE (or use --decoder wan)"),
 }
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -199,6 +199,14 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no tokenizer; convert again with one in the --wan folder")
         return folder
 
+    def require(self, parts: Iterable[str]) -> None:
+        """Raises CheckpointError, with what to do, where a part ("dit", "vae", "text", "taehv") is not there."""
+        held = {item.split(".")[0] for item in self.manifest.items}
+        for part in parts:
+            if part not in held:
+                name, source = PARTS[part]
+                raise CheckpointError(f"{self.path}: holds no {name}; convert again with {source}")
+
     def abstract(self, item: str) -> dict[str, Any]:
         """Returns the item's tree as ShapeDtypeStructs."""
         with self._reading(item) as (checkpointer, folder):
@@ -240,13 +248,18 @@ class Checkpoint:
     @contextlib.contextmanager
     def _reading(self, item: str) -> Iterator[tuple[Any, Path]]:
         if item not in self.manifest.items:
-            source = ITEM_SOURCES.get(item.split(".")[0], "what it lacks")
-            raise CheckpointError(f"{self.path}: holds no item {item!r}; convert again with {source}")
+            self.require([item.split(".")[0]])
+            raise CheckpointError(f"{self.path}: holds no item {item!r}; convert again")
         try:
             with _checkpointer() as checkpointer:
                 yield checkpointer, self.path / item
-        except (ValueError, OSError, KeyError) as e:
-            raise CheckpointError(f"{self.path}: {item} is damaged ({_first_line(e)}); convert again") from e
+        except Exception as e:
+            # Orbax raises its bare class for a damaged file, with pages of detail and the reason as cause; an
+            # exception of a kind of its own is a defect of ours.
+            if type(e) is not Exception and not isinstance(e, (ValueError, OSError, KeyError)):
+                raise
+            reason = _first_line(e.__cause__ or e)
+            raise CheckpointError(f"{self.path}: {item} is damaged ({reason}); convert again") from e
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class DeviceEngine:
           CheckpointError: the folder is missing, unfinished or of another format.
         """
         checkpoint = Checkpoint.open(Path(path))
+        checkpoint.require(("dit", "vae", "text"))
         model, device = checkpoint.manifest.model, device or jax.devices()[0]
         compute = checked_dtype(dtype or checkpoint.manifest.dtype)
 
