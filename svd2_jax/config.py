@@ -225,7 +225,7 @@ class StreamConfig(_Config):
       mode: "stream" runs all steps at once on different chunks; "sequential" runs a chunk's steps one after
         another (lower latency, lower throughput).
       frames_per_block: latent frames per chunk.
-      cache_frames: latent frames held in the rolling KV cache.
+      cache_frames: latent frames held in the rolling KV cache; best the first group and whole chunks.
       sink_frames: cache positions kept as anchors.
       sink_threshold: mean cosine similarity in (-1, 1] below which a sink is replaced; -1 turns it off.
       rope_refresh: latent frame index at which the time index restarts at `cache_frames - 1`.
@@ -260,20 +260,14 @@ class StreamConfig(_Config):
             raise ConfigError(f"timesteps must be 1 to 8 values in [0, 1000], got {self.timesteps}")
         if self.frames_per_block < 1:
             raise ConfigError(f"frames_per_block must be at least 1, got {self.frames_per_block}")
-        if self.task == "v2v" and self.frames_per_block != 1:
+        if not 0 <= self.sink_frames < self.cache_frames:
             raise ConfigError(
-                f"video-to-video uses chunks of 1 latent frame, got frames_per_block={self.frames_per_block}"
+                f"sink_frames must be at least 0 and below cache_frames={self.cache_frames}, got {self.sink_frames}"
             )
-        block, first = self.frames_per_block, self.first_latents
-        if self.cache_frames % block or self.cache_frames < 2 * first:
-            # The first group is never queued for eviction: a smaller cache would have nothing to evict.
+        if not any(self.sink_frames < end <= self.cache_frames for end in self._queued_ends()):
             raise ConfigError(
-                f"cache_frames must be a multiple of {block} and at least {2 * first}, got {self.cache_frames}"
-            )
-        if not 0 <= self.sink_frames <= self.cache_frames - block:
-            raise ConfigError(
-                f"sink_frames must be in [0, {self.cache_frames - block}] for cache_frames={self.cache_frames}, "
-                f"got {self.sink_frames}"
+                f"cache_frames={self.cache_frames} leaves nothing to overwrite beside the first group and "
+                f"sink_frames={self.sink_frames}; use at least {2 * self.first_latents} and more than the sinks"
             )
         if not -1.0 <= self.sink_threshold <= 1.0 or not math.isfinite(self.sink_threshold):
             raise ConfigError(f"sink_threshold must be in [-1, 1] (-1 = off), got {self.sink_threshold}")
@@ -281,6 +275,11 @@ class StreamConfig(_Config):
             raise ConfigError(
                 f"rope_refresh must be at least cache_frames={self.cache_frames}, got {self.rope_refresh}"
             )
+
+    def _queued_ends(self) -> list[int]:
+        """Ends of the cache positions that enter the eviction queue while the cache fills (see nn.kv_cache)."""
+        first, block = self.first_latents, self.frames_per_block
+        return [2 * first, *range(first + 2 * block, self.cache_frames + 1, block)]
 
     @classmethod
     def for_task(cls, task: str, steps: int = 2, **settings: Any) -> Self:

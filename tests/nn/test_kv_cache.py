@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from svd2_jax.config import DiTConfig, StreamConfig
+from svd2_jax.errors import ConfigError
 from svd2_jax.nn import kv_cache
 
 DIT = DiTConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1)
@@ -79,24 +80,27 @@ def slots_of(cache):
     return [float(x) for x in cache.layers[0].k[0, :, 0, 0]]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
+    task=st.sampled_from(["v2v", "t2v"]),
     block=st.sampled_from([1, 3]),
-    blocks_in_cache=st.integers(4, 6),
+    cache_frames=st.integers(4, 12),
     sinks=st.integers(0, 5),
     chunks=st.integers(0, 14),
     mode=st.sampled_from(["stream", "sequential"]),
 )
-def test_the_ring_writes_where_the_list_model_writes(block, blocks_in_cache, sinks, chunks, mode):
-    cache_frames = block * blocks_in_cache
-    cfg = config(
-        task="v2v" if block == 1 else "t2v",
-        frames_per_block=block,
-        cache_frames=cache_frames,
-        sink_frames=min(sinks, cache_frames - block),
-        sink_threshold=-1.0,
-        mode=mode,
-    )
+def test_the_ring_writes_where_the_list_model_writes(task, block, cache_frames, sinks, chunks, mode):
+    try:
+        cfg = config(
+            task=task,
+            frames_per_block=block,
+            cache_frames=cache_frames,
+            sink_frames=sinks,
+            sink_threshold=-1.0,
+            mode=mode,
+        )
+    except ConfigError:  # nothing to overwrite: the list model would pop from an empty list
+        reject()
     if mode == "sequential":
         cfg = dataclasses.replace(cfg, timesteps=(700, 500))
     writes, value, start = [], 0, 0
