@@ -15,7 +15,7 @@ from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine import noise
 from svd2_jax.engine.params import EngineParams
 from svd2_jax.models import dit
-from svd2_jax.nn.attention import AttentionImplementation
+from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
 from svd2_jax.stream import pixels, state, step
 from svd2_jax.types import Device
 
@@ -73,8 +73,10 @@ def build(
       params: parameters, or ShapeDtypeStructs in their place.
       device: where everything runs.
       pixel_format: see `SessionSpec.pixels`.
-      attention: see `attend`.
+      attention: see `attend`; "auto" takes the fused kernel where the device has one.
     """
+    if attention == "auto":
+        attention = fused_if_possible(device.platform, params.dit.dtype, model.dit.head_dim)
     sharding = SingleDeviceSharding(device)
     compile_ = functools.partial(_compile, sharding)
     channels, (height, width) = model.dit.in_channels, cfg.latent_size

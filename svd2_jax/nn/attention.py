@@ -32,13 +32,14 @@ def attend(
       kv_len_B: int32 number of leading keys that are valid for each row (at least 1), or None for all.
       implementation: "xla" materialises the logits; "blocked" keeps an online softmax over blocks of keys, one
         head at a time (Milakov & Gimelshein 2018), for large sizes without a fused kernel; "cudnn" is the fused
-        GPU kernel (16-bit, D <= 128); "auto" picks by backend, dtype and size.
+        GPU kernel (16-bit, D <= 128); "auto" takes "xla" or, where that would be large, "blocked".
     """
     rows = q_BQND.shape[0]
     k_BKND = jnp.broadcast_to(k_BKND, (rows, *k_BKND.shape[1:]))
     v_BKND = jnp.broadcast_to(v_BKND, (rows, *v_BKND.shape[1:]))
     if implementation == "auto":
-        implementation = _pick(q_BQND, k_BKND)
+        logits = math.prod(q_BQND.shape[:3]) * k_BKND.shape[1]
+        implementation = "xla" if logits <= PLAIN_LOGITS_LIMIT else "blocked"
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(
             q_BQND, k_BKND, v_BKND, key_value_seq_lengths=kv_len_B, implementation="cudnn"
@@ -48,12 +49,10 @@ def attend(
     return _attend_plain(q_BQND, k_BKND, v_BKND, kv_len_B)
 
 
-def _pick(q_BQND: jax.Array, k_BKND: jax.Array) -> AttentionImplementation:
-    B, Q, N, D = q_BQND.shape
-    half = q_BQND.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half and D <= CUDNN_MAX_HEAD_DIM:
-        return "cudnn"
-    return "xla" if B * N * Q * k_BKND.shape[1] <= PLAIN_LOGITS_LIMIT else "blocked"
+def fused_if_possible(platform: str, dtype: jnp.dtype, head_dim: int) -> AttentionImplementation:
+    """Returns "cudnn" where a device of this platform ("gpu", "cpu") has that kernel, else "auto"."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if platform == "gpu" and half and head_dim <= CUDNN_MAX_HEAD_DIM else "auto"
 
 
 def _attend_plain(q_BQND, k_BKND, v_BKND, kv_len_B):

@@ -47,3 +47,11 @@ def test_one_row_of_keys_serves_all_rows_of_queries():
     q, k, v = qkv()
     got = attend(q, k[:1], v[:1])
     np.testing.assert_allclose(got[1], attend(q[1:], k[:1], v[:1])[0], atol=1e-6)
+
+
+def test_the_fused_kernel_is_taken_on_a_gpu_in_16_bit_only():
+    choose = attention.fused_if_possible
+    assert choose("gpu", jnp.dtype(jnp.bfloat16), 128) == "cudnn"
+    assert choose("gpu", jnp.dtype(jnp.float32), 128) == "auto"
+    assert choose("gpu", jnp.dtype(jnp.bfloat16), 384) == "auto"
+    assert choose("cpu", jnp.dtype(jnp.bfloat16), 128) == "auto"
