@@ -40,9 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", help="VAE weights (default: the Wan folder's)", **path)
     parser.add_argument("--text-encoder", help="UMT5 weights (default: the Wan folder's)", **path)
     parser.add_argument("--tokenizer", help="tokenizer folder (default: the Wan folder's)", **path)
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from convert.files import TOKENIZER_FILES, WanFolder, find_wan_folder, open_weig
 from convert.rules import Leaf
 from convert.source import Source, Tensor, sha256
 from svd2_jax.config import ModelConfig
-from svd2_jax.engine.checkpoint import CheckpointWriter, Manifest, SourceFile
+from svd2_jax.engine.checkpoint import PARTS, CheckpointWriter, Manifest, SourceFile
 from svd2_jax.errors import ConversionError
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -78,9 +79,24 @@ def convert_checkpoint(
     parts = _recognise_all(sources, read_json(inputs.settings) if inputs.settings else {})
     model = model_config({name: part.config for name, part in parts.items()})
     tokenizer_files = _tokenizer_files(inputs.tokenizer)
+    if progress:
+        for note in _notes(parts, generator is None, bool(tokenizer_files)):
+            print(f"note: {note}", file=sys.stderr)
     with writer:
         _write(writer, model, sources, parts, dtype, tokenizer_files, progress)
     return writer.path
+
+
+def _notes(parts: Mapping[str, Part], from_folder: bool, tokenizer: bool) -> Iterator[str]:
+    """Says, before hours of work, what `svd2 run` will miss in this checkpoint."""
+    for name in ("dit", "vae", "text"):
+        if name not in parts:
+            title, source = PARTS[name]
+            yield f"no {title} is given; a stream needs it: {source}"
+    if not tokenizer:
+        yield "no tokenizer is given; a stream needs it: --wan FOLDER or --tokenizer FOLDER"
+    if "dit" in parts and from_folder:
+        yield "without --generator the base transformer is converted, which was not distilled to few steps"
 
 
 def _find_inputs(weights: Mapping[str, Path], wan: PathLike | None, tokenizer: PathLike | None) -> Inputs:

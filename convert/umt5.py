@@ -42,12 +42,6 @@ HUGGING_FACE_RULES: tuple[Rule, ...] = (
 HUGGING_FACE_IGNORED: tuple[str, ...] = (r"encoder\.embed_tokens\.weight",)
 
 
-def rules(cfg: TextConfig) -> tuple[Rule, ...]:
-    """Returns the table for `models_t5_umt5-xxl-enc-bf16.pth`; it is the same for all sizes."""
-    del cfg
-    return RULES
-
-
 def infer_config(shapes: Mapping[str, Sequence[int]]) -> TextConfig:
     """Returns the sizes that the shapes of either layout's tensors imply.
 

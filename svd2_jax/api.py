@@ -34,6 +34,10 @@ class SessionSpec:
 
     def __post_init__(self):
         check_prompt(self.prompt)
+        for name, kind in (("noise_scale", (int, float)), ("seed", int)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
         if not 0.0 < self.noise_scale <= 1.0:
             raise ConfigError(
                 f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default"
@@ -45,7 +49,9 @@ class SessionSpec:
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ConfigError for a blank prompt."""
+    """Raises ConfigError for a blank prompt, or for something that is not text."""
+    if not isinstance(prompt, str):
+        raise ConfigError(f"the prompt must be text, got {type(prompt).__name__}")
     if not prompt.strip():
         raise ConfigError("the prompt is empty; say in words what the video should look like")
 

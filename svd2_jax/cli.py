@@ -167,6 +167,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)"
     )
     machine.add_argument(
+        "--attention", choices=("auto", "xla", "blocked", "cudnn"), default="auto",
+        help="auto: the fused kernel where there is one (default %(default)s)",
+    )  # fmt: skip
+    machine.add_argument(
         "--text-encoder", choices=("host", "device", "disk"), default="host",
         help="where it lives: host memory (default), the accelerator, or read anew for every prompt",
     )  # fmt: skip
@@ -282,9 +286,11 @@ def _engine(args: argparse.Namespace) -> DeviceEngine:
     if args.checkpoint.startswith(RANDOM):
         name = args.checkpoint.removeprefix(RANDOM)
         _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
-        return DeviceEngine.random(name, dtype=args.dtype or "float32")
+        return DeviceEngine.random(name, dtype=args.dtype or "float32", attention=args.attention)
     _say(f"loading {args.checkpoint}")
-    return DeviceEngine.from_checkpoint(args.checkpoint, args.dtype, args.text_encoder)
+    return DeviceEngine.from_checkpoint(
+        args.checkpoint, args.dtype, args.text_encoder, attention=args.attention
+    )
 
 
 def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter, total: int | None) -> None:
@@ -317,8 +323,8 @@ def _device_errors(function: Any, *args: Any) -> Any:
 
     try:
         return function(*args)
-    except jax.errors.JaxRuntimeError as e:
-        reason = str(e).splitlines()[0]
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as e:  # the latter: an --attention it has not
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
         hint = "; try a smaller --height and --width, fewer --steps or --dtype bfloat16"
         raise EngineError(
             f"the device failed: {reason}{hint if 'RESOURCE_EXHAUSTED' in reason else ''}"
@@ -348,6 +354,7 @@ def _verify(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.json}: the folder {args.json.parent} does not exist; create it first")
     if args.json and args.json.is_dir():
         raise ConfigError(f"{args.json}: is a folder, expected a file name to write")
+    _check_devices()
     files = verify.golden_files(args.folder)
     outcomes = []
     with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
@@ -374,7 +381,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("out"), help="folder for the results (default %(default)s)"
     )
     parser.add_argument("--frames", type=int, default=73, help="length of the clip (default %(default)s)")
-    parser.set_defaults(checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", verbose=False)
+    parser.set_defaults(
+        checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", attention="auto", verbose=False
+    )
 
 
 def _demo(args: argparse.Namespace) -> int:

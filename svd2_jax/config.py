@@ -245,6 +245,8 @@ class StreamConfig(_Config):
     decoder: Literal["wan", "taehv"] = "wan"
 
     def __post_init__(self):
+        object.__setattr__(self, "timesteps", _to_tuple(self.timesteps))
+        self.check_keys(dataclasses.asdict(self))
         for name in ("height", "width"):
             value = getattr(self, name)
             if value <= 0 or value % PIXEL_MULTIPLE:

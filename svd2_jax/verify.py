@@ -37,7 +37,7 @@ from svd2_jax.nn import kv_cache
 Arrays = Mapping[str, np.ndarray]
 
 TOLERANCES = {
-    # float32: the goldens' own; bfloat16: measured on the shared goldens, about twice the error seen there.
+    # float32: the goldens' own; bfloat16: measured on tests/goldens, about twice the error seen there.
     "flow_match": {"float32": 1e-6, "bfloat16": 1e-6},
     "noise_controller": {"float32": 1e-6, "bfloat16": 1e-6},
     "block_balance": {"float32": 1e-9, "bfloat16": 1e-9},

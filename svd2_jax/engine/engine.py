@@ -19,7 +19,7 @@ from svd2_jax.engine.programs import Programs
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
 from svd2_jax.engine.session import DeviceSession
 from svd2_jax.engine.tokenizer import Tokenizer
-from svd2_jax.errors import ConfigError
+from svd2_jax.errors import ConfigError, EngineError
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.types import Device
 
@@ -77,7 +77,7 @@ class DeviceEngine:
             sharding = jax.sharding.SingleDeviceSharding(target)
             return lambda item: checkpoint.restore(item, sharding=sharding, dtype=compute)
 
-        host = device if text == "device" else jax.local_devices(backend="cpu")[0]
+        host = device if text == "device" else _host_device()
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_dir, model.dit.text_len)
         prompts = PromptEncoder(model.text, tokenizer, reader(host), keep=text != "disk")
         return cls(model, reader(device), prompts, device, attention)
@@ -145,3 +145,14 @@ def checked_dtype(name: str) -> jnp.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return jnp.dtype(DTYPES[name])
+
+
+def _host_device() -> Device:
+    """Returns JAX's CPU device; raises EngineError where JAX was told to leave it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as e:
+        raise EngineError(
+            f"the text encoder cannot live in host memory ({str(e).splitlines()[0]}); add cpu to JAX_PLATFORMS, as in "
+            "JAX_PLATFORMS=cuda,cpu, or use --text-encoder device"
+        ) from e

@@ -78,7 +78,7 @@ def build(
     if attention == "auto":
         attention = fused_if_possible(device.platform, params.dit.dtype, model.dit.head_dim)
     sharding = SingleDeviceSharding(device)
-    compile_ = functools.partial(_compile, sharding)
+    compile_ = functools.partial(_compile, sharding, matmul_precision(params.dit.dtype))
     channels, (height, width) = model.dit.in_channels, cfg.latent_size
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -148,24 +148,34 @@ def build(
     )  # fmt: skip
 
 
+def matmul_precision(dtype: jnp.dtype) -> str:
+    """Returns JAX's precision for products in a dtype: float32 means float32, not TensorFloat-32 or bfloat16."""
+    return "highest" if dtype == jnp.float32 else "default"
+
+
 def _compile(
-    sharding: SingleDeviceSharding, function: Program, *args: Any, donate: tuple[int, ...] = ()
+    sharding: SingleDeviceSharding,
+    precision: str,
+    function: Program,
+    *args: Any,
+    donate: tuple[int, ...] = (),
 ) -> tuple[Program, Any]:
     """Returns the executable and its results as ShapeDtypeStructs placed on the device."""
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((x.shape, x.dtype) for x in leaves)
     call = function if isinstance(function, functools.partial) else functools.partial(function)
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
-    return _compile_once(static, structure, shapes, donate, sharding)
+    return _compile_once(static, structure, shapes, donate, sharding, precision)
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_once(static, structure, shapes, donate, sharding) -> tuple[Program, Any]:
+def _compile_once(static, structure, shapes, donate, sharding, precision) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     function, positional, keywords = static
     args = structure.unflatten([jax.ShapeDtypeStruct(*s, sharding=sharding) for s in shapes])
     bound = functools.partial(function, *positional, **dict(keywords))
-    lowered = jax.jit(bound, donate_argnums=donate, out_shardings=sharding).lower(*args)
+    with jax.default_matmul_precision(precision):
+        lowered = jax.jit(bound, donate_argnums=donate, out_shardings=sharding).lower(*args)
     results = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), lowered.out_info
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +14,7 @@ from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.models import text_encoder
 
 TextPlacement = Literal["host", "device", "disk"]
+REMEMBERED_PROMPTS = 32  # 8 MB each at UMT5-XXL's size
 
 
 class Prompts(Protocol):
@@ -31,23 +30,26 @@ class PromptEncoder:
 
     The encoder's parameters are read on the first prompt. They stay in host memory ("host"), on the accelerator
     ("device"), or nowhere: "disk" reads them block by block for every prompt, for machines with little memory.
+    The last embeddings are remembered: encode a prompt ahead of time, and a stream changes to it without a pause.
     """
 
     def __init__(self, cfg: TextConfig, tokenizer: Tokenizer, read_item: ItemReader, keep: bool):
         self._cfg, self._tokenizer, self._read_item, self._keep = cfg, tokenizer, read_item, keep
         self._kept: dict[str, Params] = {}
-        self._embed = jax.jit(text_encoder.embed)
-        self._block = jax.jit(functools.partial(text_encoder.run_block, cfg))
-        self._head = jax.jit(text_encoder.head)
+        self._remembered: dict[str, np.ndarray] = {}
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the embedding, float32 [1, P, dim], of a prompt; rows of padding are zero."""
+        if prompt not in self._remembered:
+            if len(self._remembered) >= REMEMBERED_PROMPTS:
+                del self._remembered[next(iter(self._remembered))]  # the oldest
+            self._remembered[prompt] = self._encode(prompt)
+        return self._remembered[prompt]
+
+    def _encode(self, prompt: str) -> np.ndarray:
         ids, mask = self.tokenize([prompt])
-        x = self._embed(self._item(text_encoder.EMBED_ITEM), ids)
-        for i in range(self._cfg.num_layers):
-            x = self._block(self._item(text_encoder.block_item(i)), x, mask)
-        x = self._head(self._item(text_encoder.HEAD_ITEM), x, mask)
-        return np.asarray(x.astype(jnp.float32))
+        embedding = text_encoder.encode(self._cfg, self._item, ids, mask)
+        return np.asarray(embedding.astype(jnp.float32))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Returns token ids and mask, int32 [B, P], of prompts."""

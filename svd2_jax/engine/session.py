@@ -87,6 +87,8 @@ class DeviceSession:
         if self._cfg.task != "v2v":
             raise SessionError("a text-to-video session takes no frames; call advance()")
         expected = (self._cfg.height, self._cfg.width, 3)
+        if not isinstance(frames, np.ndarray):
+            raise SessionError(f"frames must be a numpy array [T, H, W, 3], got {type(frames).__name__}")
         if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
             raise SessionError(
                 f"frames must be uint8 [T, {', '.join(map(str, expected))}], got {frames.dtype} {frames.shape}"
@@ -128,7 +130,8 @@ class DeviceSession:
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or linearly over `blend_chunks` chunks.
 
-        Chunks already under way in later rows go on with the new prompt too; the stream does not restart.
+        Chunks already under way in later rows go on with the new prompt too; the stream does not restart. This
+        waits for the text encoder, unless the prompt was encoded before (`engine.prompts.encode(prompt)`).
         """
         self._check_open()
         check_prompt(prompt)
@@ -155,6 +158,8 @@ class DeviceSession:
           blend_chunks: see `set_prompt`.
         """
         changes = sorted((prompts or {}).items())
+        for _, prompt in changes:  # now, so that no change makes the stream wait for the text encoder
+            self._prompts.encode(prompt)
         held: list[DeviceChunk] = []
         for done in self._run_chunks(frames, count, changes, blend_chunks):
             # Reading waits for the device: read a chunk only once the next one is under way.

@@ -9,7 +9,7 @@ float32. Axes: B prompts, P tokens, E model width, N heads, D head dim; Q and K 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -134,19 +134,26 @@ def head(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, :, None] > 0, y, jnp.zeros((), y.dtype))
 
 
-def encode(cfg: TextConfig, params: Mapping[str, Params], ids: jax.Array, mask: jax.Array) -> jax.Array:
+_embed, _run_block, _head = jax.jit(embed), jax.jit(run_block, static_argnums=0), jax.jit(head)
+
+
+def encode(
+    cfg: TextConfig, read_item: Callable[[str], Params], ids: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
+) -> jax.Array:
     """Returns prompt embeddings [B, P, E] in the parameters' dtype, zero at padding.
 
+    Runs block by block, so that no more than one block's parameters need to be there at a time.
+
     Args:
-      cfg: sizes (static).
-      params: trees of all text items by item name.
+      cfg: sizes.
+      read_item: returns the tree of a text item; asked once for each, in order.
       ids: int32 [B, P].
       mask: int32 [B, P], 1 for tokens and 0 for padding.
     """
-    x = embed(params[EMBED_ITEM], ids)
+    x = _embed(read_item(EMBED_ITEM), ids)
     for layer in range(cfg.num_layers):
-        x = run_block(cfg, params[block_item(layer)], x, mask)
-    return head(params[HEAD_ITEM], x, mask)
+        x = _run_block(cfg, read_item(block_item(layer)), x, mask)
+    return _head(read_item(HEAD_ITEM), x, mask)
 
 
 def abstract_params(cfg: TextConfig, dtype: Any = jnp.float32) -> dict[str, Params]:

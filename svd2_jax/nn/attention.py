@@ -32,7 +32,7 @@ def attend(
       kv_len_B: int32 number of leading keys that are valid for each row (at least 1), or None for all.
       implementation: "xla" materialises the logits; "blocked" keeps an online softmax over blocks of keys, one
         head at a time (Milakov & Gimelshein 2018), for large sizes without a fused kernel; "cudnn" is the fused
-        GPU kernel (16-bit, D <= 128); "auto" takes "xla" or, where that would be large, "blocked".
+        GPU kernel (16-bit, D a multiple of 8 up to 128); "auto" takes "xla" or, where that would be large, "blocked".
     """
     rows = q_BQND.shape[0]
     k_BKND = jnp.broadcast_to(k_BKND, (rows, *k_BKND.shape[1:]))
@@ -52,7 +52,8 @@ def attend(
 def fused_if_possible(platform: str, dtype: jnp.dtype, head_dim: int) -> AttentionImplementation:
     """Returns "cudnn" where a device of this platform ("gpu", "cpu") has that kernel, else "auto"."""
     half = dtype in (jnp.bfloat16, jnp.float16)
-    return "cudnn" if platform == "gpu" and half and head_dim <= CUDNN_MAX_HEAD_DIM else "auto"
+    fits = head_dim <= CUDNN_MAX_HEAD_DIM and head_dim % 8 == 0
+    return "cudnn" if platform == "gpu" and half and fits else "auto"
 
 
 def _attend_plain(q_BQND, k_BKND, v_BKND, kv_len_B):
