@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import yaml
@@ -24,6 +24,8 @@ from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
 if TYPE_CHECKING:
     from svd2_jax.engine.engine import DeviceEngine
     from svd2_jax.engine.session import DeviceSession
+
+T = TypeVar("T")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -311,10 +313,11 @@ def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter, total: int |
     )
 
 
-def _guarded(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    iterator = iter(frames)
-    while (chunk := _device_errors(next, iterator, None)) is not None:
-        yield chunk
+def _guarded(items: Iterable[T]) -> Iterator[T]:
+    """Yields the items of something that makes them on the device."""
+    iterator = iter(items)
+    while (item := _device_errors(next, iterator, None)) is not None:
+        yield item
 
 
 def _device_errors(function: Any, *args: Any) -> Any:
@@ -358,7 +361,7 @@ def _verify(args: argparse.Namespace) -> int:
     files = verify.golden_files(args.folder)
     outcomes = []
     with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
-        for outcome in verify.verify(args.folder, args.dtype):
+        for outcome in _guarded(verify.verify(args.folder, args.dtype)):
             outcomes.append(outcome)
             bar.write(outcome.line(), file=sys.stdout)
             bar.update()

@@ -278,7 +278,7 @@ def _checkpointer() -> Iterator[Any]:
 
 
 def _handler() -> Any:
-    """Returns Orbax's handler of trees with our way of writing NumPy arrays."""
+    """Returns Orbax's handler of trees with our ways of writing NumPy arrays and of reading."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
@@ -298,10 +298,22 @@ def _handler() -> Any:
                 while failed and self.running:
                     await asyncio.sleep(0.01)
 
+    class Reader(type_handlers.ArrayHandler):
+        """Lets the other leaves finish when one fails, for the same reason."""
+
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            read = super().deserialize
+            single = [read([info], [arg]) for info, arg in zip(infos, args, strict=True)]
+            results = await asyncio.gather(*single, return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            return [leaf for result in results for leaf in result]
+
     registry = type_handlers.create_type_handler_registry(
         # The stock handler copies every array first, in case the caller changes it meanwhile. We wait.
         (np.ndarray, Writer(deepcopy_host_arrays=False)),
-        (jax.Array, type_handlers.ArrayHandler()),
+        (jax.Array, Reader()),
     )
     # Uncompressed: trained weights shrink little, and a stream should start fast.
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)

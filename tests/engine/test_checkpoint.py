@@ -1,6 +1,8 @@
 import dataclasses
+import gc
 import json
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +178,21 @@ def test_a_damaged_item_is_an_error_of_ours(tmp_path, written):
         data.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"dit\.head is damaged .*; convert again"):
         Checkpoint.open(folder).restore("dit.head")
+
+
+def test_a_damaged_item_leaves_no_reads_behind(golden_checkpoint, tmp_path):
+    """Whatever was still reading would complain later, in the middle of something else."""
+    copy = tmp_path / "copy"
+    shutil.copytree(golden_checkpoint, copy)
+    data = max((copy / "dit.block.001").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    complaints = []
+    hook, sys.unraisablehook = sys.unraisablehook, complaints.append
+    try:
+        for _ in range(3):
+            with pytest.raises(CheckpointError, match=r"dit\.block\.001 is damaged"):
+                Checkpoint.open(copy).restore("dit.block.001")
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    assert not complaints
