@@ -304,11 +304,12 @@ def _handler() -> Any:
         async def deserialize(self, infos: Any, args: Any = None) -> Any:
             read = super().deserialize
             single = [read([info], [arg]) for info, arg in zip(infos, args, strict=True)]
-            results = await asyncio.gather(*single, return_exceptions=True)
-            for result in results:
+            leaves = []
+            for result in await asyncio.gather(*single, return_exceptions=True):
                 if isinstance(result, BaseException):
                     raise result
-            return [leaf for result in results for leaf in result]
+                leaves += result
+            return leaves
 
     registry = type_handlers.create_type_handler_registry(
         # The stock handler copies every array first, in case the caller changes it meanwhile. We wait.
