@@ -6,7 +6,6 @@ A golden folder holds weights in the layouts that users download, and recorded i
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +29,7 @@ from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine import balance
 from svd2_jax.engine.engine import DeviceEngine, checked_dtype
 from svd2_jax.engine.noise import RecordedNoise
+from svd2_jax.engine.programs import matmul_precision
 from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
 from svd2_jax.nn import kv_cache
@@ -138,9 +138,9 @@ def verify(folder: Path, dtype: str = "float32") -> Iterator[Outcome]:
       ConfigError: the folder is missing or holds no golden file.
       ConversionError: its weights cannot be converted.
     """
-    checked_dtype(dtype)
+    precision = matmul_precision(checked_dtype(dtype))
     files = golden_files(folder)
-    with tempfile.TemporaryDirectory() as scratch, _full_precision(dtype):
+    with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
         engine = DeviceEngine.from_checkpoint(_convert(folder, Path(scratch), dtype), dtype)
         for file in files:
             yield _run(engine, file, dtype)
@@ -167,12 +167,6 @@ def _convert(folder: Path, scratch: Path, dtype: str) -> Path:
     return convert_checkpoint(
         out=out, generator=generators[0] if generators else None, wan=wan[0], dtype=dtype, progress=False
     )
-
-
-@contextlib.contextmanager
-def _full_precision(dtype: str) -> Iterator[None]:
-    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        yield
 
 
 def _run(engine: DeviceEngine, file: Path, dtype: str) -> Outcome:

@@ -42,8 +42,8 @@ def decoder_item(decoder: Literal["wan", "taehv"]) -> str:
 
 def read_params(model: ModelConfig, read_item: ItemReader, decoder: Literal["wan", "taehv"]) -> EngineParams:
     """Reads all parameters of a stream item by item, the transformer last: it takes longest to read in vain."""
-    read_decoder, encoder = read_item(decoder_item(decoder)), read_item("vae.encoder")
-    return EngineParams(dit.assemble(model.dit, read_item), encoder, read_decoder)
+    small = {"encoder": read_item("vae.encoder"), "decoder": read_item(decoder_item(decoder))}
+    return EngineParams(dit=dit.assemble(model.dit, read_item), **small)
 
 
 def with_random_text(model: ModelConfig) -> ModelConfig:
