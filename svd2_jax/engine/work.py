@@ -1,0 +1,88 @@
+"""Counts a program's arithmetic and memory traffic from its trace: nothing is compiled or run.
+
+The model: only matrix products and convolutions cost arithmetic, and each reads its operands and writes its
+result once. All else (norms, activations, softmax, copies) is taken as fused into them and free, but for writes
+into a larger array, which move the slice. So both counts are lower bounds of what a device does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from svd2_jax.hardware import Work
+
+
+def count_work(function: Callable[..., Any], *args: Any, fused_attention: bool = False) -> Work:
+    """Returns what one call costs; under `shard_map`, on each device.
+
+    A loop with a known number of passes counts that often, one that runs while a condition holds counts once, and
+    of the branches of a choice the most expensive one counts.
+
+    Args:
+      function: a JAX function.
+      *args: its arguments, arrays or ShapeDtypeStructs.
+      fused_attention: leave out the largest array of every product with batch axes. In attention these are the
+        logits, which a fused kernel keeps on the chip. The function has to be traced with the attention that
+        multiplies all heads at once ("xla"), as fused kernels cannot be traced on every machine.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr, fused_attention)
+
+
+def _count(jaxpr: Jaxpr, fused: bool) -> Work:
+    return sum((_count_equation(equation, fused) for equation in jaxpr.eqns), Work())
+
+
+def _count_equation(equation: Any, fused: bool) -> Work:
+    name, params = equation.primitive.name, equation.params
+    inputs, outputs = [x.aval for x in equation.invars], [x.aval for x in equation.outvars]
+    if name == "dot_general":
+        (contracted, _), (batch, _) = params["dimension_numbers"]
+        depth = math.prod(inputs[0].shape[axis] for axis in contracted)
+        sizes = [_nbytes(x) for x in (*inputs, *outputs)]
+        skipped = max(sizes) if fused and batch else 0
+        return Work(2 * depth * math.prod(outputs[0].shape), sum(sizes) - skipped)
+    if name == "conv_general_dilated":
+        flops = _conv_flops(inputs[0], inputs[1], outputs[0], params)
+        return Work(flops, sum(map(_nbytes, (*inputs, *outputs))))
+    if name == "dynamic_update_slice":
+        return Work(0, 2 * _nbytes(inputs[1]))  # read the new values, write them; the rest stays in place
+    if name == "scan":
+        return _count(params["jaxpr"].jaxpr, fused) * params["length"]
+    if name == "cond":
+        return max(_count(branch.jaxpr, fused) for branch in params["branches"])
+    return sum((_count(inner, fused) for inner in _inner_jaxprs(params)), Work())
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """Yields what an equation calls: the body of a jit, shard_map, checkpoint, while or custom rule."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, Jaxpr):
+                yield item
+
+
+def _conv_flops(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> int:
+    """Two for each multiply-add with an element of the input; padding and inserted zeros do not count."""
+    numbers = params["dimension_numbers"]
+    batch, features, *space_out = numbers.out_spec
+    _, features_in, *space_kernel = numbers.rhs_spec  # features_in: of one group
+    _, _, *space_in = numbers.lhs_spec
+    pairs = 1
+    for i, (axis_in, axis_kernel, axis_out) in enumerate(zip(space_in, space_kernel, space_out, strict=True)):
+        tap = np.arange(rhs.shape[axis_kernel])[:, None] * params["rhs_dilation"][i]
+        window = np.arange(out.shape[axis_out])[None, :] * params["window_strides"][i]
+        at, spread = tap + window - params["padding"][i][0], params["lhs_dilation"][i]
+        pairs *= int(((at >= 0) & (at <= (lhs.shape[axis_in] - 1) * spread) & (at % spread == 0)).sum())
+    return 2 * out.shape[batch] * out.shape[features] * rhs.shape[features_in] * pairs
+
+
+def _nbytes(array: Any) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
