@@ -1,0 +1,200 @@
+"""`plan` adds up what a pipeline holds and does; sums are worked out by hand or from other plans."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from svd2_jax import plan as plan_lib
+from svd2_jax.config import StreamConfig, preset
+from svd2_jax.errors import ConfigError
+from svd2_jax.hardware import GIB, Hardware, hardware
+
+H100 = hardware("h100")
+TINY = StreamConfig(height=48, width=64)
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_in_flax():
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix bfloat16 with float32
+        yield
+
+
+def tiny(stages=2, stream=TINY, device=H100, **settings):
+    return plan_lib.plan(preset("tiny"), stream, stages, device, **settings)
+
+
+def device_with(memory=80 * GIB, rate=1e12):
+    return Hardware("toy", memory, 1e12, rate, rate, 1e12, "made up")
+
+
+@pytest.fixture(scope="module")
+def large():
+    """The 14B model on four H100s; module-wide because tracing it takes a second."""
+    with jax.numpy_dtype_promotion("standard"):
+        return plan_lib.plan(preset("wan-14b"), StreamConfig(height=480, width=832), 4, H100)
+
+
+def test_the_large_models_sizes_are_those_worked_out_by_hand(large):
+    E, M, Q, rows = 5120, 13824, 1560, 2
+    matrices_and_vectors = 8 * E * E + 2 * E * M + (8 * E + M + E) + (4 * E + 2 * E) + 6 * E
+    patch_and_head = (64 * E + E) + (E * 64 + 64 + 2 * E)
+    middle, longest = large.devices[1], max(device.blocks for device in large.devices)
+    assert middle.weights == 2 * (middle.blocks * matrices_and_vectors + patch_and_head)
+    keys_and_values = longest * rows * 2 * 6 * Q * E * 2
+    assert middle.cache == pytest.approx(keys_and_values, rel=0.001)  # and the means of the sinks
+    assert middle.prompt == longest * 2 * 512 * E * 2
+    latents = 60 * 104 * 16 * 4
+    assert large.hop_bytes == rows * (2 * Q * E + latents + 7 * E * 4)
+    assert [device.first_block for device in large.devices] == [0, 9, 21, 33]
+    assert sum(device.blocks for device in large.devices) == 40
+
+
+def test_a_tick_of_the_large_model_is_its_slowest_device_and_a_hop(large):
+    slowest = max(device.seconds for device in large.devices)
+    assert large.devices[large.bottleneck].seconds == slowest
+    assert large.hop_seconds == large.hop_bytes / H100.link_bandwidth
+    assert large.bounds.chunk_seconds == pytest.approx(slowest + large.hop_seconds)
+    assert large.bounds.fps == pytest.approx(4 / large.bounds.chunk_seconds)
+
+
+def test_a_chunk_takes_steps_times_stages_ticks_and_waits_for_a_live_source(large):
+    assert large.bounds.ticks == 2 * 4
+    assert large.bounds.latency_seconds == pytest.approx(8 * large.bounds.chunk_seconds)
+    assert large.bounds.live_latency_seconds == 8 * 4 / 16
+
+
+def test_the_first_device_encodes_and_the_last_one_decodes(large):
+    names = [[part.name for part in device.parts] for device in large.devices]
+    assert names == [["encode", "timesteps", "blocks"], ["blocks"], ["blocks"], ["blocks", "decode"]]
+
+
+def test_all_devices_together_hold_every_weight_once_and_the_ends_everywhere():
+    one, four = tiny(1), tiny(4)
+    ends = 2 * ((64 * 96 + 96) + (96 * 64 + 64 + 2 * 96))  # patch embedding and head, bfloat16
+    assert sum(d.weights for d in four.devices) == one.devices[0].weights + 3 * ends
+    assert sum(d.cache for d in four.devices) == one.devices[0].cache
+
+
+def test_all_devices_together_do_the_work_of_one():
+    def work(plan, name):
+        return [p.work for d in plan.devices for p in d.parts if p.name == name]
+
+    one, two = tiny(1), tiny(2)
+    for name in ("encode", "timesteps", "decode"):
+        assert work(two, name) == work(one, name)
+    blocks = work(one, "blocks")[0].flops
+    ends = 2 * 2 * 12 * 2 * 64 * 96  # two rows of 12 tokens through patch embedding and head
+    assert sum(w.flops for w in work(two, "blocks")) == blocks + ends
+
+
+def test_a_stage_with_fewer_blocks_has_room_for_the_longest_stages_cache():
+    devices = tiny(2, split=(3, 1)).devices
+    assert [d.blocks for d in devices] == [3, 1]
+    assert devices[0].cache == devices[1].cache == 3 * tiny(4).devices[0].cache
+
+
+def test_one_device_hands_nothing_over():
+    alone = tiny(1)
+    assert (alone.hop_bytes, alone.hop_seconds) == (0, 0.0)
+    assert alone.bounds.chunk_seconds == alone.devices[0].seconds
+
+
+def test_a_single_chunk_goes_around_for_every_step_in_sequential_mode():
+    stream = dataclasses.replace(TINY, mode="sequential")
+    ahead, alone = tiny(2, split=(2, 2)), tiny(2, stream, split=(2, 2))
+    assert alone.devices[0].cache < ahead.devices[0].cache  # one row instead of two
+    everything = sum(d.seconds for d in alone.devices) + 2 * 2 * alone.hop_seconds
+    assert alone.bounds.latency_seconds == pytest.approx(everything)
+    around = everything - sum(
+        p.seconds for d in alone.devices for p in d.parts if p.name in ("encode", "decode")
+    )
+    busiest = max(d.seconds for d in alone.devices) + 2 * alone.hop_seconds
+    assert alone.bounds.chunk_seconds == pytest.approx(max(around, busiest))
+    assert "all steps of a chunk one after another" in plan_lib.report(alone)
+
+
+def test_text_to_video_encodes_nothing_and_a_small_decoder_keeps_little():
+    stream = StreamConfig.for_task("t2v", height=48, width=64, decoder="taehv")
+    plan = tiny(2, stream)
+    assert [[p.name for p in d.parts] for d in plan.devices] == [
+        ["timesteps", "blocks"],
+        ["blocks", "decode"],
+    ]
+    assert "after the first" not in plan_lib.report(plan)
+    waiting = plan.hop_bytes
+    assert plan.devices[0].stream == waiting
+    assert plan.devices[1].stream == waiting + 3 * 6 * 8 * 16 * 2 + 4  # three latent frames and a counter
+
+
+def test_float32_takes_twice_the_memory_and_the_slower_units():
+    half, full = tiny(1, split=(4,)), tiny(1, split=(4,), dtype="float32")
+    assert full.devices[0].weights == 2 * half.devices[0].weights
+    assert full.bounds.fps < half.bounds.fps
+
+
+def test_the_compilers_temporaries_are_asked_for_once_and_added():
+    asked = []
+
+    def temporaries(split):
+        asked.append(split)
+        return [1000, 2000]
+
+    without, known = tiny(2, split=(3, 1)), tiny(2, split=(3, 1), temporaries=temporaries)
+    assert asked == [(3, 1)]
+    assert [k.total - w.total for k, w in zip(known.devices, without.devices, strict=True)] == [1000, 2000]
+    assert known.options[0].memory == without.options[0].memory + 2000
+
+
+def test_the_fewest_stages_that_fit_and_may_be_fast_enough_are_recommended():
+    options = tiny(1).options
+    assert [len(option.split) for option in options] == [1, 2, 3, 4]  # the model has no more blocks
+    assert tiny(1).recommended == 1
+    # Too slow alone: a rate at which two stages make the frames in time, one does not.
+    slow = device_with(rate=(options[0].fps + options[1].fps) / 2)
+    rates = {len(o.split): o.fps for o in tiny(1, device=slow).options}
+    factor = 16.0 / ((rates[1] + rates[2]) / 2)
+    matched = tiny(1, device=device_with(rate=slow.flops_16bit * factor))
+    assert matched.options[0].fps < 16 < matched.options[1].fps
+    assert matched.recommended == 2
+    # Too slow in any number: the fastest. Too small in any number: none.
+    crawling = tiny(1, device=device_with(rate=1e6))
+    assert crawling.options[crawling.recommended - 1].fps == max(o.fps for o in crawling.options)
+    assert "out of reach" in plan_lib.report(crawling)
+    full = tiny(1, device=device_with(memory=1000))
+    assert full.recommended is None
+    assert "recommended: none" in plan_lib.report(full)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": 5}, "stages must be 1 to 4, the blocks of tiny; got 5"),
+        ({"stages": 0}, "got 0"),
+        ({"stages": 2, "split": (3, 2)}, "split must give 2 stages all 4 blocks"),
+        ({"stages": 2, "split": (4, 0)}, "at least one each"),
+        ({"dtype": "float16"}, "dtype must be one of bfloat16, float32"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(**settings)
+
+
+def test_the_report_says_what_is_needed_and_the_json_has_the_same_numbers(large):
+    text = plan_lib.report(large)
+    assert max(map(len, text.splitlines())) <= 120
+    for words in (
+        "wan-14b, 832x480, 2 steps, v2v, mode stream, decoder wan, bfloat16",
+        "4 x h100: 79.1 GiB at 3.35 TB/s, 989.4 TFLOP/s, link 450 GB/s",
+        "8 ticks (2 steps x 4 stages)",
+        "2.00 s from a live source of 16 FPS",
+        f"{large.bounds.fps:.1f} FPS",
+        "recommended: 1 stage, split 40",
+    ):
+        assert words in text
+    values = json.loads(json.dumps(large.to_dict()))
+    assert values["bounds"]["fps"] == large.bounds.fps
+    assert [d["total"] for d in values["devices"]] == [d.total for d in large.devices]
+    assert values["hardware"]["source"] == H100.source
