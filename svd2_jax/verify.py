@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from svd2_jax.config import StreamConfig, TAEHVConfig
 from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine import balance
 from svd2_jax.engine.engine import DeviceEngine, checked_dtype
+from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.engine.noise import RecordedNoise
+from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.programs import matmul_precision
 from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
@@ -127,21 +130,22 @@ class _RecordedPrompt:
         return self.embedding
 
 
-def verify(folder: Path, dtype: str = "float32") -> Iterator[Outcome]:
+def verify(folder: Path, dtype: str = "float32", stages: int = 1) -> Iterator[Outcome]:
     """Converts the weights in a golden folder and yields the outcome of every golden file in it.
 
     Args:
       folder: laid out like `tests/goldens/`.
       dtype: "float32", or "bfloat16" with looser tolerances.
+      stages: of the pipeline that the streams run on.
 
     Raises:
-      ConfigError: the folder is missing or holds no golden file.
+      ConfigError: the folder is missing or holds no golden file; fewer devices or blocks than stages.
       ConversionError: its weights cannot be converted.
     """
     precision = matmul_precision(checked_dtype(dtype))
-    files = golden_files(folder)
+    files, meshes = golden_files(folder), stage_meshes(1, stages)
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
-        engine = DeviceEngine.from_checkpoint(_convert(folder, Path(scratch), dtype), dtype)
+        engine = DeviceEngine.from_checkpoint(_convert(folder, Path(scratch), dtype), dtype, meshes=meshes)
         for file in files:
             yield _run(engine, file, dtype)
 
@@ -377,62 +381,89 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
         frames_per_block=block,
         rope_refresh=int(g["refresh"]),
     )
-    params, programs, steps = engine.params(cfg).dit, engine.programs(cfg), cfg.steps
-    prompt = programs.prompt_kv(params, jnp.asarray(g["context"], params.dtype))
-    timesteps = [jnp.int32(t) for t in cfg.timesteps]
-    noise = (
-        _latents_last(g["stream_noise"]).reshape(-1, *_latents_last(g["latents"][0]).shape)
-        if steps > 1
-        else ()
-    )
+    dtype, block_count = engine.params(cfg).dit.dtype, len(g["latents"])
+    pipeline = engine.pipeline(cfg, jnp.asarray(g["context"], dtype))
+    timesteps = [jnp.int32(t) for t in g["step0"]]
+    inputs = [_latents_last(x) for x in g["latents"]]
+    renoise = np.zeros((block_count, 0))
+    if cfg.steps > 1:
+        renoise = _latents_last(g["stream_noise"]).reshape(block_count, -1, *inputs[0].shape)
+    # Latents that are noisy already take the place of their draws.
+    draws = [first, *(_latents_last(n) for n in _numbered(g, "prepare_noise_"))]
+    draws += [x for i in range(block_count) for x in (inputs[i], *renoise[i][: cfg.steps - 1])]
+    source = RecordedNoise(cfg, draws, pipeline.stages)
 
-    def denoise(program, state, noisy, first_timestep, again):
-        clean = noisy
-        for k, t in enumerate([first_timestep, *timesteps[1:]]):
-            last = k == steps - 1
-            following, draw = (t, noisy) if last else (timesteps[k + 1], again[k])
-            state, clean, noisy = program(params, prompt, state, noisy, t, following, draw, jnp.bool_(last))
-        return state, clean
+    seen = _Seen(engine.split(cfg), kv_cache.frame_tokens(engine.model.dit, cfg))
+    clean = pipeline.mesh.part(pipeline.first_group(*source.first()), -1)
+    check.close(clean[0], _latents_last(g["first_output"])[0], "first_output")
+    seen.note(pipeline, 0)
+    outputs = [_latents_last(x) for x in g["outputs"]]
+    for tick in range(1, block_count + pipeline.depth):
+        fresh = tick <= block_count
+        if fresh:
+            start = pipeline.mesh.part(pipeline.state.start, 0)[0]
+            check.equal(start, g["start_frame"][tick - 1], f"tick {tick}: start frame")
+        timestep = timesteps[tick - 1] if fresh and g["step0"][tick - 1] >= 0 else pipeline.first_timestep
+        noisy, again = source.chunk(fresh)
+        clean = pipeline.mesh.part(pipeline.chunk(noisy, timestep, again, fresh), -1)
+        seen.note(pipeline, tick)
+        for row in range(cfg.rows):
+            chunk = seen.chunk(pipeline, tick, pipeline.stages - 1, row)
+            at = chunk + row  # the tick in which one stage takes this step of the chunk
+            if chunk < 1 or at > block_count:
+                continue
+            got = clean[row]
+            if row < cfg.rows - 1:  # one stage leaves the chunk re-noised to its next step
+                got = flow_match.add_noise(
+                    got[None],
+                    jnp.asarray(renoise[at - 1][row])[None],
+                    jnp.int32(cfg.timesteps[row + 1])[None],
+                )[0]
+            check.close(got, outputs[at - 1][row], f"tick {at}, row {row}: output")
 
-    again = [jnp.asarray(_latents_last(n)) for n in _numbered(g, "prepare_noise_")]
-    state, clean = denoise(
-        programs.step_first, programs.init_state(), jnp.asarray(first), timesteps[0], again
-    )
-    check.close(clean, _latents_last(g["first_output"])[0], "first_output")
-    if programs.open_rows is not None:
-        state = programs.open_rows(state)
-
-    rings, rings_file = [], file.with_suffix("").with_suffix(".ring.json")
-    tokens = kv_cache.frame_tokens(engine.model.dit, cfg)
-    for i, latents in enumerate(_latents_last(g["latents"])):
-        check.equal(state.start, g["start_frame"][i], f"tick {i}: start frame")
-        noisy, step0 = jnp.asarray(latents), int(g["step0"][i])
-        timestep = timesteps[0] if step0 < 0 else jnp.int32(step0)
-        again = tuple(jnp.asarray(n) for n in noise[i * (steps - 1) : (i + 1) * (steps - 1)])
-        if programs.tick is not None:
-            state, clean = programs.tick(params, prompt, state, noisy, timestep, again)
-            rows = jnp.concatenate([state.rows, clean[None]])
-        else:
-            state, clean = denoise(programs.step_chunk, state, noisy, timestep, again)
-            rows = clean[None]
-        check.close(rows, _latents_last(g["outputs"][i]), f"tick {i}: outputs")
-        rings.append(_ring(state.cache, tokens))
-    if rings_file.exists() and params.dtype == jnp.float32:  # rounding may tip an adaptive sink
-        check.equal(json.dumps(rings), json.dumps(json.loads(rings_file.read_text())), "order of the ring")
-    for i, layer in enumerate(state.cache.layers):
-        check.close(layer.k, g["last_k"][i], f"layer {i}: keys")
-        check.close(layer.v, g["last_v"][i], f"layer {i}: values")
-
-
-def _ring(cache: kv_cache.KVCache, tokens: int) -> list[list[list[int]]]:
-    """Returns [layer][row] the ends of the positions to be overwritten, in tokens, next first."""
-    return [
-        [
-            [int(end) * tokens for end in queue[:length]]
-            for queue, length in zip(np.asarray(layer.queue), np.asarray(layer.queue_len), strict=True)
+    rings_file = file.with_suffix("").with_suffix(".ring.json")
+    layers, rows = range(engine.model.dit.num_layers), range(cfg.rows)
+    if rings_file.exists() and dtype == jnp.float32:  # rounding may tip an adaptive sink
+        rings = [
+            [[seen.rings[layer, row, max(0, tick - row)] for row in rows] for layer in layers]
+            for tick in range(1, block_count + 1)
         ]
-        for layer in cache.layers
-    ]
+        check.equal(json.dumps(rings), json.dumps(json.loads(rings_file.read_text())), "order of the ring")
+    for layer, row in itertools.product(layers, rows):
+        k, v = seen.caches[layer, row, max(0, block_count - row)]
+        check.close(k, g["last_k"][layer][row], f"layer {layer}, row {row}: keys")
+        check.close(v, g["last_v"][layer][row], f"layer {layer}, row {row}: values")
+
+
+class _Seen:
+    """What each layer's cache held in each row when it had seen so many chunks.
+
+    In a pipeline rows and stages come to a chunk in different ticks; in the recorded run row r came to it r ticks
+    after row 0.
+    """
+
+    def __init__(self, split: Sequence[int], tokens: int):
+        self._split, self._tokens = split, tokens
+        self.rings: dict[tuple[int, int, int], list[int]] = {}
+        self.caches: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def chunk(self, pipeline: Pipeline, tick: int, stage: int, row: int) -> int:
+        """Returns the chunk that a row of a stage has seen last."""
+        return tick - stage - row * pipeline.stages if pipeline.cfg.mode == "stream" else tick
+
+    def note(self, pipeline: Pipeline, tick: int) -> None:
+        """Keeps what is in the caches after a tick; tick 0 is the first group, which every row has seen."""
+        for stage, row in itertools.product(range(pipeline.stages), range(pipeline.cfg.rows)):
+            chunk = self.chunk(pipeline, tick, stage, row) if tick else 0
+            if chunk < 0:
+                continue
+            layers = pipeline.mesh.part(pipeline.state.cache.layers, stage)[: self._split[stage]]
+            for layer, held in enumerate(layers, start=sum(self._split[:stage])):
+                at = layer, row, chunk
+                length = int(held.queue_len[row])
+                # The ends of the positions to be overwritten, in tokens, next first.
+                self.rings[at] = [int(end) * self._tokens for end in held.queue[row][:length]]
+                self.caches[at] = np.asarray(held.k[row]), np.asarray(held.v[row])
 
 
 def _check_end_to_end(engine: DeviceEngine, check: _Check, file: Path) -> None:
@@ -443,9 +474,10 @@ def _check_end_to_end(engine: DeviceEngine, check: _Check, file: Path) -> None:
     draws = [_latents_last(g[name]).reshape(shape) for name in sorted(g) if re.fullmatch(r"noise_\d+", name)]
     spec = SessionSpec("recorded", cfg, _initial_noise_scale(g, cfg), pixels="float32")
     prompts = _RecordedPrompt(g["context"])
-    with engine.open(spec, RecordedNoise(cfg, draws), prompts) as session:
-        output = np.concatenate([chunk.frames() for chunk in session.push(frames)])
-    check.close(output, g["output"], "output")
+    with engine.open(spec, RecordedNoise(cfg, draws, engine.stages), prompts) as session:
+        output = np.concatenate([chunk.frames() for chunk in [*session.push(frames), *session.finish()]])
+    # The recorded stream ends where its last chunk comes in; ours completes what is under way.
+    check.close(output[: len(g["output"])], g["output"], "output")
 
 
 def _initial_noise_scale(g: Arrays, cfg: StreamConfig) -> float:

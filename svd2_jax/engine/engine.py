@@ -1,21 +1,26 @@
-"""A loaded model: opens sessions on a device."""
+"""A loaded model: opens sessions on its devices."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import ModelConfig, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
-from svd2_jax.engine import programs as programs_lib
 from svd2_jax.engine.checkpoint import Checkpoint
+from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource
-from svd2_jax.engine.params import EngineParams, ItemReader
-from svd2_jax.engine.programs import Programs
+from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
+from svd2_jax.engine.pipeline import Pipeline
+from svd2_jax.engine.programs import Builder, Programs
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
 from svd2_jax.engine.session import DeviceSession
 from svd2_jax.engine.tokenizer import Tokenizer
@@ -26,11 +31,29 @@ from svd2_jax.types import Device
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How streams run on their devices.
+
+    Attributes:
+      attention: see `attend`.
+      split: blocks on each stage to start with; None weighs encoder and decoder against them.
+      rebalance: whether blocks move between stages when the stages turn out to be uneven.
+    """
+
+    attention: AttentionImplementation = "auto"
+    split: tuple[int, ...] | None = None
+    rebalance: bool = False
+
+
+DEFAULT_OPTIONS = PipelineOptions()
+
+
 class DeviceEngine:
-    """A model on one device; see `api.Engine`.
+    """A model on a mesh of devices; see `api.Engine`.
 
     Parameters are read when the first session needs them; sessions of the same shape share their compiled
-    programs and parameters.
+    programs, and sessions on the same devices their parameters.
     """
 
     def __init__(
@@ -38,14 +61,26 @@ class DeviceEngine:
         model: ModelConfig,
         read_item: ItemReader,
         prompts: PromptEncoder,
-        device: Device,
-        attention: AttentionImplementation = "auto",
+        dtype: jnp.dtype,
+        meshes: Sequence[StageMesh],
+        options: PipelineOptions = DEFAULT_OPTIONS,
     ):
-        self.model, self.device, self.prompts = model, device, prompts
-        self._read_item = read_item
-        self._attention: AttentionImplementation = attention
-        self._items: dict[str, params_lib.Params] = {}
-        self._programs: dict[tuple[StreamConfig, str], Programs] = {}
+        """Opens a model.
+
+        Args:
+          model: sizes.
+          read_item: reads a checkpoint item onto a device.
+          prompts: the text encoder.
+          dtype: compute dtype.
+          meshes: where streams run, one mesh for each that is served at once.
+          options: how they run there.
+        """
+        self.model, self.meshes, self.prompts = model, tuple(meshes), prompts
+        self._dtype, self._options = dtype, options
+        self._weights = [StageWeights(model, read_item, mesh) for mesh in self.meshes]
+        self._programs: dict[object, Programs] = {}
+        self._open: list[weakref.WeakSet[DeviceSession]] = [weakref.WeakSet() for _ in self.meshes]
+        self._splits: dict[tuple[StreamConfig, int], tuple[int, ...]] = {}
 
     @classmethod
     def from_checkpoint(
@@ -53,8 +88,8 @@ class DeviceEngine:
         path: Path | str,
         dtype: str | None = None,
         text: TextPlacement = "host",
-        device: Device | None = None,
-        attention: AttentionImplementation = "auto",
+        meshes: Sequence[StageMesh] | None = None,
+        options: PipelineOptions = DEFAULT_OPTIONS,
     ) -> Self:
         """Opens a converted checkpoint.
 
@@ -62,25 +97,28 @@ class DeviceEngine:
           path: the folder that `svd2 convert` wrote.
           dtype: "float32" or "bfloat16" to compute in; None takes the checkpoint's.
           text: where the text encoder lives, see `PromptEncoder`.
-          device: the accelerator; None takes JAX's default.
-          attention: see `attend`.
+          meshes: see `stage_meshes`; None is one stage on JAX's default device.
+          options: how the pipeline runs.
 
         Raises:
           CheckpointError: the folder is missing, unfinished or of another format.
+          ConfigError: more stages than blocks.
         """
         checkpoint = Checkpoint.open(Path(path))
         checkpoint.require(("dit", "vae", "text"))
-        model, device = checkpoint.manifest.model, device or jax.devices()[0]
+        model = checkpoint.manifest.model
+        meshes = _checked_meshes(model, meshes)
         compute = checked_dtype(dtype or checkpoint.manifest.dtype)
 
-        def reader(target: Device) -> ItemReader:
-            sharding = jax.sharding.SingleDeviceSharding(target)
-            return lambda item: checkpoint.restore(item, sharding=sharding, dtype=compute)
+        def read_item(item: str, device: Device) -> params_lib.Params:
+            return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
 
-        host = device if text == "device" else _host_device()
+        host = _local_device(meshes) if text == "device" else _host_device()
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_dir, model.dit.text_len)
-        prompts = PromptEncoder(model.text, tokenizer, reader(host), keep=text != "disk")
-        return cls(model, reader(device), prompts, device, attention)
+        prompts = PromptEncoder(
+            model.text, tokenizer, lambda item: read_item(item, host), keep=text != "disk"
+        )
+        return cls(model, read_item, prompts, compute, meshes, options)
 
     @classmethod
     def random(
@@ -88,42 +126,72 @@ class DeviceEngine:
         preset_name: str,
         seed: int = 0,
         dtype: str = "float32",
-        device: Device | None = None,
-        attention: AttentionImplementation = "auto",
+        meshes: Sequence[StageMesh] | None = None,
+        options: PipelineOptions = DEFAULT_OPTIONS,
     ) -> Self:
         """Makes a model of a preset's sizes with random weights: its pictures mean nothing, its speed does."""
         model = params_lib.with_random_text(preset(preset_name))
-        device = device or jax.devices()[0]
-        reader = params_lib.random_items(model, seed, checked_dtype(dtype), device)
+        meshes = _checked_meshes(model, meshes)
+        compute = checked_dtype(dtype)
+        read_item = params_lib.random_items(model, seed, compute)
         tokenizer = Tokenizer.bytes_fallback(model.dit.text_len, model.text.vocab)
-        return cls(model, reader, PromptEncoder(model.text, tokenizer, reader, keep=True), device, attention)
+        home = _local_device(meshes)
+        prompts = PromptEncoder(model.text, tokenizer, lambda item: read_item(item, home), keep=True)
+        return cls(model, read_item, prompts, compute, meshes, options)
+
+    @property
+    def stages(self) -> int:
+        """Stages of each stream's pipeline."""
+        return self.meshes[0].stages
 
     def open(
         self, spec: SessionSpec, noise: NoiseSource | None = None, prompts: Prompts | None = None
     ) -> DeviceSession:
-        """Compiles what a session needs (once per shape) and opens it.
+        """Compiles what a session needs (once per shape) and opens it where the fewest others run.
 
         Args:
           spec: what to do.
           noise: where Gaussians come from; None draws them from the seed.
           prompts: where text embeddings come from; None is the model's own text encoder.
         """
-        params = self.params(spec.stream)
-        programs = self.programs(spec.stream, spec.pixels)
-        return DeviceSession(spec, params, programs, prompts or self.prompts, self.device, noise)
+        lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]))
+        params = self.params(spec.stream, lane)
+        programs = self.programs(spec.stream, spec.pixels, lane)
 
-    def params(self, cfg: StreamConfig) -> EngineParams:
-        """Returns the parameters a stream needs, reading what is not on the device yet."""
-        return params_lib.read_params(self.model, self._item, cfg.decoder)
+        def pipeline(embedding: jax.Array) -> Pipeline:
+            return self.pipeline(spec.stream, embedding, lane)
 
-    def programs(self, cfg: StreamConfig, pixels: str = "uint8") -> Programs:
+        mesh = self.meshes[lane]
+        session = DeviceSession(
+            spec, params, programs, prompts or self.prompts, pipeline, _local_device([mesh]), noise,
+            on_close=self._open[lane].discard,
+        )  # fmt: skip
+        self._open[lane].add(session)
+        return session
+
+    def params(self, cfg: StreamConfig, lane: int = 0) -> EngineParams:
+        """Returns the parameters a stream needs, reading what is not on its devices yet."""
+        return self._weights[lane].params(self.split(cfg, lane), cfg.decoder)
+
+    def programs(self, cfg: StreamConfig, pixels: str = "uint8", lane: int = 0) -> Programs:
         """Returns the compiled programs of a stream."""
-        key = (cfg, pixels)
+        split = self.split(cfg, lane)
+        key = (cfg, pixels, lane, max(split), min(split))
         if key not in self._programs:
-            self._programs[key] = programs_lib.build(
-                self.model, cfg, self.params(cfg), self.device, pixels, self._attention
-            )
+            self._programs[key] = self._builder(cfg, pixels, lane).build(split, self._options.rebalance)
         return self._programs[key]
+
+    def pipeline(self, cfg: StreamConfig, embedding: jax.Array, lane: int = 0) -> Pipeline:
+        """Returns the denoiser of a stream with a text embedding [1, P, text_dim] as its prompt."""
+        builder, programs = self._builder(cfg, "uint8", lane), self.programs(cfg, lane=lane)
+        return Pipeline(builder, programs, self.params(cfg, lane), self.split(cfg, lane), embedding)
+
+    def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
+        """Returns how many blocks each stage has."""
+        if self._options.split is not None:
+            return self._options.split
+        layers, stages = self.model.dit.num_layers, self.stages
+        return tuple((layers + s) // stages for s in range(stages))
 
     def describe(self, cfg: StreamConfig) -> str:
         """Returns one line on the model, its size on the device and where it runs."""
@@ -131,13 +199,11 @@ class DeviceEngine:
         count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
         return (
             f"{self.model.name}: {count / 1e6:.1f} million parameters, {size / 2**30:.2f} GiB as {leaves[0].dtype}, "
-            f"on {self.device.device_kind} {self.device.id}"
+            f"on {self.meshes[0].first.device_kind}"
         )
 
-    def _item(self, item: str) -> params_lib.Params:
-        if item not in self._items:
-            self._items[item] = self._read_item(item)
-        return self._items[item]
+    def _builder(self, cfg: StreamConfig, pixels: str, lane: int) -> Builder:
+        return Builder(self.model, cfg, self._dtype, self.meshes[lane], pixels, self._options.attention)
 
 
 def checked_dtype(name: str) -> jnp.dtype:
@@ -145,6 +211,21 @@ def checked_dtype(name: str) -> jnp.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return jnp.dtype(DTYPES[name])
+
+
+def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> tuple[StageMesh, ...]:
+    meshes = tuple(meshes) if meshes else (StageMesh((jax.devices()[0],)),)
+    if meshes[0].stages > model.dit.num_layers:
+        raise ConfigError(
+            f"{meshes[0].stages} stages are more than the model's {model.dit.num_layers} blocks; use at most "
+            f"{model.dit.num_layers}"
+        )
+    return meshes
+
+
+def _local_device(meshes: Sequence[StageMesh]) -> Device:
+    """Returns the first device that this process drives."""
+    return next(mesh.devices[s] for mesh in meshes for s in mesh.local_stages)
 
 
 def _host_device() -> Device:

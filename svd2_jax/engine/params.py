@@ -1,38 +1,45 @@
-"""Parameters as the programs take them, from a checkpoint or random."""
+"""Parameters where they are used, from a checkpoint or random: each device holds its own blocks only."""
 
 from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
 from svd2_jax.config import ModelConfig
+from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.models import dit, taehv, text_encoder, vae
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn.random_params import random_params
 from svd2_jax.types import Device
 
 Params = dict[str, Any]
-ItemReader = Callable[[str], Params]
-"""Returns the parameters of a checkpoint item, placed on a device in the compute dtype."""
+ItemReader = Callable[[str, Device], Params]
+"""Returns the parameters of a checkpoint item on a device, in the compute dtype."""
 
 RANDOM_VOCAB = 300  # 256 bytes and a few special tokens
 
 
-@register_dataclass
 @dataclass(frozen=True)
 class EngineParams:
-    """What a stream's programs read: the DiT, the VAE's encoder, and the decoder in use."""
+    """What a stream's programs read.
+
+    Attributes:
+      dit: the transformer, over the stages.
+      conditioner: timestep and text embedding, on the first of this process's devices.
+      encoder: the VAE's encoder on the first stage's device; None where another process has it.
+      decoder: the decoder in use, on the last stage's device; None where another process has it.
+    """
 
     dit: DiTParams
-    encoder: Params
-    decoder: Params
+    conditioner: Params
+    encoder: Params | None
+    decoder: Params | None
 
 
 def decoder_item(decoder: Literal["wan", "taehv"]) -> str:
@@ -40,10 +47,70 @@ def decoder_item(decoder: Literal["wan", "taehv"]) -> str:
     return "taehv" if decoder == "taehv" else "vae.decoder"
 
 
-def read_params(model: ModelConfig, read_item: ItemReader, decoder: Literal["wan", "taehv"]) -> EngineParams:
-    """Reads all parameters of a stream item by item, the transformer last: it takes longest to read in vain."""
-    small = {"encoder": read_item("vae.encoder"), "decoder": read_item(decoder_item(decoder))}
-    return EngineParams(dit=dit.assemble(model.dit, read_item), **small)
+class StageWeights:
+    """The parameters of a model on the devices of one stage mesh.
+
+    Each item is read once and straight to its device. Blocks follow the split that was asked for last: what lies
+    elsewhere is moved there, or read again where it comes from another process.
+    """
+
+    def __init__(self, model: ModelConfig, read_item: ItemReader, mesh: StageMesh):
+        self.model, self.mesh = model, mesh
+        self._read_item = read_item
+        self._items: dict[tuple[str, Device], Params] = {}
+        self._ends: tuple[Params, Params, Params] | None = None  # patch, head, conditioner
+
+    def params(self, split: Sequence[int], decoder: Literal["wan", "taehv"]) -> EngineParams:
+        """Returns all that a stream reads, with so many blocks on each stage; the transformer is read last."""
+        mesh = self.mesh
+        encoder = self._item("vae.encoder", mesh.first) if mesh.is_local(0) else None
+        decoder_params = self._item(decoder_item(decoder), mesh.last) if mesh.is_local(-1) else None
+        transformer = self.dit(split)
+        assert self._ends is not None
+        return EngineParams(transformer, self._ends[2], encoder, decoder_params)
+
+    def dit(self, split: Sequence[int]) -> DiTParams:
+        """Returns the transformer with so many blocks on each stage.
+
+        Position j of the result holds every stage's j-th block. Where a stage has fewer, its first one stands in,
+        unread and without a copy.
+        """
+        positions, parts = max(split), []
+        for stage in self.mesh.local_stages:
+            start = sum(split[:stage])
+            blocks = [self._block(start + j, stage) for j in range(split[stage])]
+            parts.append((*blocks, *blocks[:1] * (positions - len(blocks))))
+        if self._ends is None:
+            self._ends = self._read_ends()
+        patch, head, _ = self._ends
+        return DiTParams(patch, self.mesh.join(parts), head)
+
+    def resident_bytes(self) -> dict[Device, int]:
+        """Returns the bytes of parameters on each local device."""
+        held = dict.fromkeys((self.mesh.devices[s] for s in self.mesh.local_stages), 0)
+        leaves = jax.tree.leaves([self._items, self._ends])
+        for shard in (shard for x in leaves for shard in x.addressable_shards):
+            held[shard.device] += shard.data.nbytes
+        return held
+
+    def _read_ends(self) -> tuple[Params, Params, Params]:
+        # A few MB that every stage gets, and the conditioner, which every process needs for its prompts.
+        home = self.mesh.devices[self.mesh.local_stages[0]]
+        patch, conditioner = dit.split_embed(self._read_item(dit.embed_item(), home))
+        head = self._read_item(dit.head_item(), home)
+        return self.mesh.replicate(patch), self.mesh.replicate(head), conditioner
+
+    def _block(self, index: int, stage: int) -> Params:
+        item, device = dit.block_item(index), self.mesh.devices[stage]
+        for s in self.mesh.local_stages:
+            if (held := self._items.pop((item, self.mesh.devices[s]), None)) is not None:
+                self._items[item, device] = jax.device_put(held, device)
+        return self._item(item, device)
+
+    def _item(self, item: str, device: Device) -> Params:
+        if (item, device) not in self._items:
+            self._items[item, device] = self._read_item(item, device)
+        return self._items[item, device]
 
 
 def with_random_text(model: ModelConfig) -> ModelConfig:
@@ -52,21 +119,22 @@ def with_random_text(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, text=text)
 
 
-def abstract_items(model: ModelConfig) -> dict[str, Params]:
-    """Returns the shapes (ShapeDtypeStruct) of every checkpoint item of a model."""
-    return {
+def abstract_items(model: ModelConfig, dtype: jnp.dtype | None = None) -> dict[str, Params]:
+    """Returns the shapes (ShapeDtypeStruct, float32 or of a dtype) of every checkpoint item of a model."""
+    items = {
         **dit.abstract_params(model.dit),
         **vae.abstract_params(model.vae),
         **taehv.abstract_params(model.taehv),
         **text_encoder.abstract_params(model.text),
     }
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), items)
 
 
-def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype, device: Device) -> ItemReader:
+def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype) -> ItemReader:
     """Returns a reader that draws an item's parameters instead of reading them."""
     shapes = abstract_items(model)
 
-    def read_item(item: str) -> Params:
+    def read_item(item: str, device: Device) -> Params:
         drawn = random_params(shapes[item], (seed, zlib.crc32(item.encode())))
         return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
 

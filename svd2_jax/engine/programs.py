@@ -1,151 +1,297 @@
-"""The compiled programs of a stream: everything the device runs, built before the stream opens."""
+"""The compiled programs of a stream: everything the devices run, built before the stream opens."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine import noise
-from svd2_jax.engine.params import EngineParams
+from svd2_jax.engine.mesh import StageMesh, on
+from svd2_jax.engine.params import abstract_items, decoder_item
 from svd2_jax.models import dit
+from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
 from svd2_jax.stream import pixels, state, step
-from svd2_jax.types import Device
+from svd2_jax.stream.state import Entry
+from svd2_jax.stream.step import AXIS, Ring
 
 Program = Callable[..., Any]
+OVER = PartitionSpec(AXIS)
+EVERYWHERE = PartitionSpec()
+DIT_SPECS = DiTParams(patch=EVERYWHERE, blocks=OVER, head=EVERYWHERE)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class TickPrograms:
+    """Programs over the stages that depend on how many blocks a stage has room for; donated arguments: *.
+
+    Attributes:
+      prompt_kv: blocks, context [1, P, E] -> PromptKV.
+      tick: see `step.tick`: dit params, prompts, span, StreamState*, Entry -> StreamState, clean latents.
+      tick_apart: the same without the hand-over to the next stage, every block in a branch.
+      catch_up: see `step.catch_up`: dit params, prompts, span, StreamState* -> StreamState.
+      send: Message* -> Message, the hand-over.
+    """
+
+    prompt_kv: Program
+    tick: Program
+    tick_apart: Program | None = None
+    catch_up: Program | None = None
+    send: Program | None = None
 
 
 @dataclass(frozen=True)
 class Programs:
-    """Executables for one (model, stream) pair; donated arguments are marked with *.
+    """Executables for one (model, stream, stages); donated arguments are marked with *.
+
+    Programs that touch frames run on the first or the last stage's device; None where another process has it.
 
     Attributes:
       init_state: () -> StreamState.
+      step_first: `step.tick` for the first group, one chunk that takes its steps one after another.
+      open_rows: StreamState -> StreamState with a cache row for every row of the batch, and an empty ring.
       draw_first: key -> noise of the first group.
       draw_chunk: key, chunk* -> noise of a chunk, next chunk.
-      prompt_kv: dit params, text embedding [1, P, text_dim] -> PromptKV.
+      embed_text: conditioner, text embedding [1, P, text_dim] -> context [1, P, E].
       blend: old embedding, new embedding, weight [] -> embedding between them.
-      encode_first: encoder params, frames, noise, noise scale -> InputState, noisy latents. None without video.
+      condition_first: conditioner, timestep [] -> Conditioning of one row.
+      condition: conditioner, timestep [] of row 0 -> Conditioning of all rows.
+      encode_first: encoder params, frames, noise, noise scale -> InputState, noisy latents.
       encode: encoder params, InputState*, frames, noise, initial noise scale -> InputState, noisy, timestep.
-      step_first: see `step.step_chunk`, for the first group: dit params, prompt, StreamState*, noisy, ...
-      step_chunk: the same for a later chunk; None in stream mode.
-      open_rows: StreamState -> StreamState with a cache row for every step; None in sequential mode.
-      tick: see `step.tick`: dit params, prompt, StreamState*, noisy, timestep, noise; None in sequential mode.
-      decode_first: decoder params, latents -> decoder state, frames.
-      decode: decoder params, decoder state*, latents -> decoder state, frames.
+      decode_first: decoder params, rows of clean latents -> decoder state, frames of the last row.
+      decode: decoder params, decoder state*, rows of clean latents -> decoder state, frames of the last row.
+      ticks: what later chunks run.
     """
 
     init_state: Program
+    step_first: Program
+    open_rows: Program
     draw_first: Program
     draw_chunk: Program
-    prompt_kv: Program
+    embed_text: Program
     blend: Program
+    condition_first: Program
+    condition: Program
     encode_first: Program | None
     encode: Program | None
-    step_first: Program
-    step_chunk: Program | None
-    open_rows: Program | None
-    tick: Program | None
-    decode_first: Program
-    decode: Program
+    decode_first: Program | None
+    decode: Program | None
+    ticks: TickPrograms
 
 
-def build(
-    model: ModelConfig,
-    cfg: StreamConfig,
-    params: EngineParams,
-    device: Device,
-    pixel_format: str = "uint8",
-    attention: AttentionImplementation = "auto",
-) -> Programs:
-    """Compiles all programs of a stream ahead of time.
+@dataclass(frozen=True)
+class Builder:
+    """Compiles the programs of one (model, stream, stages) ahead of time, from shapes alone.
 
-    Args:
+    Attributes:
       model: sizes of the networks.
       cfg: what the stream computes.
-      params: parameters, or ShapeDtypeStructs in their place.
-      device: where everything runs.
+      dtype: compute dtype.
+      mesh: the stages' devices.
       pixel_format: see `SessionSpec.pixels`.
       attention: see `attend`; "auto" takes the fused kernel where the device has one.
     """
-    if attention == "auto":
-        attention = fused_if_possible(device.platform, params.dit.dtype, model.dit.head_dim)
-    sharding = SingleDeviceSharding(device)
-    compile_ = functools.partial(_compile, sharding, matmul_precision(params.dit.dtype))
-    channels, (height, width) = model.dit.in_channels, cfg.latent_size
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    model: ModelConfig
+    cfg: StreamConfig
+    dtype: jnp.dtype
+    mesh: StageMesh
+    pixel_format: str = "uint8"
+    attention: AttentionImplementation = "auto"
 
-    number, scalar, flag = array((), jnp.int32), array(()), array((), jnp.bool_)
-    key = array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-    context = array((1, model.dit.text_len, model.dit.text_dim), params.dit.dtype)
+    def build(self, split: Sequence[int], movable: bool = False) -> Programs:
+        """Compiles all programs of a stream.
 
-    def latents(count: int) -> jax.ShapeDtypeStruct:
-        return array((count, height, width, channels))
+        Args:
+          split: blocks on each stage.
+          movable: whether blocks may move later.
+        """
+        model, cfg, mesh = self.model, self.cfg, self.mesh
+        items = abstract_items(model, self.dtype)
+        here = mesh.devices[mesh.local_stages[0]]
+        first, block = cfg.first_latents, cfg.frames_per_block
+        number, scalar = _array((), jnp.int32), _array(())
+        key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+        embedding = _array((1, model.dit.text_len, model.dit.text_dim), self.dtype)
+        _, conditioner = dit.split_embed(items[dit.embed_item()])
+        channels = model.dit.in_channels
 
-    first, block = cfg.first_latents, cfg.frames_per_block
-    again = (latents(block),) * (cfg.steps - 1)
-    prompt_kv, prompt = compile_(functools.partial(dit.prompt_kv, model.dit), params.dit, context)
-    init_state, one_row = compile_(
-        functools.partial(state.init_stream_state, model.dit, cfg, params.dit.dtype)
-    )
-    draw_first, _ = compile_(functools.partial(noise.draw_first, cfg, channels), key)
-    draw_chunk, _ = compile_(functools.partial(noise.draw_chunk, cfg, channels), key, number, donate=(1,))
-    blend, _ = compile_(_blend, context, context, scalar)
+        def condition(batch: Literal["rows", "single"]) -> Program:
+            function = functools.partial(step.condition, model.dit, cfg, batch, self.dtype)
+            return self._compile_on(here, function, conditioner, number)[0]
 
-    one_step = functools.partial(step.step_chunk, model.dit, cfg, attention=attention)
-
-    def compile_step(count: int) -> Program:
-        x = latents(count)
-        return compile_(one_step, params.dit, prompt, one_row, x, number, number, x, flag, donate=(2,))[0]
-
-    step_first = compile_step(first)
-    step_chunk = open_rows = tick = None
-    if cfg.mode == "stream":
-        open_rows, all_rows = compile_(functools.partial(state.open_rows, cfg), one_row)
-        tick, _ = compile_(
-            functools.partial(step.tick, model.dit, cfg, attention=attention),
-            params.dit, prompt, all_rows, latents(block), number, again, donate=(2,),
+        encode_first = encode = decode_first = decode = None
+        if cfg.task == "v2v" and mesh.is_local(0):
+            encoder = items["vae.encoder"]
+            encode_first, (input_state, _) = self._compile_on(
+                mesh.first, functools.partial(pixels.encode_first_group, model.vae),
+                encoder, self._frames(cfg.first_frames), self._latents(first), scalar,
+            )  # fmt: skip
+            encode, _ = self._compile_on(
+                mesh.first, functools.partial(pixels.encode_chunk, model.vae),
+                encoder, input_state, self._frames(cfg.chunk_frames), self._latents(block), scalar, donate=(1,),
+            )  # fmt: skip
+        if mesh.is_local(-1):
+            decoder, decoder_cfg = items[decoder_item(cfg.decoder)], pixels.decoder_config(model, cfg)
+            decode_first, (decoder_state, _) = self._compile_on(
+                mesh.last, functools.partial(pixels.decode_first_group, decoder_cfg, pixels=self.pixel_format),
+                decoder, self._latents(1, first),
+            )  # fmt: skip
+            decode, _ = self._compile_on(
+                mesh.last, functools.partial(pixels.decode_chunk, decoder_cfg, pixels=self.pixel_format),
+                decoder, decoder_state, self._latents(cfg.rows, block), donate=(1,),
+            )  # fmt: skip
+        one_row = self._one_row(max(split))
+        open_rows = self._compile_over(
+            functools.partial(state.open_rows, model.dit, cfg), (OVER,), one_row,
+            donate=(0,) if cfg.rows == 1 else (),
         )  # fmt: skip
-    else:
-        step_chunk = compile_step(block)
+        return Programs(
+            init_state=_zeros(one_row),
+            step_first=self._tick(split, self._one_at_a_time(split), one_row, first),
+            open_rows=open_rows,
+            draw_first=self._compile_on(here, functools.partial(noise.draw_first, cfg, channels), key)[0],
+            draw_chunk=self._compile_on(
+                here,
+                functools.partial(noise.draw_chunk, cfg, channels, mesh.stages),
+                key,
+                number,
+                donate=(1,),
+            )[0],
+            embed_text=self._compile_on(
+                here, functools.partial(dit.embed_text, model.dit), conditioner, embedding
+            )[0],
+            blend=self._compile_on(here, _blend, embedding, embedding, scalar)[0],
+            condition_first=condition("single"),
+            condition=condition(self._batch),
+            encode_first=encode_first,
+            encode=encode,
+            decode_first=decode_first,
+            decode=decode,
+            ticks=self.ticks(split, movable),
+        )
 
-    encode_first = encode = None
-    if cfg.task == "v2v":
+    def ticks(self, split: Sequence[int], movable: bool = False) -> TickPrograms:
+        """Compiles the programs of later chunks; splits of the same longest and shortest stage share them."""
+        cfg, stages = self.cfg, self.mesh.stages
+        params = self.dit_params(max(split))
+        context = _array((1, self.model.dit.text_len, self.model.dit.dim), self.dtype)
+        prompt_kv = self._compile_over(
+            functools.partial(dit.prompt_kv, self.model.dit),
+            (OVER, EVERYWHERE),
+            params.blocks,
+            self._same(context),
+        )
+        rows = self.mesh.abstract(
+            jax.eval_shape(lambda: state.open_rows(self.model.dit, cfg, self._start(max(split))))
+        )
+        if cfg.mode != "stream":
+            ring = self._one_at_a_time(split)
+            return TickPrograms(prompt_kv, self._tick(split, ring, rows, cfg.frames_per_block))
+        ring = Ring(stages, min(split))
+        tick = self._tick(split, ring, rows, cfg.frames_per_block)
+        if not movable or stages == 1:
+            return TickPrograms(prompt_kv, tick)
+        apart = Ring(stages, always=0, send=False)
+        catch_up = functools.partial(step.catch_up, self.model.dit, cfg, apart, attention=self._attention)
+        return TickPrograms(
+            prompt_kv,
+            tick,
+            self._tick(split, apart, rows, cfg.frames_per_block),
+            self._compile_over(
+                catch_up,
+                (DIT_SPECS, OVER, OVER, OVER),
+                params,
+                self._prompts(split),
+                self._span,
+                rows,
+                donate=(3,),
+            ),
+            self._compile_over(functools.partial(step.send, stages), (OVER,), rows.message, donate=(0,)),
+        )
 
-        def frames(count: int) -> jax.ShapeDtypeStruct:
-            return array((count, cfg.height, cfg.width, 3), jnp.uint8)
+    def dit_params(self, positions: int) -> DiTParams:
+        """Returns the transformer's shapes over the stages, with room for so many blocks on each."""
+        items = abstract_items(self.model, self.dtype)
+        patch, _ = dit.split_embed(items[dit.embed_item()])
+        block = self.mesh.abstract(items[dit.block_item(0)])
+        return DiTParams(self._same(patch), (block,) * positions, self._same(items[dit.head_item()]))
 
-        encode_first, (input_state, _) = compile_(
-            functools.partial(pixels.encode_first_group, model.vae),
-            params.encoder, frames(cfg.first_frames), latents(first), scalar,
-        )  # fmt: skip
-        encode, _ = compile_(
-            functools.partial(pixels.encode_chunk, model.vae),
-            params.encoder, input_state, frames(cfg.chunk_frames), latents(block), scalar, donate=(1,),
-        )  # fmt: skip
+    def entry(self, batch: Literal["rows", "single"], frames: int) -> Entry:
+        """Returns the shapes of what enters the first stage."""
+        rows = self.cfg.rows if batch == "rows" else 1
+        again = rows - 1 if batch == "rows" else min(1, self.cfg.steps - 1)
+        message = jax.eval_shape(
+            lambda: state.empty_message(self.model.dit, self.cfg, self.dtype, rows, frames)
+        )
+        latents = self._latents(frames)
+        return Entry(latents, _array((1,), jnp.bool_), message.conditioning, (latents,) * again)
 
-    decoder_cfg = model.taehv if cfg.decoder == "taehv" else model.vae
-    decode_first, (decoder_state, _) = compile_(
-        functools.partial(pixels.decode_first_group, decoder_cfg, pixels=pixel_format),
-        params.decoder, latents(first),
-    )  # fmt: skip
-    decode, _ = compile_(
-        functools.partial(pixels.decode_chunk, decoder_cfg, pixels=pixel_format),
-        params.decoder, decoder_state, latents(block), donate=(1,),
-    )  # fmt: skip
-    return Programs(
-        init_state, draw_first, draw_chunk, prompt_kv, blend, encode_first, encode, step_first, step_chunk,
-        open_rows, tick, decode_first, decode,
-    )  # fmt: skip
+    @property
+    def _batch(self) -> Literal["rows", "single"]:
+        return "rows" if self.cfg.mode == "stream" else "single"
+
+    @property
+    def _attention(self) -> AttentionImplementation:
+        if self.attention != "auto":
+            return self.attention
+        return fused_if_possible(self.mesh.first.platform, self.dtype, self.model.dit.head_dim)
+
+    @property
+    def _span(self) -> jax.ShapeDtypeStruct:
+        return self.mesh.abstract(_array((2,), jnp.int32))
+
+    def _one_at_a_time(self, split: Sequence[int]) -> Ring:
+        # One stage at a time has something to do: the others skip their blocks.
+        return Ring(self.mesh.stages, max(split) if self.mesh.stages == 1 else 0, "single")
+
+    def _prompts(self, split: Sequence[int]) -> Any:
+        model = self.model.dit
+        kv = self.mesh.abstract(_array((1, model.text_len, model.num_heads, model.head_dim), self.dtype))
+        layers = (kv,) * max(split)
+        return (dit.PromptKV(layers, layers),) * self.cfg.rows
+
+    def _start(self, positions: int) -> state.StreamState:
+        return state.init_stream_state(self.model.dit, self.cfg, self.dtype, positions)
+
+    def _one_row(self, positions: int) -> Any:
+        return self.mesh.abstract(jax.eval_shape(lambda: self._start(positions)))
+
+    def _tick(self, split: Sequence[int], ring: Ring, state_: Any, frames: int) -> Program:
+        prompts = self._prompts(split) if ring.batch == "rows" else self._prompts(split)[:1]
+        entry = self.mesh.abstract(self.entry(ring.batch, frames))
+        function = functools.partial(step.tick, self.model.dit, self.cfg, ring, attention=self._attention)
+        specs = (DIT_SPECS, OVER, OVER, OVER, OVER)
+        params = self.dit_params(max(split))
+        return self._compile_over(function, specs, params, prompts, self._span, state_, entry, donate=(3,))
+
+    def _latents(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return _array((*shape, *self.cfg.latent_size, self.model.dit.in_channels))
+
+    def _frames(self, count: int) -> jax.ShapeDtypeStruct:
+        return _array((count, self.cfg.height, self.cfg.width, 3), jnp.uint8)
+
+    def _same(self, tree: Any) -> Any:
+        sharding = self.mesh.everywhere
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def _compile_on(self, device: Any, function: Program, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+        """Returns an executable for one device, and its results as shapes there."""
+        return _compile(function, on(device, args), donate, SingleDeviceSharding(device), None, self.dtype)
+
+    def _compile_over(
+        self, function: Program, specs: tuple[Any, ...], *args: Any, donate: tuple[int, ...] = ()
+    ) -> Program:
+        """Returns an executable over the stages; its results lie over them."""
+        layout = (self.mesh.mesh, specs)
+        return _compile(function, args, donate, self.mesh.over_stages, layout, self.dtype)[0]
 
 
 def matmul_precision(dtype: jnp.dtype) -> str:
@@ -153,31 +299,47 @@ def matmul_precision(dtype: jnp.dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
+def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _zeros(shapes: Any) -> Program:
+    """Returns an executable that makes arrays of zeros."""
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    make = jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings
+    )
+    return make.lower().compile()
+
+
 def _compile(
-    sharding: SingleDeviceSharding,
-    precision: str,
     function: Program,
-    *args: Any,
-    donate: tuple[int, ...] = (),
+    args: Any,
+    donate: tuple[int, ...],
+    out_sharding: Any,
+    layout: Any,
+    dtype: jnp.dtype,
 ) -> tuple[Program, Any]:
-    """Returns the executable and its results as ShapeDtypeStructs placed on the device."""
     leaves, structure = jax.tree.flatten(args)
-    shapes = tuple((x.shape, x.dtype) for x in leaves)
+    shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
     call = function if isinstance(function, functools.partial) else functools.partial(function)
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
-    return _compile_once(static, structure, shapes, donate, sharding, precision)
+    return _compile_once(static, structure, shapes, donate, out_sharding, layout, matmul_precision(dtype))
 
 
-@functools.lru_cache(maxsize=64)
-def _compile_once(static, structure, shapes, donate, sharding, precision) -> tuple[Program, Any]:
+@functools.lru_cache(maxsize=128)
+def _compile_once(static, structure, shapes, donate, out_sharding, layout, precision) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     function, positional, keywords = static
-    args = structure.unflatten([jax.ShapeDtypeStruct(*s, sharding=sharding) for s in shapes])
+    args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
     bound = functools.partial(function, *positional, **dict(keywords))
+    if layout is not None:
+        mesh, specs = layout
+        bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
     with jax.default_matmul_precision(precision):
-        lowered = jax.jit(bound, donate_argnums=donate, out_shardings=sharding).lower(*args)
+        lowered = jax.jit(bound, donate_argnums=donate, out_shardings=out_sharding).lower(*args)
     results = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), lowered.out_info
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
     )
     return lowered.compile(), results
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import TextConfig
-from svd2_jax.engine.params import ItemReader, Params
+from svd2_jax.engine.params import Params
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.models import text_encoder
 
@@ -33,7 +33,7 @@ class PromptEncoder:
     The last embeddings are remembered: encode a prompt ahead of time, and a stream changes to it without a pause.
     """
 
-    def __init__(self, cfg: TextConfig, tokenizer: Tokenizer, read_item: ItemReader, keep: bool):
+    def __init__(self, cfg: TextConfig, tokenizer: Tokenizer, read_item: Callable[[str], Params], keep: bool):
         self._cfg, self._tokenizer, self._read_item, self._keep = cfg, tokenizer, read_item, keep
         self._kept: dict[str, Params] = {}
         self._remembered: dict[str, np.ndarray] = {}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.api import SessionSpec, check_prompt
-from svd2_jax.engine.noise import ChunkNoise, NoiseSource
+from svd2_jax.engine.noise import NoiseSource, SeededNoise
 from svd2_jax.engine.params import EngineParams
+from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.programs import Programs
 from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import ConfigError, SessionError
@@ -20,35 +21,33 @@ from svd2_jax.types import Device
 
 @dataclass(frozen=True)
 class DeviceChunk:
-    """A finished chunk whose frames are still on the device or on their way to the host; see `api.Chunk`."""
+    """A finished chunk whose frames are still on the device or on their way to the host; see `api.Chunk`.
+
+    Attributes:
+      first_frame: index of its first frame in the output.
+      frame_count: frames in it.
+      result: the frames; where another process has the last stage, something that is there when they are.
+      is_here: whether this process has the frames.
+    """
 
     first_frame: int
     frame_count: int
-    pixels: jax.Array
+    result: jax.Array
+    is_here: bool = True
 
     def frames(self) -> np.ndarray:
         """Waits for the frames [T, H, W, 3]."""
-        return np.asarray(self.pixels)[: self.frame_count]
+        if not self.is_here:
+            raise SessionError("these frames are in the process that drives the last stage; read them there")
+        return np.asarray(self.result)[: self.frame_count]
 
-
-class SeededNoise:
-    """Gaussians drawn on the device from (seed, chunk, step)."""
-
-    def __init__(self, programs: Programs, seed: int, device: Device):
-        self._programs = programs
-        self._key = jax.device_put(jax.random.key(seed), device)
-        self._chunk = jax.device_put(jnp.ones((), jnp.int32), device)
-
-    def first(self) -> ChunkNoise:
-        return self._programs.draw_first(self._key)
-
-    def chunk(self) -> ChunkNoise:
-        draws, self._chunk = self._programs.draw_chunk(self._key, self._chunk)
-        return draws
+    def wait(self) -> None:
+        """Waits until the chunk is finished as far as this process works on it."""
+        self.result.block_until_ready()
 
 
 class DeviceSession:
-    """A session on one device; see `api.Session` for the verbs.
+    """A session on the stages of one pipeline; see `api.Session` for the verbs.
 
     Everything is dispatched without waiting: a chunk's frames are waited for only when they are read.
     """
@@ -59,25 +58,31 @@ class DeviceSession:
         params: EngineParams,
         programs: Programs,
         prompts: Prompts,
+        pipeline: Callable[[jax.Array], Pipeline],
         device: Device,
         noise: NoiseSource | None = None,
+        on_close: Callable[[DeviceSession], None] = lambda _: None,
     ):
+        """Opens the session; `pipeline` makes the denoiser for a text embedding on `device`, where inputs go."""
         self.spec = spec
         self._cfg = spec.stream
         self._params, self._programs, self._prompts, self._device = params, programs, prompts, device
-        self._noise = noise or SeededNoise(programs, spec.seed, device)
-        self._context = self._target = self._embed(spec.prompt)
-        self._prompt = programs.prompt_kv(params.dit, self._context)
+        self._noise = noise or SeededNoise(programs.draw_first, programs.draw_chunk, spec.seed, device)
+        self._embedding = self._target = self._embed(spec.prompt)
         self._blend_steps: list[jax.Array] = []
-        self._blend_from = self._context
-        self._timesteps = [self._put(np.int32(t)) for t in self._cfg.timesteps]
-        self._not_last, self._last = self._put(np.bool_(False)), self._put(np.bool_(True))
+        self._blend_from = self._embedding
+        self._pipeline = pipeline(self._embedding)
         self._noise_scale = self._put(np.float32(spec.noise_scale))
-        self._state = programs.init_state()
         self._input = self._decoder = None
         self._waiting: list[np.ndarray] = []  # input frames that do not fill a chunk yet
         self._taken = self._given = self._ticks = 0
         self._closed = self._finished = False
+        self._on_close = on_close
+
+    @property
+    def has_output(self) -> bool:
+        """Whether finished frames come out in this process: the one that drives the last stage."""
+        return self._programs.decode is not None
 
     # --- the verbs of api.Session
 
@@ -111,33 +116,33 @@ class DeviceSession:
     def finish(self) -> list[DeviceChunk]:
         """Returns the frames still under way, so that as many come out as went in.
 
-        The last chunk is filled up by repeating the last frame, and further copies push the rows of the stream
-        batch through; what they add beyond the input's length is cut off.
+        The last chunk is filled up by repeating the last frame, and ticks without a new chunk push on what the
+        rows and stages hold; frames beyond the input's length are cut off.
         """
         self._check_open()
         self._finished = True
         done: list[DeviceChunk] = []
         if self._cfg.task != "v2v" or not self._taken:
             return done
-        # Rows of the stream batch hold chunks even when no frame is waiting.
-        last = self._waiting[-1] if self._waiting else self._last_frame
-        while self._given < self._taken:
-            fill = [last] * (self._next_frames() - len(self._waiting))
+        if self._waiting:
+            fill = [self._waiting[-1]] * (self._next_frames() - len(self._waiting))
             group, self._waiting = np.stack([*self._waiting, *fill]), []
             done += self._submit(group, limit=self._taken)
+        while self._given < self._taken:
+            done += self._submit(None, limit=self._taken, fresh=False)
         return done
 
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or linearly over `blend_chunks` chunks.
 
-        Chunks already under way in later rows go on with the new prompt too; the stream does not restart. This
-        waits for the text encoder, unless the prompt was encoded before (`engine.prompts.encode(prompt)`).
+        Chunks already under way keep the prompt that they came in with; the stream does not restart. This waits
+        for the text encoder, unless the prompt was encoded before (`engine.prompts.encode(prompt)`).
         """
         self._check_open()
         check_prompt(prompt)
         if blend_chunks < 0:
             raise ConfigError(f"blend_chunks must be at least 0, got {blend_chunks}")
-        self._blend_from, self._target = self._context, self._embed(prompt)
+        self._blend_from, self._target = self._embedding, self._embed(prompt)
         count = max(1, blend_chunks)
         self._blend_steps = [self._put(np.float32(i / count)) for i in range(1, count + 1)]
 
@@ -149,6 +154,8 @@ class DeviceSession:
         blend_chunks: int = 0,
     ) -> Iterator[np.ndarray]:
         """Streams a clip and yields finished frames [T, H, W, 3], one chunk behind the device.
+
+        Yields nothing where another process has the last stage, and has to be run to its end there too.
 
         Args:
           frames: input frames, uint8 [H, W, 3] each (video-to-video).
@@ -163,15 +170,19 @@ class DeviceSession:
         held: list[DeviceChunk] = []
         for done in self._run_chunks(frames, count, changes, blend_chunks):
             # Reading waits for the device: read a chunk only once the next one is under way.
-            yield from (chunk.frames() for chunk in held if chunk.frame_count)
+            yield from _read(held)
             held = done
-        yield from (chunk.frames() for chunk in held if chunk.frame_count)
+        yield from _read(held)
 
     def close(self) -> None:
         """Frees the stream's device memory; a second close does nothing."""
+        if self._closed:
+            return
         self._closed = True
-        self._state = self._input = self._decoder = self._prompt = None
+        self._on_close(self)
+        self._input = self._decoder = None
         self._waiting = []
+        self._pipeline.close()
 
     def __enter__(self) -> DeviceSession:
         return self
@@ -206,69 +217,56 @@ class DeviceSession:
     def _next_frames(self) -> int:
         return self._cfg.chunk_frames if self._ticks else self._cfg.first_frames
 
-    def _submit(self, frames: np.ndarray | None, limit: int | None = None) -> list[DeviceChunk]:
-        """Dispatches one group of frames; returns the chunk that finishes with it, if any."""
-        if frames is not None:
-            self._last_frame = frames[-1]
+    def _submit(
+        self, frames: np.ndarray | None, limit: int | None = None, fresh: bool = True
+    ) -> list[DeviceChunk]:
+        """Dispatches one group of frames, or with `fresh` False none; returns the chunk that finishes, if any."""
         self._update_prompt()
-        pixels = self._chunk(frames) if self._ticks else self._first_group(frames)
+        result = self._chunk(frames, fresh) if self._ticks else self._first_group(frames)
+        count = self._cfg.chunk_frames if self._ticks else self._cfg.first_frames
         self._ticks += 1
-        if pixels is None:
+        if result is None:
             return []
-        pixels.copy_to_host_async()
-        chunk = DeviceChunk(self._given, pixels.shape[0], pixels)
-        self._given += chunk.frame_count
+        if self.has_output:
+            result.copy_to_host_async()
+        chunk = DeviceChunk(self._given, count, result, self.has_output)
+        self._given += count
         return [chunk if limit is None else _cut(chunk, limit)]
 
     def _first_group(self, frames: np.ndarray | None) -> jax.Array:
         programs = self._programs
-        noise, again = self._noise.first()
-        noisy = noise
+        noisy, again = self._noise.first()
         if programs.encode_first is not None:
             self._input, noisy = programs.encode_first(
-                self._params.encoder, self._put(frames), noise, self._noise_scale
+                self._params.encoder, self._put(frames), noisy, self._noise_scale
             )
-        clean = self._denoise(programs.step_first, noisy, self._timesteps[0], again)
-        if programs.open_rows is not None:
-            self._state = programs.open_rows(self._state)
-        self._decoder, pixels = programs.decode_first(self._params.decoder, clean)
+        clean = self._pipeline.first_group(noisy, again)
+        if programs.decode_first is None:
+            return self._pipeline.own(clean)
+        self._decoder, pixels = programs.decode_first(self._params.decoder, self._pipeline.own(clean))
         return pixels
 
-    def _chunk(self, frames: np.ndarray | None) -> jax.Array | None:
-        programs, cfg = self._programs, self._cfg
-        noise, again = self._noise.chunk()
-        noisy, timestep = noise, self._timesteps[0]
-        if programs.encode is not None:
+    def _chunk(self, frames: np.ndarray | None, fresh: bool) -> jax.Array | None:
+        """Returns the chunk that this tick finishes, see `DeviceChunk.result`; None while none does."""
+        programs, pipeline = self._programs, self._pipeline
+        noisy, again = self._noise.chunk(fresh)
+        timestep = pipeline.first_timestep
+        if programs.encode is not None and fresh:
             self._input, noisy, timestep = programs.encode(
-                self._params.encoder, self._input, self._put(frames), noise, self._noise_scale
+                self._params.encoder, self._input, self._put(frames), noisy, self._noise_scale
             )
-        if programs.tick is not None:
-            self._state, clean = programs.tick(
-                self._params.dit, self._prompt, self._state, noisy, timestep, again
-            )
-            if self._ticks < cfg.rows:  # the first chunk is still on its way through the rows
-                return None
-        else:
-            clean = self._denoise(programs.step_chunk, noisy, timestep, again)
+        clean = pipeline.own(pipeline.chunk(noisy, timestep, again, fresh))
+        if self._ticks < pipeline.depth:  # the first chunk is still on its way through the rows and stages
+            return None
+        if programs.decode is None:
+            return clean
         self._decoder, pixels = programs.decode(self._params.decoder, self._decoder, clean)
         return pixels
 
-    def _denoise(self, program, noisy, timestep, again) -> jax.Array:
-        """Runs all steps of one chunk on the one-row state; the first of them at `timestep`."""
-        steps = [timestep, *self._timesteps[1:]]
-        clean = noisy
-        for i, here in enumerate(steps):
-            last = i == len(steps) - 1
-            self._state, clean, noisy = program(
-                self._params.dit, self._prompt, self._state, noisy, here,
-                here if last else steps[i + 1], noisy if last else again[i], self._last if last else self._not_last,
-            )  # fmt: skip
-        return clean
-
     def _update_prompt(self) -> None:
         if self._blend_steps:
-            self._context = self._programs.blend(self._blend_from, self._target, self._blend_steps.pop(0))
-            self._prompt = self._programs.prompt_kv(self._params.dit, self._context)
+            self._embedding = self._programs.blend(self._blend_from, self._target, self._blend_steps.pop(0))
+            self._pipeline.set_prompt(self._embedding)
 
     def _embed(self, prompt: str) -> jax.Array:
         return self._put(self._prompts.encode(prompt).astype(self._params.dit.dtype))
@@ -281,7 +279,16 @@ class DeviceSession:
             raise SessionError(f"the session is {'closed' if self._closed else 'finished'}; open a new one")
 
 
+def _read(chunks: Iterable[DeviceChunk]) -> Iterator[np.ndarray]:
+    """Waits for chunks and yields the frames of those that are in this process."""
+    for chunk in chunks:
+        if not chunk.is_here:
+            chunk.wait()
+        elif chunk.frame_count:
+            yield chunk.frames()
+
+
 def _cut(chunk: DeviceChunk, limit: int) -> DeviceChunk:
     """Cuts the frames beyond `limit` off a chunk."""
     count = max(0, min(chunk.frame_count, limit - chunk.first_frame))
-    return DeviceChunk(chunk.first_frame, count, chunk.pixels)
+    return dataclasses.replace(chunk, frame_count=count)

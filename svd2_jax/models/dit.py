@@ -1,16 +1,17 @@
 """The causal diffusion transformer (Wan2.1 architecture with a rolling KV cache).
 
 Modules define parameters; everything that changes from tick to tick is an argument and a result. The forward
-pass is split where a pipeline cuts it: `condition` (timestep modulations), `embed`, `run_blocks`, `head`.
+pass is split where a pipeline cuts it: `condition` (timestep modulations), `embed`, `run_block`, `head`.
 Parameters are one leaf per layer and layers are unrolled, because stacked weights are copied every tick on a
 GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ from jax.tree_util import register_dataclass
 from svd2_jax.config import TRAIN_TIMESTEPS, DiTConfig, StreamConfig
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, attend
-from svd2_jax.nn.kv_cache import KVCache, LayerCache, WritePlan
-from svd2_jax.nn.rope import apply_rope, rope_tables
+from svd2_jax.nn.kv_cache import LayerCache, WritePlan
+from svd2_jax.nn.rope import apply_rope
 
 TIMESTEP_PERIOD = 10000.0
 Params = dict[str, Any]
@@ -34,16 +35,16 @@ Params = dict[str, Any]
 @register_dataclass
 @dataclass(frozen=True)
 class DiTParams:
-    """Parameters: one nested dict for the embeddings, one for each block, one for the head."""
+    """What a tick reads: the patch embedding, the blocks in order, the head."""
 
-    embed: Params
+    patch: Params
     blocks: tuple[Params, ...]
     head: Params
 
     @property
     def dtype(self) -> jnp.dtype:
         """The parameters' dtype, which is the compute dtype."""
-        return self.embed["patch"]["kernel"].dtype
+        return self.patch["patch"]["kernel"].dtype
 
 
 @register_dataclass
@@ -58,13 +59,15 @@ class PromptKV:
 @register_dataclass
 @dataclass(frozen=True)
 class Conditioning:
-    """What the timesteps of the rows contribute, float32.
+    """What the timesteps of the rows contribute.
 
     Attributes:
-      time: [B, E] timestep embedding, for the head.
-      modulation: [B, 6, E] its projection, for the blocks.
+      timestep: int32 [B] in [0, 1000].
+      time: float32 [B, E] its embedding, for the head.
+      modulation: float32 [B, 6, E] its projection, for the blocks.
     """
 
+    timestep: jax.Array
     time: jax.Array
     modulation: jax.Array
 
@@ -216,7 +219,7 @@ class Embed(nn.Module):
         wave = jnp.asarray(_timestep_waves(self.cfg.freq_dim), dtype)[timestep_B]
         time = self.time_out(nn.silu(self.time_in(wave)))
         modulation = self.time_proj(nn.silu(time)).reshape(-1, 6, self.cfg.dim)
-        return Conditioning(time.astype(jnp.float32), modulation.astype(jnp.float32))
+        return Conditioning(timestep_B, time.astype(jnp.float32), modulation.astype(jnp.float32))
 
     def __call__(self, x_BFHWC, context_BPT, timestep_B):
         """Defines all parameters (for initialisation)."""
@@ -252,21 +255,25 @@ def _apply(module: nn.Module, params: Params, *args: Any, method: str | None = N
     return module.apply({"params": params}, *args, method=method)
 
 
-def condition(cfg: DiTConfig, params: DiTParams, timestep_B: jax.Array) -> Conditioning:
-    """Returns the modulations of the rows' timesteps (int32 [B])."""
-    return _apply(Embed(cfg), params.embed, timestep_B, params.dtype, method="time")
+def condition(cfg: DiTConfig, conditioner: Params, timestep_B: jax.Array, dtype: jnp.dtype) -> Conditioning:
+    """Returns the modulations of the rows' timesteps (int32 [B]), computed in `dtype`."""
+    return _apply(Embed(cfg), conditioner, timestep_B, dtype, method="time")
 
 
-def prompt_kv(cfg: DiTConfig, params: DiTParams, context_BPT: jax.Array) -> PromptKV:
-    """Returns every layer's cross-attention keys and values of text embeddings [1, P, text_dim]."""
-    context = _apply(Embed(cfg), params.embed, context_BPT, method="text")
-    pairs = [_apply(Block(cfg), p, context, method="prompt_kv") for p in params.blocks]
+def embed_text(cfg: DiTConfig, conditioner: Params, context_BPT: jax.Array) -> jax.Array:
+    """Returns the context [B, P, E] of text embeddings [B, P, text_dim]."""
+    return _apply(Embed(cfg), conditioner, context_BPT, method="text")
+
+
+def prompt_kv(cfg: DiTConfig, blocks: tuple[Params, ...], context_BPE: jax.Array) -> PromptKV:
+    """Returns the blocks' cross-attention keys and values of an embedded prompt [1, P, E]."""
+    pairs = [_apply(Block(cfg), p, context_BPE, method="prompt_kv") for p in blocks]
     return PromptKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
 
-def embed(cfg: DiTConfig, params: DiTParams, x_BFHWC: jax.Array) -> jax.Array:
+def embed(cfg: DiTConfig, patch: Params, x_BFHWC: jax.Array) -> jax.Array:
     """Returns the tokens [B, Q, E] of latents [B, F, h, w, C]."""
-    return _apply(Embed(cfg), params.embed, x_BFHWC, method="patches")
+    return _apply(Embed(cfg), patch, x_BFHWC, method="patches")
 
 
 def run_block(
@@ -277,89 +284,62 @@ def run_block(
     cache: LayerCache,
     plan: WritePlan,
     kv_len_B: jax.Array,
-    prompt: tuple[jax.Array, jax.Array],
-    modulation_B6E: jax.Array,
+    prompts: Sequence[tuple[jax.Array, jax.Array]],
+    conditioning: Conditioning,
     rope: tuple[jax.Array, jax.Array],
     frames: int,
     attention: AttentionImplementation,
+    used: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache]:
-    """Runs one block on hidden states x [B, Q, E]; returns its output and the written cache."""
+    """Runs one block on hidden states x [B, Q, E]; returns its output and the written cache.
+
+    Args:
+      cfg: sizes.
+      stream: cache geometry.
+      params: the block's parameters.
+      x: hidden states [B, Q, E].
+      cache: the block's cache.
+      plan: where the chunk goes in it.
+      kv_len_B: int32 tokens of the cache that are valid after the write.
+      prompts: cross-attention keys and values [1, P, N, D] of each row's prompt.
+      conditioning: the rows' modulations.
+      rope: cosines and sines of the rows' positions.
+      frames: latent frames of the chunk.
+      attention: see `attend`.
+      used: bool [] whether the block is there at all; where False, x and the cache come back as they were. None
+        is True, without a branch. A branch may read the cache and must not return it: that would copy it.
+    """
     block = Block(cfg)
-    q, k, v = _apply(block, params, x, modulation_B6E, rope, method="project")
+    modulation = conditioning.modulation
+
+    def project():
+        return _apply(block, params, x, modulation, rope, method="project")
+
+    def finish():
+        k, v = (jnp.concatenate(rows) if len(rows) > 1 else rows[0] for rows in zip(*prompts, strict=True))
+        return _apply(block, params, x, q, cache, kv_len_B, k, v, modulation, attention, method="finish")
+
+    if used is None:
+        q, k, v = project()
+        cache = kv_cache.write(stream, cache, plan, k, v, frames)
+        return finish(), cache
+    heads = x.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+    q, k, v = jax.lax.cond(used, project, lambda: (heads, heads, heads))
+    plan = dataclasses.replace(plan, active=plan.active & used)
     cache = kv_cache.write(stream, cache, plan, k, v, frames)
-    args = (x, q, cache, kv_len_B, *prompt, modulation_B6E, attention)
-    return _apply(block, params, *args, method="finish"), cache
+    return jax.lax.cond(used, finish, lambda: x), cache
 
 
 def head(
-    cfg: DiTConfig, params: DiTParams, x: jax.Array, time_BE: jax.Array, grid: tuple[int, int]
+    cfg: DiTConfig, params: Params, x: jax.Array, time_BE: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
     """Returns the velocity, float32 [B, F, h, w, C], of hidden states [B, Q, E] on a token grid (h, w)."""
-    patches = _apply(Head(cfg), params.head, x, time_BE)
+    patches = _apply(Head(cfg), params, x, time_BE)
     _, q, r = cfg.patch
     h, w = grid
     return rearrange(
         patches.astype(jnp.float32), "B (F h w) (q r c) -> B F (h q) (w r) c", h=h, w=w, q=q, r=r
     )
-
-
-def forward(
-    cfg: DiTConfig,
-    stream: StreamConfig,
-    params: DiTParams,
-    prompt: PromptKV,
-    cache: KVCache,
-    x_BFHWC: jax.Array,
-    timestep_B: jax.Array,
-    start_B: jax.Array,
-    active_B: jax.Array,
-    attention: AttentionImplementation = "auto",
-) -> tuple[jax.Array, KVCache]:
-    """Predicts the velocity of every row's chunk and writes the chunk into the cache.
-
-    Args:
-      cfg: sizes.
-      stream: cache geometry.
-      params: parameters; their dtype is the compute dtype.
-      prompt: cross-attention keys and values.
-      cache: rolling cache with B rows.
-      x_BFHWC: noisy latents [B, F, h, w, C], float32.
-      timestep_B: int32 timesteps in [0, 1000].
-      start_B: int32 time index of each row's first latent frame.
-      active_B: bool rows that hold a chunk; the others leave the cache untouched.
-      attention: see `attend`.
-
-    Returns:
-      Velocity, float32 [B, F, h, w, C], and the cache.
-    """
-    frames, height, width = x_BFHWC.shape[1:4]
-    grid = (height // cfg.patch[1], width // cfg.patch[2])
-    conditioning = condition(cfg, params, timestep_B)
-    plan, cache = kv_cache.plan_write(stream, cache, start_B, active_B, frames)
-    kv_len_B = cache.filled * (grid[0] * grid[1])
-    # The refresh keeps the time index of a chunk's first frame below `rope_refresh`.
-    rope = rope_tables(cfg.head_dim, start_B, frames, *grid, max_frame=stream.rope_refresh + frames)
-    x = embed(cfg, params, x_BFHWC.astype(params.dtype))
-    layers = []
-    for i, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
-        pair = (prompt.k[i], prompt.v[i])
-        x, layer = run_block(
-            cfg,
-            stream,
-            block,
-            x,
-            layer,
-            plan,
-            kv_len_B,
-            pair,
-            conditioning.modulation,
-            rope,
-            frames,
-            attention,
-        )
-        layers.append(layer)
-    velocity = head(cfg, params, x, conditioning.time, grid)
-    return velocity, KVCache(tuple(layers), cache.filled, cache.held)
 
 
 def embed_item() -> str:
@@ -394,7 +374,9 @@ def abstract_params(cfg: DiTConfig) -> dict[str, Params]:
     }
 
 
-def assemble(cfg: DiTConfig, read_item: Callable[[str], Params]) -> DiTParams:
-    """Returns the parameters as the forward pass takes them, reading item by item."""
-    blocks = tuple(read_item(block_item(i)) for i in range(cfg.num_layers))
-    return DiTParams(read_item(embed_item()), blocks, read_item(head_item()))
+def split_embed(item: Params) -> tuple[Params, Params]:
+    """Splits the item of the embeddings: the patch embedding, which a tick reads, and the rest, the conditioner.
+
+    The conditioner (timestep and text) is large and needed once per chunk or prompt: it stays out of the tick.
+    """
+    return {"patch": item["patch"]}, {name: leaves for name, leaves in item.items() if name != "patch"}

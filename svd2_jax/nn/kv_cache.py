@@ -85,8 +85,8 @@ def queue_capacity(cfg: StreamConfig) -> int:
     return 6 * cfg.cache_frames
 
 
-def init_kv_cache(dit: DiTConfig, cfg: StreamConfig, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache with one row."""
+def init_kv_cache(dit: DiTConfig, cfg: StreamConfig, dtype: jnp.dtype, layers: int | None = None) -> KVCache:
+    """Returns an empty cache with one row, of all layers or of so many."""
     tokens = cfg.cache_frames * frame_tokens(dit, cfg)
     sinks = cfg.sink_frames if cfg.adaptive_sinks else 0
 
@@ -99,9 +99,8 @@ def init_kv_cache(dit: DiTConfig, cfg: StreamConfig, dtype: jnp.dtype) -> KVCach
             queue_len=jnp.zeros((1,), jnp.int32),
         )
 
-    return KVCache(
-        tuple(layer() for _ in range(dit.num_layers)), jnp.zeros((1,), jnp.int32), jnp.zeros((1,), jnp.int32)
-    )
+    zero = jnp.zeros((1,), jnp.int32)
+    return KVCache(tuple(layer() for _ in range(dit.num_layers if layers is None else layers)), zero, zero)
 
 
 def frame_tokens(dit: DiTConfig, cfg: StreamConfig) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from svd2_jax.config import TAEHVConfig, VAEConfig
+from svd2_jax.config import ModelConfig, StreamConfig, TAEHVConfig, VAEConfig
 from svd2_jax.diffusion import noise_control
 from svd2_jax.models import taehv, vae
 
@@ -69,18 +69,18 @@ def encode_chunk(
 
 
 def decode_first_group(
-    cfg: DecoderConfig, params: Any, latents_FHWC: jax.Array, pixels: str
+    cfg: DecoderConfig, params: Any, latents_BFHWC: jax.Array, pixels: str
 ) -> tuple[Any, jax.Array]:
-    """Returns the decoder's state and the 1 + 4(F-1) frames of a stream's first clean latents."""
-    frames, state = _decoder(cfg).decode_first(cfg, params, latents_FHWC[None].astype(_dtype(params)))
+    """Returns the decoder's state and the 1 + 4(F-1) frames of a stream's first clean latents, the last row."""
+    frames, state = _decoder(cfg).decode_first(cfg, params, latents_BFHWC[-1:].astype(_dtype(params)))
     return state, to_output(frames[0], pixels)
 
 
 def decode_chunk(
-    cfg: DecoderConfig, params: Any, state: Any, latents_FHWC: jax.Array, pixels: str
+    cfg: DecoderConfig, params: Any, state: Any, latents_BFHWC: jax.Array, pixels: str
 ) -> tuple[Any, jax.Array]:
-    """Returns the decoder's state and the 4F frames of a later chunk's clean latents."""
-    frames, state = _decoder(cfg).decode(cfg, params, state, latents_FHWC[None].astype(_dtype(params)))
+    """Returns the decoder's state and the 4F frames of a later chunk's clean latents, which left in the last row."""
+    frames, state = _decoder(cfg).decode(cfg, params, state, latents_BFHWC[-1:].astype(_dtype(params)))
     return state, to_output(frames[0], pixels)
 
 
@@ -88,6 +88,11 @@ def to_output(frames_THWC: jax.Array, pixels: str) -> jax.Array:
     """Turns frames in [-1, 1] into uint8, or into float32 in [0, 1]."""
     unit = jnp.clip(frames_THWC.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
     return jnp.round(unit * 255.0).astype(jnp.uint8) if pixels == "uint8" else unit
+
+
+def decoder_config(model: ModelConfig, cfg: StreamConfig) -> DecoderConfig:
+    """Returns the configuration of the decoder that a stream uses."""
+    return model.taehv if cfg.decoder == "taehv" else model.vae
 
 
 def _decoder(cfg: DecoderConfig) -> Any:

@@ -1,132 +1,257 @@
-"""The denoising step of a stream: one step of one chunk, or one tick of the stream batch.
+"""One tick of a pipeline, as each of its stages computes it.
 
-Pure functions of (params, state, inputs). Noise is an argument: whoever draws it decides on what it depends.
+The blocks of the transformer lie in contiguous ranges on the stages of a ring. In a tick every stage runs its
+blocks on the micro-batch that waits for it and hands it to the next stage. The first stage takes chunks in, the
+last one turns hidden states into clean predictions, which go back to the first with the same ring: there the
+rows of the stream batch shift by one. With W stages, W micro-batches are under way, and what comes back entered
+W ticks ago. One stage is the same code with W = 1.
+
+Pure functions of (params, state, inputs), to be run under `shard_map` over the axis `AXIS` where there is more
+than one stage. Noise is an argument: whoever draws it decides on what it depends.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from svd2_jax.config import DiTConfig, StreamConfig
 from svd2_jax.diffusion import flow_match
 from svd2_jax.models import dit
-from svd2_jax.models.dit import DiTParams, PromptKV
+from svd2_jax.models.dit import Conditioning, DiTParams, PromptKV
+from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.nn.kv_cache import KVCache
-from svd2_jax.stream.state import StreamState
+from svd2_jax.nn.rope import rope_tables
+from svd2_jax.stream.state import Entry, Message, StreamState
+
+AXIS = "stage"
 
 
-def step_chunk(
+@dataclass(frozen=True)
+class Ring:
+    """How a program is laid out over the stages; static.
+
+    Attributes:
+      stages: number of stages W.
+      always: leading blocks that every stage has; each of the others is run by those stages that have it.
+      batch: "rows": a stream batch, into whose row 0 a new chunk enters; "single": one chunk takes all its steps.
+      send: whether a tick ends with the hand-over to the next stage. Without, `send` has to follow.
+    """
+
+    stages: int = 1
+    always: int = 0
+    batch: Literal["rows", "single"] = "rows"
+    send: bool = True
+
+
+def condition(
     model: DiTConfig,
     cfg: StreamConfig,
-    params: DiTParams,
-    prompt: PromptKV,
-    state: StreamState,
-    noisy_FHWC: jax.Array,
+    batch: Literal["rows", "single"],
+    dtype: jnp.dtype,
+    conditioner: Any,
     timestep: jax.Array,
-    next_timestep: jax.Array,
-    noise_FHWC: jax.Array,
-    last: jax.Array,
-    attention: AttentionImplementation = "auto",
-) -> tuple[StreamState, jax.Array, jax.Array]:
-    """Runs one denoising step of one chunk on a one-row state: the first group, and sequential mode.
-
-    Args:
-      model: sizes of the DiT.
-      cfg: what the stream computes.
-      params: DiT parameters.
-      prompt: cross-attention keys and values.
-      state: state with one cache row.
-      noisy_FHWC: the chunk at `timestep`, float32 [F, h, w, C].
-      timestep: int32 [] timestep of this step.
-      next_timestep: int32 [] timestep of the following step (ignored after the last).
-      noise_FHWC: Gaussian for re-noising to `next_timestep` (ignored after the last).
-      last: bool [] whether this is the chunk's last step; the time index then moves on.
-      attention: see `attend`.
-
-    Returns:
-      The state, the clean prediction and the chunk re-noised for the next step, both float32 [F, h, w, C].
-    """
-    clean, cache = _denoise(
-        model, cfg, params, prompt, state.cache, noisy_FHWC[None], timestep[None], state.start[None],
-        jnp.ones((1,), jnp.bool_), attention,
-    )  # fmt: skip
-    again = flow_match.add_noise(clean, noise_FHWC[None], next_timestep[None])
-    start = jnp.where(last, _next_start(cfg, state.start, noisy_FHWC.shape[0]), state.start)
-    return StreamState(cache, start, state.ticks, state.rows, state.row_starts), clean[0], again[0]
+) -> Conditioning:
+    """Returns what the rows' timesteps contribute: row 0 is at `timestep` (int32 []), the others as configured."""
+    timestep_B = timestep[None]
+    if batch == "rows":
+        timestep_B = jnp.concatenate([timestep_B, jnp.asarray(cfg.timesteps[1:], jnp.int32)])
+    return dit.condition(model, conditioner, timestep_B, dtype)
 
 
 def tick(
     model: DiTConfig,
     cfg: StreamConfig,
+    ring: Ring,
     params: DiTParams,
-    prompt: PromptKV,
+    prompts: Sequence[PromptKV],
+    span: jax.Array,
     state: StreamState,
-    noisy_FHWC: jax.Array,
-    timestep: jax.Array,
-    noise: tuple[jax.Array, ...],
+    entry: Entry,
     attention: AttentionImplementation = "auto",
 ) -> tuple[StreamState, jax.Array]:
-    """Runs one tick of the stream batch: rows shift by one, every row takes one denoising step.
+    """Runs one tick: every row under way on this stage passes through its blocks.
 
     Args:
       model: sizes of the DiT.
       cfg: what the stream computes.
-      params: DiT parameters.
-      prompt: cross-attention keys and values.
-      state: state with `cfg.rows` cache rows.
-      noisy_FHWC: the chunk that enters row 0, float32 [F, h, w, C].
-      timestep: int32 [] its timestep; later rows are at the configured ones.
-      noise: B - 1 Gaussians [F, h, w, C]; entry r re-noises the chunk of row r to step r + 1.
+      ring: layout over the stages.
+      params: the stage's parameters.
+      prompts: cross-attention keys and values of each row's prompt.
+      span: int32 [2] first block and exclusive end of the blocks that the stage runs, counted from its own first.
+      state: the stage's state.
+      entry: what enters the first stage.
       attention: see `attend`.
 
     Returns:
-      The state, and the chunk that leaves the last row, float32 [F, h, w, C]: a finished chunk from tick B - 1
-      on, zeros before.
+      The state, and the rows' clean predictions, float32 [B, F, h, w, C], which mean something on the last stage
+      only; rows without a chunk are zero. The last row's is finished.
     """
-    frames = noisy_FHWC.shape[0]
-    later = jnp.asarray(cfg.timesteps[1:], jnp.int32)
-    x = jnp.concatenate([noisy_FHWC[None], state.rows])
-    timestep_B = jnp.concatenate([timestep[None], later])
-    start_B = jnp.concatenate([state.start[None], state.row_starts])
-    active_B = jnp.arange(cfg.rows, dtype=jnp.int32) <= state.ticks
-
-    clean, cache = _denoise(
-        model, cfg, params, prompt, state.cache, x, timestep_B, start_B, active_B, attention
+    entered = _enter(model, cfg, ring, params, state, entry)
+    message = _where_stage(ring, 0, entered, state.message)
+    hidden, clean, cache = _run_blocks(
+        model, cfg, ring, params, prompts, span, state.cache, message, attention
     )
-    clean = jnp.where(active_B[:, None, None, None, None], clean, 0.0)
-    noise_BFHWC = jnp.stack(noise) if noise else jnp.zeros_like(state.rows)
-    again = flow_match.add_noise(clean[:-1], noise_BFHWC, later)
-    again = jnp.where(active_B[:-1, None, None, None, None], again, 0.0)
-    return StreamState(
-        cache=cache,
-        start=_next_start(cfg, state.start, frames),
-        ticks=state.ticks + 1,
-        rows=again,
-        row_starts=start_B[:-1],
-    ), clean[-1]
+    passed = dataclasses.replace(message, hidden=hidden)
+    finished = dataclasses.replace(passed, latents=clean)
+    message = _where_stage(ring, ring.stages - 1, finished, passed)
+    if ring.send:
+        # All computing before the hand-over: then a GPU runs it as one graph.
+        message, clean, cache = jax.lax.optimization_barrier((message, clean, cache))
+        message = send(ring.stages, message)
+    start = jnp.where(entry.fresh, _next_start(cfg, state.start, entry.latents.shape[0]), state.start)
+    return StreamState(cache, start, message), clean
 
 
-def _denoise(
+def catch_up(
     model: DiTConfig,
     cfg: StreamConfig,
+    ring: Ring,
     params: DiTParams,
-    prompt: PromptKV,
-    cache: KVCache,
-    x_BFHWC: jax.Array,
-    timestep_B: jax.Array,
-    start_B: jax.Array,
-    active_B: jax.Array,
-    attention: AttentionImplementation,
-) -> tuple[jax.Array, KVCache]:
-    velocity, cache = dit.forward(
-        model, cfg, params, prompt, cache, x_BFHWC, timestep_B, start_B, active_B, attention
+    prompts: Sequence[PromptKV],
+    span: jax.Array,
+    state: StreamState,
+    attention: AttentionImplementation = "auto",
+) -> StreamState:
+    """Runs the blocks of `span` on the micro-batch that waits, without handing it on.
+
+    Blocks that are about to move to the stage before this one are run with it: the waiting micro-batch has left
+    that stage already. See `tick` for the arguments.
+    """
+    hidden, _, cache = _run_blocks(
+        model, cfg, ring, params, prompts, span, state.cache, state.message, attention
     )
-    return flow_match.clean_prediction(x_BFHWC, velocity, timestep_B), cache
+    # The counters move on with the tick that runs the stage's other blocks on the same micro-batch.
+    cache = KVCache(cache.layers, state.cache.filled, state.cache.held)
+    return StreamState(cache, state.start, dataclasses.replace(state.message, hidden=hidden))
+
+
+def send(stages: int, message: Message) -> Message:
+    """Hands every stage's message to the next one, the last one's to the first: one collective in all."""
+    if stages == 1:
+        return message
+    packed, unpack = _pack(message)
+    return unpack(jax.lax.ppermute(packed, AXIS, [(s, (s + 1) % stages) for s in range(stages)]))
+
+
+def _enter(
+    model: DiTConfig, cfg: StreamConfig, ring: Ring, params: DiTParams, state: StreamState, entry: Entry
+) -> Message:
+    """Returns the micro-batch that the first stage starts with."""
+    back = state.message
+    if ring.batch == "rows":
+        latents, start, active = entry.latents[None], state.start, entry.fresh
+        if entry.noise:
+            again = flow_match.add_noise(
+                back.latents[:-1], jnp.stack(entry.noise), entry.conditioning.timestep[1:]
+            )
+            again = jnp.where(_over_latents(back.active[:-1]), again, 0.0)
+            latents = jnp.concatenate([latents, again])
+            start = jnp.concatenate([start, back.start[:-1]])
+            active = jnp.concatenate([active, back.active[:-1]])
+    else:
+        again = back.latents
+        if entry.noise:
+            again = flow_match.add_noise(again, entry.noise[0][None], entry.conditioning.timestep)
+        latents = jnp.where(_over_latents(entry.fresh), entry.latents[None], again)
+        start = jnp.where(entry.fresh, state.start, back.start)
+        active = entry.fresh | back.active
+    hidden = dit.embed(model, params.patch, latents.astype(params.dtype))
+    return Message(hidden, latents, entry.conditioning, start, active)
+
+
+def _run_blocks(
+    model: DiTConfig,
+    cfg: StreamConfig,
+    ring: Ring,
+    params: DiTParams,
+    prompts: Sequence[PromptKV],
+    span: jax.Array,
+    cache: KVCache,
+    message: Message,
+    attention: AttentionImplementation,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Returns the hidden states behind the stage's blocks, the clean prediction made of them, and the cache."""
+    frames, height, width = message.latents.shape[1:4]
+    grid = (height // model.patch[1], width // model.patch[2])
+    plan, cache = kv_cache.plan_write(cfg, cache, message.start, message.active, frames)
+    kv_len_B = cache.filled * (grid[0] * grid[1])
+    # The refresh keeps the time index of a chunk's first frame below `rope_refresh`.
+    rope = rope_tables(model.head_dim, message.start, frames, *grid, max_frame=cfg.rope_refresh + frames)
+    x, layers = message.hidden, []
+    busy = message.active.any()
+    for j, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
+        used = None if j < ring.always else busy & (span[0] <= j) & (j < span[1])
+        pairs = [(prompt.k[j], prompt.v[j]) for prompt in prompts]
+        x, layer = dit.run_block(
+            model,
+            cfg,
+            block,
+            x,
+            layer,
+            plan,
+            kv_len_B,
+            pairs,
+            message.conditioning,
+            rope,
+            frames,
+            attention,
+            used,
+        )
+        layers.append(layer)
+    velocity = dit.head(model, params.head, x, message.conditioning.time, grid)
+    clean = flow_match.clean_prediction(message.latents, velocity, message.conditioning.timestep)
+    clean = jnp.where(_over_latents(message.active), clean, 0.0)
+    return x, clean, KVCache(tuple(layers), cache.filled, cache.held)
+
+
+def _where_stage(ring: Ring, stage: int, here: Message, elsewhere: Message) -> Message:
+    """Returns `here` on one stage and `elsewhere` on the others."""
+    if ring.stages == 1:
+        return here
+    # A select, not a branch: it stays inside the graph of a GPU.
+    is_here = jax.lax.axis_index(AXIS) == stage
+    return jax.tree.map(lambda a, b: jnp.where(is_here, a, b), here, elsewhere)
+
+
+def _over_latents(flag_B: jax.Array) -> jax.Array:
+    return flag_B[:, None, None, None, None]
 
 
 def _next_start(cfg: StreamConfig, start: jax.Array, frames: int) -> jax.Array:
     """Moves the time index on; at the refresh it restarts so that an endless stream stays in trained range."""
     following = start + frames
     return jnp.where(following >= cfg.rope_refresh, cfg.cache_frames - 1, following)
+
+
+def _pack(message: Message) -> tuple[jax.Array, Any]:
+    """Returns a message as one flat array of bits, and the function that makes a message of it again."""
+    leaves, structure = jax.tree.flatten(message)
+    # Integers: nothing on the way may round a float32, or quieten a NaN.
+    unit = jnp.uint16 if message.hidden.dtype.itemsize == 2 else jnp.uint32
+
+    def to_bits(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+        return jax.lax.bitcast_convert_type(x, unit).reshape(-1)
+
+    def from_bits(bits: jax.Array, like: jax.Array) -> jax.Array:
+        dtype = jnp.int32 if like.dtype == jnp.bool_ else like.dtype
+        parts = np.dtype(dtype).itemsize // np.dtype(unit).itemsize
+        bits = bits.reshape(like.shape if parts == 1 else (*like.shape, parts))
+        return jax.lax.bitcast_convert_type(bits, dtype).astype(like.dtype)
+
+    packed = [to_bits(x) for x in leaves]
+
+    def unpack(bits: jax.Array) -> Message:
+        ends = np.cumsum([x.size for x in packed])
+        pieces = (bits[end - x.size : end] for end, x in zip(ends, packed, strict=True))
+        return structure.unflatten([from_bits(b, x) for b, x in zip(pieces, leaves, strict=True)])
+
+    return jnp.concatenate(packed), unpack
