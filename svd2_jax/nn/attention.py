@@ -99,11 +99,9 @@ def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
             )
             return (new_Q, total_Q, out_QD * shrink_Q[:, None] + part_QD), None
 
-        start = (
-            jnp.full((Q,), MASKED, jnp.float32),
-            jnp.zeros((Q,), jnp.float32),
-            jnp.zeros((Q, D), jnp.float32),
-        )
+        # Like the queries, not plain zeros: under `shard_map` a carry has to vary over the mesh as its results do.
+        out_QD = jnp.zeros_like(q_QD, jnp.float32)
+        start = jnp.full_like(out_QD[:, 0], MASKED), jnp.zeros_like(out_QD[:, 0]), out_QD
         (_, total_Q, out_QD), _ = jax.lax.scan(
             step, start, (k_JKD, v_JKD, jnp.arange(blocks, dtype=jnp.int32))
         )

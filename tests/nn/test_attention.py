@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from svd2_jax.nn import attention
 from svd2_jax.nn.attention import attend
@@ -47,6 +48,20 @@ def test_one_row_of_keys_serves_all_rows_of_queries():
     q, k, v = qkv()
     got = attend(q, k[:1], v[:1])
     np.testing.assert_allclose(got[1], attend(q[1:], k[:1], v[:1])[0], atol=1e-6)
+
+
+def test_every_device_of_a_mesh_attends_to_its_own_keys_in_blocks(monkeypatch):
+    q, k, v = qkv()
+    monkeypatch.setattr(attention, "KEY_BLOCK", 5)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("stage",))
+    spec = PartitionSpec("stage")
+
+    def run(q, k, v, length):
+        return attend(q, k, v, length, "blocked")
+
+    length = jnp.array([4, 12], jnp.int32)
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))(q, k, v, length)
+    np.testing.assert_allclose(got, attend(q, k, v, length, "xla"), atol=1e-6)
 
 
 def test_the_fused_kernel_is_taken_on_a_gpu_in_16_bit_only():
