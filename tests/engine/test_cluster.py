@@ -1,0 +1,350 @@
+"""Processes on this host, joined by loopback: what each of them prints and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from svd2_jax.engine import cluster
+from svd2_jax.errors import ConfigError, EngineError
+
+LIMIT_S = 45.0  # a process that runs so long is killed, and its test fails
+MISSING_S = 1.0  # how long those wait whom nobody joins
+ARRIVAL_S = 30.0  # the others: Python starts slowly on a busy machine
+PEER_TIMEOUT_S = 2.0
+SLACK_S = 4.0  # two cores shared with other tests
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from svd2_jax.engine import cluster
+from svd2_jax.errors import EngineError, Svd2Error
+
+place, me, count, mode, arrival_s, peer_timeout_s, file = sys.argv[1:]
+victim = int(mode[-1]) if mode[-1].isdigit() else None
+mode, me = mode.rstrip("0123456789"), int(me)
+
+def work():
+    same = {"--steps": "4" if mode == "differ" and me == victim else "2"}
+    with cluster.join(place, me, int(count), float(arrival_s), float(peer_timeout_s), same) as group:
+        Path(file).touch()
+        group.on_loss(Path(file).unlink)
+        import jax, numpy as np
+        n = jax.device_count()
+        mesh = jax.make_mesh((n,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        total = jax.jit(jax.shard_map(
+            lambda x: jax.lax.psum(x, "d"), mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P()
+        ))
+        x = jax.make_array_from_callback(
+            (n,), jax.NamedSharding(mesh, jax.P("d")), lambda i: np.arange(n, dtype=np.float32)[i]
+        )
+        y = None
+        for step in range(10**6):
+            y = total(x).block_until_ready()
+            if step == 3:
+                print("looping", flush=True)
+                if mode == "fine":
+                    break
+                if me == victim and mode == "raise":
+                    raise EngineError("out of memory")
+                if me == victim and mode == "bug":
+                    raise ValueError("a bug")
+                if me != victim and mode == "late":
+                    break
+            if me == victim and mode == "late" and step == 3:
+                time.sleep(1.2 * float(peer_timeout_s))
+                break
+            time.sleep(0.02)
+        print("sum", float(y.addressable_shards[0].data[0]), n, flush=True)
+        Path(file).unlink()
+
+if __name__ == "__main__":
+    try:
+        work()
+    except Svd2Error as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+"""
+
+
+class Processes:
+    """Processes of one cluster; `start` gives each the same arguments but its number."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.all: dict[int, subprocess.Popen[bytes]] = {}
+        (folder / "worker.py").write_text(WORKER)
+
+    def start(self, mode: str, count: int, *ids: int, arrival_s: float = ARRIVAL_S) -> None:
+        place = f"127.0.0.1:{free_port()}"
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "http_proxy": "http://127.0.0.1:9",  # no one there; gRPC would wait for it
+        }
+        for i in ids or range(count):
+            with self.out(i).open("wb") as out, self.err(i).open("wb") as err:
+                worker = str(self.folder / "worker.py")
+                rest = [
+                    place,
+                    str(i),
+                    str(count),
+                    mode,
+                    str(arrival_s),
+                    str(PEER_TIMEOUT_S),
+                    str(self.file(i)),
+                ]
+                self.all[i] = subprocess.Popen(
+                    [sys.executable, worker, *rest], stdout=out, stderr=err, env=env
+                )
+
+    def out(self, i: int) -> Path:
+        return self.folder / f"{i}.out"
+
+    def err(self, i: int) -> Path:
+        return self.folder / f"{i}.err"
+
+    def file(self, i: int) -> Path:
+        return self.folder / f"{i}.partial"
+
+    def wait_for_loops(self) -> None:
+        def looping() -> bool:
+            return all("looping" in self.out(i).read_text() for i in self.all)
+
+        until(looping, LIMIT_S, lambda: "\n".join(self.err(i).read_text() for i in self.all))
+
+    def end(self, i: int, timeout_s: float = LIMIT_S) -> tuple[int, list[str]]:
+        """Returns the exit code and the lines of standard error."""
+        code = self.all[i].wait(timeout_s)
+        return code, self.err(i).read_text().splitlines()
+
+
+def until(holds: Callable[[], bool], timeout_s: float, explain: Callable[[], str]) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, explain()
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    made = Processes(tmp_path)
+    yield made
+    for process in made.all.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR")):
+            monkeypatch.delenv(name)
+
+
+# --- a cluster at work
+
+
+@pytest.mark.slow
+def test_two_processes_sum_over_all_devices_and_end_well(processes: Processes) -> None:
+    processes.start("fine", 2)
+    for i in range(2):
+        assert processes.end(i) == (0, [])
+        assert "sum 6.0 4" in processes.out(i).read_text()  # 0 + 1 + 2 + 3
+
+
+@pytest.mark.slow
+def test_who_is_done_waits_for_those_who_still_work(processes: Processes) -> None:
+    processes.start("late0", 2)
+    for i in range(2):
+        assert processes.end(i) == (0, [])
+
+
+# --- a peer that is not there
+
+
+@pytest.mark.parametrize(
+    ("present", "text"),
+    [
+        (0, "process 1 of 0 to 1 did not arrive within 1 s"),
+        (1, "was not there within 1 s (Connection refused)"),
+    ],
+)
+def test_a_peer_that_never_arrives_is_named_in_time(processes: Processes, present: int, text: str) -> None:
+    port = free_port()
+    began = time.monotonic()
+    with pytest.raises(EngineError) as raised:  # in this process: no start of Python is measured with it
+        cluster.join(f"127.0.0.1:{port}", present, 2, MISSING_S)
+    assert text in str(raised.value)
+    assert MISSING_S - 0.2 <= time.monotonic() - began < MISSING_S + 1
+
+
+@pytest.mark.slow
+def test_those_who_arrived_all_hear_who_is_missing(processes: Processes) -> None:
+    processes.start("fine", 4, 0, 2, arrival_s=4)
+    text = "error: processes 1, 3 of 0 to 3 did not arrive within 4 s; start the command"
+    for i in (0, 2):
+        code, lines = processes.end(i)
+        assert code == 2
+        assert [line[: len(text)] for line in lines] == [text]
+
+
+def test_strangers_at_the_port_are_ignored() -> None:
+    port = free_port()
+
+    def call() -> None:
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"greeting": 1}\n', b""):
+            until(lambda text=text: sent(text), LIMIT_S, lambda: "no one listens")
+
+    def sent(text: bytes) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(text)
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    stranger = threading.Thread(target=call)
+    stranger.start()
+    with pytest.raises(EngineError, match="process 1 of 0 to 1 did not arrive"):
+        cluster.join(f"127.0.0.1:{port}", 0, 2, MISSING_S)
+    stranger.join()
+
+
+# --- a peer that is lost in mid-stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "victim", "how"),
+    [
+        (2, 1, signal.SIGKILL),
+        (2, 0, signal.SIGKILL),
+        (3, 1, signal.SIGTERM),
+    ],  # JAX alone would ignore SIGTERM
+)
+def test_a_killed_peer_ends_the_others_at_once_with_one_line(
+    processes: Processes, count: int, victim: int, how: signal.Signals
+) -> None:
+    processes.start("stream", count)
+    processes.wait_for_loops()
+    processes.all[victim].send_signal(how)
+    began = time.monotonic()
+    assert processes.end(victim, SLACK_S) == (-how, [])
+    for i in set(range(count)) - {victim}:
+        code, lines = processes.end(i, SLACK_S)
+        assert code == 2
+        assert len(lines) == 1
+        assert lines[0].startswith(f"error: process {victim} ({socket.gethostname()}) has died")
+        assert not processes.file(i).exists()
+    assert time.monotonic() - began < SLACK_S
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_peer_is_found_by_its_silence(processes: Processes, victim: int) -> None:
+    processes.start("stream", 2)
+    processes.wait_for_loops()
+    processes.all[victim].send_signal(signal.SIGSTOP)
+    code, lines = processes.end(1 - victim, PEER_TIMEOUT_S + SLACK_S)
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: process {victim} ({socket.gethostname()}) has not answered for 2 s")
+    assert not processes.file(1 - victim).exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_is_told_to_the_others(processes: Processes) -> None:
+    processes.start("raise0", 2)
+    assert processes.end(0) == (2, ["error: out of memory"])
+    assert processes.end(1) == (2, [f"error: process 0 ({socket.gethostname()}) stopped: out of memory"])
+
+
+@pytest.mark.slow
+def test_a_bug_of_one_shows_its_traceback_there_and_one_line_elsewhere(processes: Processes) -> None:
+    processes.start("bug1", 2)
+    code, lines = processes.end(1)
+    assert code == 1
+    assert lines[-1] == "ValueError: a bug"
+    assert processes.end(0) == (
+        2,
+        [f"error: process 1 ({socket.gethostname()}) stopped: ValueError: a bug"],
+    )
+
+
+# --- arguments
+
+
+@pytest.mark.slow
+def test_settings_that_differ_are_named_on_both_sides(processes: Processes) -> None:
+    processes.start("differ1", 2)
+    name = socket.gethostname()
+    text = f"error: process 1 ({name}) was started with --steps 4, process 0 ({name}) with 2; start the same"
+    for i in range(2):
+        code, lines = processes.end(i)
+        assert code == 2
+        assert [line[: len(text)] for line in lines] == [text]
+
+
+def test_without_arguments_a_process_is_alone() -> None:
+    with cluster.join() as group:
+        assert (group.process_id, group.num_processes) == (0, 1)
+    assert cluster.join(num_processes=1).num_processes == 1
+    assert cluster.join("host:1", 0, 1).num_processes == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((None, 1, None), "--coordinator HOST:PORT and --num-processes N is missing"),
+        (("a:1", None, 2), "--process-id I is missing"),
+        (("a:1", 2, 2), "--process-id must be 0 to 1 with --num-processes 2, got 2"),
+        (("a:1", -1, 2), "--process-id must be 0 to 1"),
+        ((None, None, 0), "--num-processes must be at least 1, got 0"),
+        (("a", 0, 2), "expected HOST:PORT"),
+        (("a:", 0, 2), "expected HOST:PORT"),
+        ((":80", 0, 2), "expected HOST:PORT"),
+        (("a:port", 0, 2), "expected HOST:PORT"),
+        (("a:70000", 0, 2), "port of 1 to 65535, got 'a:70000'"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: tuple[str | None, int | None, int | None], text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        cluster.join(*arguments)
+    assert text in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_taken_port_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EngineError, match=f"port {port} cannot be used on this host"):
+            cluster.join(f"127.0.0.1:{port}", 0, 2, MISSING_S)
+
+
+def test_slurm_tells_what_the_arguments_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "JOB_ID": "4097",
+        "STEP_NODELIST": "node[007-008]",
+        "NTASKS": "2",
+        "PROCID": "1",
+        "LOCALID": "0",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert cluster._place(None, None, None) == (("node007", 61441), 1, 2, 0)
+    assert cluster._place("login:5000", None, None) == (("login", 5000), 1, 2, 0)
+    assert cluster._place(None, None, 1) is None
