@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import ModelConfig, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
+from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource
@@ -38,12 +39,12 @@ class PipelineOptions:
     Attributes:
       attention: see `attend`.
       split: blocks on each stage to start with; None weighs encoder and decoder against them.
-      rebalance: whether blocks move between stages when the stages turn out to be uneven.
+      rebalance: when blocks move between stages that turn out to be uneven; None: never.
     """
 
     attention: AttentionImplementation = "auto"
     split: tuple[int, ...] | None = None
-    rebalance: bool = False
+    rebalance: BalancePolicy | None = field(default_factory=BalancePolicy)
 
 
 DEFAULT_OPTIONS = PipelineOptions()
@@ -159,7 +160,7 @@ class DeviceEngine:
         programs = self.programs(spec.stream, spec.pixels, lane)
 
         def pipeline(embedding: jax.Array) -> Pipeline:
-            return self.pipeline(spec.stream, embedding, lane)
+            return self.pipeline(spec.stream, embedding, spec.pixels, lane)
 
         mesh = self.meshes[lane]
         session = DeviceSession(
@@ -178,13 +179,19 @@ class DeviceEngine:
         split = self.split(cfg, lane)
         key = (cfg, pixels, lane, max(split), min(split))
         if key not in self._programs:
-            self._programs[key] = self._builder(cfg, pixels, lane).build(split, self._options.rebalance)
+            self._programs[key] = self._builder(cfg, pixels, lane).build(
+                split, movable=self._options.rebalance is not None
+            )
         return self._programs[key]
 
-    def pipeline(self, cfg: StreamConfig, embedding: jax.Array, lane: int = 0) -> Pipeline:
+    def pipeline(
+        self, cfg: StreamConfig, embedding: jax.Array, pixels: str = "uint8", lane: int = 0
+    ) -> Pipeline:
         """Returns the denoiser of a stream with a text embedding [1, P, text_dim] as its prompt."""
-        builder, programs = self._builder(cfg, "uint8", lane), self.programs(cfg, lane=lane)
-        return Pipeline(builder, programs, self.params(cfg, lane), self.split(cfg, lane), embedding)
+        return Pipeline(
+            self._builder(cfg, pixels, lane), self.programs(cfg, pixels, lane), self._weights[lane],
+            self.split(cfg, lane), embedding, self._options.rebalance,
+        )  # fmt: skip
 
     def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""

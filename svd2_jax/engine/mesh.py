@@ -10,12 +10,14 @@ stages without a copy of those that stay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -97,6 +99,31 @@ class StageMesh:
 
         return jax.tree.map(one, tree)
 
+    def transfer(self, tree: Any, like: Any, source: int, target: int) -> Any:
+        """Returns a copy on one stage of a tree of single-device arrays on another.
+
+        Processes that drive neither of both need not call this; those that do have to call it in the same order.
+
+        Args:
+          tree: what to copy; looked at only where the source is local.
+          like: its shapes.
+          source: stage that has it.
+          target: stage that gets it.
+
+        Returns:
+          The copy, or None where the target is not local.
+        """
+        here, there = self.is_local(source), self.is_local(target)
+        if here and there:
+            return jax.device_put(tree, self.devices[target])
+        if not here and not there:
+            return None
+        pair = StageMesh((self.devices[source], self.devices[target]))
+        if there:
+            tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self.devices[target]), like)
+        moved = _shift(pair)(pair.join([tree]))
+        return pair.part(moved, 1) if there else None
+
     def abstract(self, tree: Any) -> Any:
         """Returns the shapes (ShapeDtypeStruct) over all stages of a tree of one stage's shapes."""
 
@@ -105,6 +132,17 @@ class StageMesh:
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.over_stages)
 
         return jax.tree.map(one, tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _shift(pair: StageMesh) -> Callable[[Any], Any]:
+    """Returns a program that copies the first stage's part of a tree to the second."""
+    over = PartitionSpec(AXIS)
+    shift = functools.partial(jax.lax.ppermute, axis_name=AXIS, perm=[(0, 1)])
+    shift = jax.shard_map(
+        functools.partial(jax.tree.map, shift), mesh=pair.mesh, in_specs=over, out_specs=over
+    )
+    return jax.jit(shift)
 
 
 def on(device: Device, tree: Any) -> Any:

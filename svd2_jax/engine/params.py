@@ -83,6 +83,7 @@ class StageWeights:
         if self._ends is None:
             self._ends = self._read_ends()
         patch, head, _ = self._ends
+        self._forget_blocks_of_others(split)
         return DiTParams(patch, self.mesh.join(parts), head)
 
     def resident_bytes(self) -> dict[Device, int]:
@@ -106,6 +107,14 @@ class StageWeights:
             if (held := self._items.pop((item, self.mesh.devices[s]), None)) is not None:
                 self._items[item, device] = jax.device_put(held, device)
         return self._item(item, device)
+
+    def _forget_blocks_of_others(self, split: Sequence[int]) -> None:
+        """Drops blocks that another process has now."""
+        stages = [stage for stage, count in enumerate(split) for _ in range(count)]
+        for index, stage in enumerate(stages):
+            if not self.mesh.is_local(stage):
+                for device in self.mesh.devices:
+                    self._items.pop((dit.block_item(index), device), None)
 
     def _item(self, item: str, device: Device) -> Params:
         if (item, device) not in self._items:

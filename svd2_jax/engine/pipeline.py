@@ -7,19 +7,29 @@ holds chunk n - r * W, so chunk n is finished by tick n + S * W - 1.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import StreamConfig
+from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.mesh import StageMesh
-from svd2_jax.engine.params import EngineParams
-from svd2_jax.engine.programs import Builder, Programs
+from svd2_jax.engine.params import StageWeights
+from svd2_jax.engine.programs import Builder, Programs, TickPrograms
+from svd2_jax.engine.rebalance import Rebalancer
 from svd2_jax.models.dit import PromptKV
+from svd2_jax.nn.kv_cache import LayerCache
 from svd2_jax.stream.state import Entry, StreamState
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +44,29 @@ class Pipeline:
     """Drives the programs over the stages, in order and without waiting for any of them."""
 
     def __init__(
-        self, builder: Builder, programs: Programs, params: EngineParams, split: Sequence[int], embedding: Any
+        self,
+        builder: Builder,
+        programs: Programs,
+        weights: StageWeights,
+        split: Sequence[int],
+        embedding: Any,
+        rebalance: BalancePolicy | None = None,
     ):
+        """Opens the pipeline.
+
+        Args:
+          builder: compiles programs for other splits.
+          programs: compiled for this one.
+          weights: the model on the stages' devices.
+          split: blocks on each stage.
+          embedding: text embedding of the first prompt.
+          rebalance: when blocks move to other stages; None: never.
+        """
         self.cfg: StreamConfig = builder.cfg
         self.mesh: StageMesh = builder.mesh
-        self._programs, self._params, self._split = programs, params, tuple(split)
+        self.split = tuple(split)
+        self._builder, self._programs, self._weights = builder, programs, weights
+        self._params = weights.params(split, self.cfg.decoder)
         self._ticks = programs.ticks
         self._state: StreamState = programs.init_state()
         self._here = self.mesh.devices[self.mesh.local_stages[0]]
@@ -52,6 +80,17 @@ class Pipeline:
         # The prompts of the chunks under way, newest first: each chunk keeps the one that it came in with.
         self._prompts = [self._prompt] * self.depth
         self._joined: tuple[list[Prompt], list[PromptKV]] = ([], [])
+        self._ticked = 0
+        self._wanted: tuple[tuple[int, ...], TickPrograms] | None = None
+        self._rebalancer = None
+        if rebalance is not None and self._ticks.share is not None:
+            self._rebalancer = Rebalancer(
+                self.mesh,
+                self.split,
+                self._ticks.share,
+                lambda to: builder.ticks(to, movable=True),
+                rebalance,
+            )
 
     @property
     def stages(self) -> int:
@@ -92,7 +131,14 @@ class Pipeline:
         self._state = self._programs.open_rows(self._state)
         return clean
 
-    def chunk(self, noisy: Any, timestep: Any, again: Sequence[Any], fresh: bool = True) -> jax.Array:
+    def chunk(
+        self,
+        noisy: Any,
+        timestep: Any,
+        again: Sequence[Any],
+        fresh: bool = True,
+        given_ns: int | None = None,
+    ) -> jax.Array:
         """Takes in a chunk, or with `fresh` False none, and moves on what is under way.
 
         Args:
@@ -101,19 +147,55 @@ class Pipeline:
           timestep: int32 [] there.
           again: Gaussians, see `engine.noise.ChunkNoise`.
           fresh: whether there is a chunk.
+          given_ns: `time.monotonic_ns` when work on the chunk was handed to the devices; None is now.
 
         Returns:
           The clean predictions of all rows, float32 [W * B, F, h, w, C] over the stages. Those of the last stage
           are meant, and belong to the micro-batch that entered W - 1 ticks ago; the last row is finished.
         """
-        self._prompts = [self._prompt, *self._prompts[:-1]]
         if self.cfg.mode != "stream":
+            self._prompts = [self._prompt]
             return self._all_steps(self._ticks.tick, self._blank_later, noisy, timestep, again)
+        given_ns = given_ns or time.monotonic_ns()
         conditioning = None
         if self.mesh.is_local(0):
             conditioning = self._programs.condition(self._params.conditioner, timestep)
         entry = self._enter(self._blank_later, noisy, fresh, conditioning, again)
-        return self._tick(self._ticks.tick, self._row_prompts(), entry)
+        # Only while chunks come in and go out: else the first or the last stage has less to do than usual.
+        self._ticked += 1
+        watched = self._rebalancer if fresh and self._ticked > self.depth else None
+        move = (watched.before_tick() if watched else None) or self._wanted
+        if move is not None:
+            self._take(*move)
+        self._prompts = [self._prompt, *self._prompts[:-1]]
+        if move is not None or (watched and watched.measuring):
+            clean = self._tick_apart(entry)
+        else:
+            clean = self._tick(self._ticks.tick, self._row_prompts(), entry)
+        if move is not None:
+            self._span, self._wanted = self._spans([(0, count) for count in self.split]), None
+        if watched is not None:
+            if self.mesh.is_local(0):
+                watched.lap(0, "encode", noisy, given_ns)
+            for stage in self.mesh.local_stages:
+                watched.lap(stage, "blocks", self.mesh.part(clean, stage), given_ns)
+        return clean
+
+    def decoded(self, pixels: jax.Array) -> None:
+        """Tells that the last stage's device was given a chunk to decode, and the result."""
+        if self._rebalancer is not None:
+            self._rebalancer.lap(self.stages - 1, "decode", pixels, time.monotonic_ns())
+
+    def move(self, split: Sequence[int]) -> None:
+        """Takes another split with the next chunk of a stream batch.
+
+        Blocks move with their parameters and caches; no chunk is lost, delayed or computed twice. Compiles first
+        where no split with the same longest and shortest stage was in use yet.
+
+        Args:
+          split: one that `balance.towards` says can be taken in one go.
+        """
+        self._wanted = tuple(split), self._builder.ticks(split, movable=True)
 
     def own(self, over_stages: jax.Array) -> jax.Array:
         """Returns the last of this process's parts of an array over the stages."""
@@ -121,6 +203,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the state."""
+        if self._rebalancer is not None:
+            self._rebalancer.close()
         del self._state, self._prompts, self._prompt, self._joined
 
     def _all_steps(self, program, blank, noisy, timestep, again) -> jax.Array:
@@ -134,6 +218,66 @@ class Pipeline:
             entry = self._enter(blank, noisy, k == 0, conditioning, noise)
             for hop in range(self.stages):
                 clean = self._tick(program, [self._prompt.kv], entry if hop == 0 else self._nothing(blank))
+        return clean
+
+    def _take(self, split: tuple[int, ...], ticks: TickPrograms) -> None:
+        """Moves blocks between stages before a tick, and sets the spans of that tick.
+
+        A micro-batch that waits for a stage is through with all blocks that lay before it. Those of them that move
+        behind this point are left out in the coming tick; those that move before it are run on it now.
+        """
+        old_starts, starts = (list(itertools.accumulate(counts, initial=0)) for counts in (self.split, split))
+        ahead = [max(0, new - old) for old, new in zip(old_starts, starts, strict=True)]
+        behind = [max(0, old - new) for old, new in zip(old_starts, starts, strict=True)]
+        if any(ahead):
+            assert self._ticks.catch_up is not None
+            spans = self._spans([(0, count) for count in ahead[: self.stages]])
+            prompts = tuple(self._row_prompt(row, coming=True) for row in range(self.cfg.rows))
+            self._state = self._ticks.catch_up(self._params.dit, prompts, spans, self._state)
+        _log.info("blocks per stage: %s -> %s", "+".join(map(str, self.split)), "+".join(map(str, split)))
+        layers = self._moved_layers(split)
+        cache = dataclasses.replace(self._state.cache, layers=layers)
+        self._state = dataclasses.replace(self._state, cache=cache)
+        self._params = dataclasses.replace(self._params, dit=self._weights.dit(split))
+        self.split, self._ticks = split, ticks
+        self._span = self._spans(list(zip(behind, split, strict=False)))
+        again = {id(p): p for p in (self._prompt, *self._prompts)}
+        again = {
+            key: Prompt(p.context, ticks.prompt_kv(self._params.dit.blocks, p.context))
+            for key, p in again.items()
+        }
+        self._prompts = [again[id(p)] for p in self._prompts]
+        self._prompt = again[id(self._prompt)]
+
+    def _moved_layers(self, split: tuple[int, ...]) -> tuple[LayerCache, ...]:
+        """Returns the caches with every block's where the split has it."""
+        mesh = self.mesh
+        held = {s: list(mesh.part(self._state.cache.layers, s)) for s in mesh.local_stages}
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held[mesh.local_stages[0]][0])
+        homes = [(stage, j) for stage, count in enumerate(self.split) for j in range(count)]
+        targets = [stage for stage, count in enumerate(split) for _ in range(count)]
+        taken: dict[int, list[Any]] = {s: [] for s in mesh.local_stages}
+        spare = {s: layers[self.split[s] :] for s, layers in held.items()}
+        for (source, j), target in zip(homes, targets, strict=True):
+            layer = held[source][j] if source in held else None
+            if source != target:
+                if layer is not None:
+                    spare[source].append(layer)  # what has moved leaves its buffers behind
+                layer = mesh.transfer(layer, like, source, target)
+            if target in taken:
+                taken[target].append(layer)
+        for stage, layers in taken.items():
+            while len(layers) < max(split):  # a stage with fewer blocks has room for as many
+                layers.append(spare[stage].pop() if spare[stage] else _zeros(like, mesh.devices[stage]))
+        return mesh.join([tuple(layers) for layers in taken.values()])
+
+    def _tick_apart(self, entry) -> jax.Array:
+        """Runs a tick whose hand-over is a program of its own."""
+        ticks = self._ticks
+        assert ticks.tick_apart is not None
+        assert ticks.send is not None
+        clean = self._tick(ticks.tick_apart, self._row_prompts(), entry)
+        self._state = dataclasses.replace(self._state, message=ticks.send(self._state.message))
         return clean
 
     def _tick(self, program, prompts, entry) -> jax.Array:
@@ -166,8 +310,10 @@ class Pipeline:
             self._joined = (list(self._prompts), [self._row_prompt(r) for r in range(self.cfg.rows)])
         return self._joined[1]
 
-    def _row_prompt(self, row: int) -> PromptKV:
-        of_stage = {s: self._prompts[row * self.stages + s] for s in self.mesh.local_stages}
+    def _row_prompt(self, row: int, coming: bool = False) -> PromptKV:
+        """Returns a row's prompts on all stages in the last tick, or in the one that is to come."""
+        ago = {s: row * self.stages + s - coming for s in self.mesh.local_stages}
+        of_stage = {s: self._prompts[max(0, age)] for s, age in ago.items()}
         first, *others = of_stage.values()
         if all(other is first for other in others):
             return first.kv
@@ -181,3 +327,7 @@ class Pipeline:
 
     def _put(self, x: object) -> jax.Array:
         return jax.device_put(x, self._here)
+
+
+def _zeros(like: Any, device: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=device), like)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from svd2_jax.config import ModelConfig, StreamConfig
-from svd2_jax.engine import noise
+from svd2_jax.engine import noise, rebalance
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
 from svd2_jax.models import dit
@@ -38,6 +38,7 @@ class TickPrograms:
       tick_apart: the same without the hand-over to the next stage, every block in a branch.
       catch_up: see `step.catch_up`: dit params, prompts, span, StreamState* -> StreamState.
       send: Message* -> Message, the hand-over.
+      share: float32 [W * N] over the stages -> [W * W * N]: every stage gets the numbers of all.
     """
 
     prompt_kv: Program
@@ -45,6 +46,7 @@ class TickPrograms:
     tick_apart: Program | None = None
     catch_up: Program | None = None
     send: Program | None = None
+    share: Program | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ class Builder:
                 donate=(3,),
             ),
             self._compile_over(functools.partial(step.send, stages), (OVER,), rows.message, donate=(0,)),
+            self._compile_over(_share, (OVER,), self.mesh.abstract(_array((rebalance.NUMBERS,)))),
         )
 
     def dit_params(self, positions: int) -> DiTParams:
@@ -245,7 +248,7 @@ class Builder:
         return fused_if_possible(self.mesh.first.platform, self.dtype, self.model.dit.head_dim)
 
     @property
-    def _span(self) -> jax.ShapeDtypeStruct:
+    def _span(self) -> Any:
         return self.mesh.abstract(_array((2,), jnp.int32))
 
     def _one_at_a_time(self, split: Sequence[int]) -> Ring:
@@ -272,10 +275,10 @@ class Builder:
         params = self.dit_params(max(split))
         return self._compile_over(function, specs, params, prompts, self._span, state_, entry, donate=(3,))
 
-    def _latents(self, *shape: int) -> jax.ShapeDtypeStruct:
+    def _latents(self, *shape: int) -> Any:
         return _array((*shape, *self.cfg.latent_size, self.model.dit.in_channels))
 
-    def _frames(self, count: int) -> jax.ShapeDtypeStruct:
+    def _frames(self, count: int) -> Any:
         return _array((count, self.cfg.height, self.cfg.width, 3), jnp.uint8)
 
     def _same(self, tree: Any) -> Any:
@@ -299,7 +302,8 @@ def matmul_precision(dtype: jnp.dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
-def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+    """Returns a ShapeDtypeStruct, which stands in for an array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -342,6 +346,10 @@ def _compile_once(static, structure, shapes, donate, out_sharding, layout, preci
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
     )
     return lowered.compile(), results
+
+
+def _share(x: jax.Array) -> jax.Array:
+    return jax.lax.all_gather(x, AXIS, tiled=True)
 
 
 def _blend(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:

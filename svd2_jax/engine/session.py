@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -248,19 +249,20 @@ class DeviceSession:
 
     def _chunk(self, frames: np.ndarray | None, fresh: bool) -> jax.Array | None:
         """Returns the chunk that this tick finishes, see `DeviceChunk.result`; None while none does."""
-        programs, pipeline = self._programs, self._pipeline
+        programs, pipeline, given_ns = self._programs, self._pipeline, time.monotonic_ns()
         noisy, again = self._noise.chunk(fresh)
         timestep = pipeline.first_timestep
         if programs.encode is not None and fresh:
             self._input, noisy, timestep = programs.encode(
                 self._params.encoder, self._input, self._put(frames), noisy, self._noise_scale
             )
-        clean = pipeline.own(pipeline.chunk(noisy, timestep, again, fresh))
+        clean = pipeline.own(pipeline.chunk(noisy, timestep, again, fresh, given_ns))
         if self._ticks < pipeline.depth:  # the first chunk is still on its way through the rows and stages
             return None
         if programs.decode is None:
             return clean
         self._decoder, pixels = programs.decode(self._params.decoder, self._decoder, clean)
+        pipeline.decoded(pixels)
         return pixels
 
     def _update_prompt(self) -> None:

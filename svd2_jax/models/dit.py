@@ -316,7 +316,7 @@ def run_block(
         return _apply(block, params, x, modulation, rope, method="project")
 
     def finish():
-        k, v = (jnp.concatenate(rows) if len(rows) > 1 else rows[0] for rows in zip(*prompts, strict=True))
+        k, v = (jnp.concatenate([prompt[i] for prompt in prompts]) for i in (0, 1))
         return _apply(block, params, x, q, cache, kv_len_B, k, v, modulation, attention, method="finish")
 
     if used is None:
