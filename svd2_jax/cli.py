@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +25,9 @@ from svd2_jax.config import PRESETS, StreamConfig
 from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
 
 if TYPE_CHECKING:
-    from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.cluster import Cluster
+    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+    from svd2_jax.engine.mesh import StageMesh
     from svd2_jax.engine.session import DeviceSession
 
 T = TypeVar("T")
@@ -40,14 +45,23 @@ examples:
   svd2 run --checkpoint ckpt --input in.mp4 --prompt "a sunny day" --prompt-at "120=heavy rain" --blend 8 \\
       --steps 4 --output out.mp4
   svd2 run --checkpoint ckpt --prompt "a dog runs on the beach" --frames 81 --output dog.mp4
+  svd2 run --checkpoint ckpt-14b --stages 4 -v --input in.mp4 --prompt "a film noir" --output out.mp4
 
-Without --input the video is made from the text alone (text-to-video). Pictures of random weights mean
-nothing, but --checkpoint random:wan-1.3b shows what a machine can do before anything is downloaded.
+  # the same on two hosts with two devices each: the same command on both, but for --process-id
+  svd2 run --checkpoint ckpt-14b --stages 4 --coordinator host0:9876 --num-processes 2 --process-id 0 \
+      --input in.mp4 --prompt "a film noir" --output out.mp4
+
+Every host reads the checkpoint and the input; the one with the last stage (the last process) writes the output.
+SLURM and Open MPI tell by themselves how many processes there are.
+
+Without --input the video is made from the text alone (text-to-video). Pictures of random weights mean nothing, but
+--checkpoint random:wan-1.3b shows what a machine can do before anything is downloaded.
 """
 VERIFY_EXAMPLES = """\
 example:
   svd2 verify tests/goldens
   svd2 verify tests/goldens --dtype bfloat16 --json report.json
+  XLA_FLAGS=--xla_force_host_platform_device_count=4 svd2 verify tests/goldens --stages 4
 
 Converts the weights found in the folder, runs every golden file there is through the same programs that
 `svd2 run` uses, and prints one line each. Exit code 1 if any fails.
@@ -177,8 +191,30 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="where it lives: host memory (default), the accelerator, or read anew for every prompt",
     )  # fmt: skip
     machine.add_argument(
-        "-v", "--verbose", action="store_true", help="say what is loaded and how large it is"
+        "-v", "--verbose", action="store_true",
+        help="say what is loaded, how large it is on each device, and when blocks move between stages",
+    )  # fmt: skip
+    pipeline = parser.add_argument_group("several devices")
+    pipeline.add_argument(
+        "--stages", type=int, default=1, metavar="N",
+        help="cut the transformer into so many stages, one device each: N times as many chunks are under way at "
+        "once. `svd2 plan` says what to expect (default %(default)s)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--split", metavar="N,N,...",
+        help="blocks on each stage to start with (default: weighed against encoding and decoding)",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--no-rebalance", action="store_true",
+        help="leave the blocks where they are, even where the stages turn out to be uneven",
+    )  # fmt: skip
+    pipeline.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens; the port must be free"
     )
+    pipeline.add_argument(
+        "--process-id", type=int, metavar="I", help="of this process, 0 to one below their number"
+    )
+    pipeline.add_argument("--num-processes", type=int, metavar="N", help="how many run this command together")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -190,24 +226,75 @@ def _run(args: argparse.Namespace) -> int:
     if args.blend < 0:
         raise ConfigError(f"--blend must be at least 0, got {args.blend}")
 
-    if cfg.task == "t2v":
-        if args.frames is None:
-            raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
-        writer = media.VideoWriter(args.output, _fps(args, T2V_FPS), cfg.height, cfg.width)
-        with _open(args, spec) as session:
-            _write(
-                session.run(count=args.frames, prompts=prompts, blend_chunks=args.blend), writer, args.frames
-            )
-    else:
-        with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
-            writer = media.VideoWriter(args.output, _fps(args, reader.fps), cfg.height, cfg.width)
-            with _open(args, spec) as session:
-                frames = session.run(reader, prompts=prompts, blend_chunks=args.blend)
-                _write(frames, writer, reader.frame_count)
+    if cfg.task == "t2v" and args.frames is None:
+        raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
+    options = _pipeline_options(args)
+    with _join(args, spec, prompts) as group:
+        _check_devices()
+        meshes = _meshes(args)
+        if cfg.task == "t2v":
+            writer = _writer(args, T2V_FPS, cfg, meshes, group)
+            with _open(args, spec, meshes, options) as session:
+                frames = session.run(count=args.frames, prompts=prompts, blend_chunks=args.blend)
+                _write(frames, writer, args.frames)
+        else:
+            with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
+                writer = _writer(args, reader.fps, cfg, meshes, group)
+                with _open(args, spec, meshes, options) as session:
+                    frames = session.run(reader, prompts=prompts, blend_chunks=args.blend)
+                    _write(frames, writer, reader.frame_count)
     for frame in sorted(prompts):
-        if frame >= writer.frames_written:
+        if writer and frame >= writer.frames_written:
             _say(f"note: --prompt-at {frame} lies behind the last frame, {writer.frames_written - 1}; unused")
     return 0
+
+
+def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str]) -> Cluster:
+    """Meets the other processes that run the same command, if there are any."""
+    from svd2_jax.engine import cluster
+
+    what = (
+        spec,
+        sorted(prompts.items()),
+        args.blend,
+        args.frames,
+        args.checkpoint,
+        args.dtype,
+        args.stages,
+        args.split,
+    )
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+    same = {"what is run (model, prompts and settings)": digest}
+    return cluster.join(args.coordinator, args.process_id, args.num_processes, same=same)
+
+
+def _meshes(args: argparse.Namespace) -> tuple[StageMesh, ...]:
+    from svd2_jax.engine.mesh import stage_meshes
+
+    return stage_meshes(1, args.stages)
+
+
+def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
+    from svd2_jax.engine.balance import BalancePolicy
+    from svd2_jax.engine.engine import PipelineOptions
+
+    split = None
+    if args.split:
+        if not re.fullmatch(r"\d+(,\d+)*", args.split):
+            raise ConfigError(f"--split takes blocks per stage, for example 8,12,12,8; got {args.split!r}")
+        split = tuple(int(count) for count in args.split.split(","))
+    return PipelineOptions(args.attention, split, None if args.no_rebalance else BalancePolicy())
+
+
+def _writer(
+    args: argparse.Namespace, fps: float, cfg: StreamConfig, meshes: Sequence[StageMesh], group: Cluster
+) -> media.VideoWriter | None:
+    """Returns the writer of the output; None where another process has the finished frames."""
+    if not meshes[0].is_local(-1):
+        return None
+    writer = media.VideoWriter(args.output, _fps(args, fps), cfg.height, cfg.width)
+    group.on_loss(writer.remove_part)
+    return writer
 
 
 def _fps(args: argparse.Namespace, default: float) -> float:
@@ -256,13 +343,20 @@ def _parse_prompt_at(text: str) -> tuple[int, str]:
     return int(frame), prompt
 
 
-def _open(args: argparse.Namespace, spec: SessionSpec) -> DeviceSession:
+def _open(
+    args: argparse.Namespace, spec: SessionSpec, meshes: Sequence[StageMesh], options: PipelineOptions
+) -> DeviceSession:
     """Loads the model, compiles its programs and opens the session."""
     started = time.monotonic()
-    _check_devices()
-    engine = _engine(args)
-    cfg = spec.stream
-    _say(f"compiling for {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}")
+    if args.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("svd2_jax").setLevel(logging.INFO)
+    engine = _engine(args, meshes, options)
+    cfg, stages = spec.stream, len(meshes[0].devices)
+    _say(
+        f"compiling for {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}"
+        + (f", {stages} stages" if stages > 1 else "")
+    )
     session = _device_errors(engine.open, spec)
     if args.verbose:
         _say(engine.describe(spec.stream))
@@ -282,21 +376,24 @@ def _check_devices() -> None:
         ) from e
 
 
-def _engine(args: argparse.Namespace) -> DeviceEngine:
+def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: PipelineOptions) -> DeviceEngine:
     from svd2_jax.engine.engine import DeviceEngine  # late: JAX takes a second to load
 
     if args.checkpoint.startswith(RANDOM):
         name = args.checkpoint.removeprefix(RANDOM)
         _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
-        return DeviceEngine.random(name, dtype=args.dtype or "float32", attention=args.attention)
+        return DeviceEngine.random(name, dtype=args.dtype or "float32", meshes=meshes, options=options)
     _say(f"loading {args.checkpoint}")
-    return DeviceEngine.from_checkpoint(
-        args.checkpoint, args.dtype, args.text_encoder, attention=args.attention
-    )
+    return DeviceEngine.from_checkpoint(args.checkpoint, args.dtype, args.text_encoder, meshes, options)
 
 
-def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter, total: int | None) -> None:
+def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter | None, total: int | None) -> None:
     """Writes finished frames with a progress bar, then says what was written."""
+    if writer is None:
+        for _ in _guarded(frames):
+            pass
+        print("done; the process with the last stage has written the output")
+        return
     started, count = time.monotonic(), 0
     with writer, tqdm(total=total, unit="frame", desc="re-drawing", dynamic_ncols=True) as bar:
         for chunk in _guarded(frames):
@@ -347,6 +444,10 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16 checks with looser, stated tolerances (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--stages", type=int, default=1, metavar="N",
+        help="run the streams on a pipeline of so many devices (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
 
 
@@ -361,7 +462,7 @@ def _verify(args: argparse.Namespace) -> int:
     files = verify.golden_files(args.folder)
     outcomes = []
     with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
-        for outcome in _guarded(verify.verify(args.folder, args.dtype)):
+        for outcome in _guarded(verify.verify(args.folder, args.dtype, args.stages)):
             outcomes.append(outcome)
             bar.write(outcome.line(), file=sys.stdout)
             bar.update()
@@ -385,8 +486,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, default=73, help="length of the clip (default %(default)s)")
     parser.set_defaults(
-        checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", attention="auto", verbose=False
-    )
+        checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", attention="auto", verbose=False,
+        stages=1, split=None, no_rebalance=True,
+    )  # fmt: skip
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -409,7 +511,8 @@ def _demo(args: argparse.Namespace) -> int:
             yield chunk
 
     changes = {frame: prompt for frame, prompt in DEMO_PROMPTS.items() if frame}
-    with _open(args, SessionSpec(DEMO_PROMPTS[0], cfg)) as session:
+    _check_devices()
+    with _open(args, SessionSpec(DEMO_PROMPTS[0], cfg), _meshes(args), _pipeline_options(args)) as session:
         _write(keep(session.run(clip, prompts=changes, blend_chunks=2)), writer, len(clip))
     sheet = args.out / "demo.png"
     media.contact_sheet(sheet, clip, shown, DEMO_PROMPTS)

@@ -333,14 +333,18 @@ class VideoWriter:
             self._raise_if_media(error)
             raise
 
+    def remove_part(self) -> None:
+        """Removes the unfinished file and nothing else: safe from any thread, before a process is ended."""
+        with suppress(OSError):
+            self._part.unlink(missing_ok=True)
+
     def _discard(self) -> None:
         """Closes and removes the unfinished file; what goes wrong in that is not worth hiding the cause."""
         with suppress(Exception):
             if self._container is not None:
                 self._container.close()
         self._container = None
-        with suppress(OSError):
-            self._part.unlink(missing_ok=True)
+        self.remove_part()
 
     def _raise_if_media(self, error: BaseException) -> None:
         """Raises MediaError for what encoding and writing can fail with, does nothing for the rest."""

@@ -78,6 +78,7 @@ class DeviceEngine:
         """
         self.model, self.meshes, self.prompts = model, tuple(meshes), prompts
         self._dtype, self._options = dtype, options
+        _checked_split(options.split, model.dit.num_layers, self.stages)
         self._weights = [StageWeights(model, read_item, mesh) for mesh in self.meshes]
         self._programs: dict[object, Programs] = {}
         self._open: list[weakref.WeakSet[DeviceSession]] = [weakref.WeakSet() for _ in self.meshes]
@@ -201,13 +202,26 @@ class DeviceEngine:
         return tuple((layers + s) // stages for s in range(stages))
 
     def describe(self, cfg: StreamConfig) -> str:
-        """Returns one line on the model, its size on the device and where it runs."""
-        leaves = jax.tree.leaves(self.params(cfg))
-        count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
-        return (
-            f"{self.model.name}: {count / 1e6:.1f} million parameters, {size / 2**30:.2f} GiB as {leaves[0].dtype}, "
-            f"on {self.meshes[0].first.device_kind}"
+        """Returns what the model is, where it runs, and the bytes of parameters on each device of this process."""
+        shapes = params_lib.abstract_items(self.model, self._dtype)
+        used = ("dit.", "vae.", params_lib.decoder_item(cfg.decoder))
+        count = sum(
+            x.size for item, tree in shapes.items() if item.startswith(used) for x in jax.tree.leaves(tree)
         )
+        lines = [
+            f"{self.model.name}: {count / 1e6:.1f} million parameters as {self._dtype}, "
+            f"{count * self._dtype.itemsize / 2**30:.2f} GiB in all"
+        ]
+        for lane, weights in enumerate(self._weights):
+            held, start = weights.resident_bytes(), 0
+            for stage, blocks in enumerate(self.split(cfg, lane)):
+                if (device := weights.mesh.devices[stage]) in held:
+                    lines.append(
+                        f"  stage {stage}, blocks {start} to {start + blocks - 1}: {held[device] / 2**30:.3f} GiB of "
+                        f"parameters on {device.device_kind} {device.id}"
+                    )
+                start += blocks
+        return "\n".join(lines)
 
     def _builder(self, cfg: StreamConfig, pixels: str, lane: int) -> Builder:
         return Builder(self.model, cfg, self._dtype, self.meshes[lane], pixels, self._options.attention)
@@ -228,6 +242,13 @@ def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> t
             f"{model.dit.num_layers}"
         )
     return meshes
+
+
+def _checked_split(split: tuple[int, ...] | None, layers: int, stages: int) -> None:
+    if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
+        raise ConfigError(
+            f"the split has to give {stages} stages all {layers} blocks, at least one each; got {split}"
+        )
 
 
 def _local_device(meshes: Sequence[StageMesh]) -> Device:
