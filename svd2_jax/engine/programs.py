@@ -118,7 +118,6 @@ class Builder:
         model, cfg, mesh = self.model, self.cfg, self.mesh
         items = abstract_items(model, self.dtype)
         here = mesh.devices[mesh.local_stages[0]]
-        first, block = cfg.first_latents, cfg.frames_per_block
         number, scalar = _array((), jnp.int32), _array(())
         key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
         embedding = _array((1, model.dit.text_len, model.dit.text_dim), self.dtype)
@@ -129,27 +128,8 @@ class Builder:
             function = functools.partial(step.condition, model.dit, cfg, batch, self.dtype)
             return self._compile_on(here, function, conditioner, number)[0]
 
-        encode_first = encode = decode_first = decode = None
-        if cfg.task == "v2v" and mesh.is_local(0):
-            encoder = items["vae.encoder"]
-            encode_first, (input_state, _) = self._compile_on(
-                mesh.first, functools.partial(pixels.encode_first_group, model.vae),
-                encoder, self._frames(cfg.first_frames), self._latents(first), scalar,
-            )  # fmt: skip
-            encode, _ = self._compile_on(
-                mesh.first, functools.partial(pixels.encode_chunk, model.vae),
-                encoder, input_state, self._frames(cfg.chunk_frames), self._latents(block), scalar, donate=(1,),
-            )  # fmt: skip
-        if mesh.is_local(-1):
-            decoder, decoder_cfg = items[decoder_item(cfg.decoder)], pixels.decoder_config(model, cfg)
-            decode_first, (decoder_state, _) = self._compile_on(
-                mesh.last, functools.partial(pixels.decode_first_group, decoder_cfg, pixels=self.pixel_format),
-                decoder, self._latents(1, first),
-            )  # fmt: skip
-            decode, _ = self._compile_on(
-                mesh.last, functools.partial(pixels.decode_chunk, decoder_cfg, pixels=self.pixel_format),
-                decoder, decoder_state, self._latents(cfg.rows, block), donate=(1,),
-            )  # fmt: skip
+        encode_first, encode = self.encoders()
+        decode_first, decode = self.decoders()
         one_row = self._one_row(max(split))
         open_rows = self._compile_over(
             functools.partial(state.open_rows, model.dit, cfg), (OVER,), one_row,
@@ -157,7 +137,7 @@ class Builder:
         )  # fmt: skip
         return Programs(
             init_state=_zeros(one_row),
-            step_first=self._tick(split, self._one_at_a_time(split), one_row, first),
+            step_first=self._tick(split, self._one_at_a_time(split), one_row, cfg.first_latents),
             open_rows=open_rows,
             draw_first=self._compile_on(here, functools.partial(noise.draw_first, cfg, channels), key)[0],
             draw_chunk=self._compile_on(
@@ -179,6 +159,40 @@ class Builder:
             decode=decode,
             ticks=self.ticks(split, movable),
         )
+
+    def encoders(self) -> tuple[Program | None, Program | None]:
+        """Compiles `encode_first` and `encode`; None without a video or where another process has the stage."""
+        model, cfg, mesh = self.model, self.cfg, self.mesh
+        if cfg.task != "v2v" or not mesh.is_local(0):
+            return None, None
+        params, scalar = abstract_items(model, self.dtype)["vae.encoder"], _array(())
+        first, (input_state, _) = self._compile_on(
+            mesh.first, functools.partial(pixels.encode_first_group, model.vae),
+            params, self._frames(cfg.first_frames), self._latents(cfg.first_latents), scalar,
+        )  # fmt: skip
+        later, _ = self._compile_on(
+            mesh.first, functools.partial(pixels.encode_chunk, model.vae),
+            params, input_state, self._frames(cfg.chunk_frames), self._latents(cfg.frames_per_block), scalar,
+            donate=(1,),
+        )  # fmt: skip
+        return first, later
+
+    def decoders(self) -> tuple[Program | None, Program | None]:
+        """Compiles `decode_first` and `decode`; None where another process has the last stage."""
+        model, cfg, mesh = self.model, self.cfg, self.mesh
+        if not mesh.is_local(-1):
+            return None, None
+        params = abstract_items(model, self.dtype)[decoder_item(cfg.decoder)]
+        decoder = pixels.decoder_config(model, cfg)
+        first, (decoder_state, _) = self._compile_on(
+            mesh.last, functools.partial(pixels.decode_first_group, decoder, pixels=self.pixel_format),
+            params, self._latents(1, cfg.first_latents),
+        )  # fmt: skip
+        later, _ = self._compile_on(
+            mesh.last, functools.partial(pixels.decode_chunk, decoder, pixels=self.pixel_format),
+            params, decoder_state, self._latents(cfg.rows, cfg.frames_per_block), donate=(1,),
+        )  # fmt: skip
+        return first, later
 
     def ticks(self, split: Sequence[int], movable: bool = False) -> TickPrograms:
         """Compiles the programs of later chunks; splits of the same longest and shortest stage share them."""
