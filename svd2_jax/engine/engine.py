@@ -21,7 +21,7 @@ from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
 from svd2_jax.engine.pipeline import Pipeline
-from svd2_jax.engine.programs import Builder, Programs
+from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
 from svd2_jax.engine.session import DeviceSession
 from svd2_jax.engine.tokenizer import Tokenizer
@@ -80,7 +80,8 @@ class DeviceEngine:
         self._dtype, self._options = dtype, options
         _checked_split(options.split, model.dit.num_layers, self.stages)
         self._weights = [StageWeights(model, read_item, mesh) for mesh in self.meshes]
-        self._programs: dict[object, Programs] = {}
+        self._ends: dict[object, EndPrograms] = {}
+        self._denoisers: dict[object, DenoiserPrograms] = {}
         self._open: list[weakref.WeakSet[DeviceSession]] = [weakref.WeakSet() for _ in self.meshes]
         self._splits: dict[tuple[StreamConfig, int], tuple[int, ...]] = {}
 
@@ -115,7 +116,7 @@ class DeviceEngine:
         def read_item(item: str, device: Device) -> params_lib.Params:
             return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
 
-        host = _local_device(meshes) if text == "device" else _host_device()
+        host = meshes[0].home if text == "device" else _host_device()
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_dir, model.dit.text_len)
         prompts = PromptEncoder(
             model.text, tokenizer, lambda item: read_item(item, host), keep=text != "disk"
@@ -137,7 +138,7 @@ class DeviceEngine:
         compute = checked_dtype(dtype)
         read_item = params_lib.random_items(model, seed, compute)
         tokenizer = Tokenizer.bytes_fallback(model.dit.text_len, model.text.vocab)
-        home = _local_device(meshes)
+        home = meshes[0].home
         prompts = PromptEncoder(model.text, tokenizer, lambda item: read_item(item, home), keep=True)
         return cls(model, read_item, prompts, compute, meshes, options)
 
@@ -158,14 +159,14 @@ class DeviceEngine:
         """
         lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]))
         params = self.params(spec.stream, lane)
-        programs = self.programs(spec.stream, spec.pixels, lane)
+        ends = self.ends(spec.stream, spec.pixels, lane)
 
         def pipeline(embedding: jax.Array) -> Pipeline:
-            return self.pipeline(spec.stream, embedding, spec.pixels, lane)
+            return self.pipeline(spec.stream, embedding, lane)
 
         mesh = self.meshes[lane]
         session = DeviceSession(
-            spec, params, programs, prompts or self.prompts, pipeline, _local_device([mesh]), noise,
+            spec, params, ends, prompts or self.prompts, pipeline, mesh.home, noise,
             on_close=self._open[lane].discard,
         )  # fmt: skip
         self._open[lane].add(session)
@@ -175,23 +176,27 @@ class DeviceEngine:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
         return self._weights[lane].params(self.split(cfg, lane), cfg.decoder)
 
-    def programs(self, cfg: StreamConfig, pixels: str = "uint8", lane: int = 0) -> Programs:
-        """Returns the compiled programs of a stream."""
-        split = self.split(cfg, lane)
-        key = (cfg, pixels, lane, max(split), min(split))
-        if key not in self._programs:
-            self._programs[key] = self._builder(cfg, pixels, lane).build(
-                split, movable=self._options.rebalance is not None
-            )
-        return self._programs[key]
+    def ends(self, cfg: StreamConfig, pixels: str = "uint8", lane: int = 0) -> EndPrograms:
+        """Returns the compiled programs of a stream's two ends."""
+        key = (cfg, pixels, lane)
+        if key not in self._ends:
+            self._ends[key] = self._builder(cfg, lane, pixels).ends()
+        return self._ends[key]
 
-    def pipeline(
-        self, cfg: StreamConfig, embedding: jax.Array, pixels: str = "uint8", lane: int = 0
-    ) -> Pipeline:
+    def denoiser(self, cfg: StreamConfig, lane: int = 0) -> DenoiserPrograms:
+        """Returns the compiled programs of a stream's stages."""
+        split = self.split(cfg, lane)
+        key = (cfg, lane, max(split), min(split))
+        if key not in self._denoisers:
+            movable = self._options.rebalance is not None
+            self._denoisers[key] = self._builder(cfg, lane).denoiser(split, movable)
+        return self._denoisers[key]
+
+    def pipeline(self, cfg: StreamConfig, embedding: jax.Array, lane: int = 0) -> Pipeline:
         """Returns the denoiser of a stream with a text embedding [1, P, text_dim] as its prompt."""
         return Pipeline(
-            self._builder(cfg, pixels, lane), self.programs(cfg, pixels, lane), self._weights[lane],
-            self.split(cfg, lane), embedding, self._options.rebalance,
+            self._builder(cfg, lane), self.denoiser(cfg, lane), self._weights[lane], self.split(cfg, lane),
+            embedding, self._options.rebalance,
         )  # fmt: skip
 
     def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
@@ -223,7 +228,7 @@ class DeviceEngine:
                 start += blocks
         return "\n".join(lines)
 
-    def _builder(self, cfg: StreamConfig, pixels: str, lane: int) -> Builder:
+    def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
         return Builder(self.model, cfg, self._dtype, self.meshes[lane], pixels, self._options.attention)
 
 
@@ -236,6 +241,11 @@ def checked_dtype(name: str) -> jnp.dtype:
 
 def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> tuple[StageMesh, ...]:
     meshes = tuple(meshes) if meshes else (StageMesh((jax.devices()[0],)),)
+    if not all(mesh.local_stages for mesh in meshes):
+        raise ConfigError(
+            f"process {jax.process_index()} drives no device of a pipeline of {meshes[0].stages} stages; start fewer "
+            "processes, or use more stages"
+        )
     if meshes[0].stages > model.dit.num_layers:
         raise ConfigError(
             f"{meshes[0].stages} stages are more than the model's {model.dit.num_layers} blocks; use at most "
@@ -249,11 +259,6 @@ def _checked_split(split: tuple[int, ...] | None, layers: int, stages: int) -> N
         raise ConfigError(
             f"the split has to give {stages} stages all {layers} blocks, at least one each; got {split}"
         )
-
-
-def _local_device(meshes: Sequence[StageMesh]) -> Device:
-    """Returns the first device that this process drives."""
-    return next(mesh.devices[s] for mesh in meshes for s in mesh.local_stages)
 
 
 def _host_device() -> Device:

@@ -69,6 +69,11 @@ class StageMesh:
         """Stages whose device this process drives."""
         return tuple(s for s in range(self.stages) if self.is_local(s))
 
+    @property
+    def home(self) -> Device:
+        """The first of this process's devices: the first stage's where that is local."""
+        return self.devices[self.local_stages[0]]
+
     def join(self, parts: Sequence[Any]) -> Any:
         """Labels the local stages' trees of single-device arrays as one tree over the stages.
 

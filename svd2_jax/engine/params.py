@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class StageWeights:
 
     def _read_ends(self) -> tuple[Params, Params, Params]:
         # A few MB that every stage gets, and the conditioner, which every process needs for its prompts.
-        home = self.mesh.devices[self.mesh.local_stages[0]]
+        home = self.mesh.home
         patch, conditioner = dit.split_embed(self._read_item(dit.embed_item(), home))
         head = self._read_item(dit.head_item(), home)
         return self.mesh.replicate(patch), self.mesh.replicate(head), conditioner
@@ -128,6 +129,7 @@ def with_random_text(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, text=text)
 
 
+@functools.lru_cache(maxsize=16)
 def abstract_items(model: ModelConfig, dtype: jnp.dtype | None = None) -> dict[str, Params]:
     """Returns the shapes (ShapeDtypeStruct, float32 or of a dtype) of every checkpoint item of a model."""
     items = {

@@ -23,8 +23,8 @@ from svd2_jax.config import StreamConfig
 from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.programs import Builder, Programs, TickPrograms
-from svd2_jax.engine.rebalance import Rebalancer
+from svd2_jax.engine.programs import Builder, DenoiserPrograms, TickPrograms
+from svd2_jax.engine.rebalance import Rebalancer, Stopwatch
 from svd2_jax.models.dit import PromptKV
 from svd2_jax.nn.kv_cache import LayerCache
 from svd2_jax.stream.state import Entry, StreamState
@@ -46,11 +46,12 @@ class Pipeline:
     def __init__(
         self,
         builder: Builder,
-        programs: Programs,
+        programs: DenoiserPrograms,
         weights: StageWeights,
         split: Sequence[int],
         embedding: Any,
         rebalance: BalancePolicy | None = None,
+        stopwatch: Stopwatch | None = None,
     ):
         """Opens the pipeline.
 
@@ -61,6 +62,7 @@ class Pipeline:
           split: blocks on each stage.
           embedding: text embedding of the first prompt.
           rebalance: when blocks move to other stages; None: never.
+          stopwatch: what measures the stages; None is a new one.
         """
         self.cfg: StreamConfig = builder.cfg
         self.mesh: StageMesh = builder.mesh
@@ -69,7 +71,6 @@ class Pipeline:
         self._params = weights.params(split, self.cfg.decoder)
         self._ticks = programs.ticks
         self._state: StreamState = programs.init_state()
-        self._here = self.mesh.devices[self.mesh.local_stages[0]]
         self._fresh = {flag: self._put(np.full(1, flag)) for flag in (True, False)}
         self._timesteps = [self._put(np.int32(t)) for t in self.cfg.timesteps]
         batch = "rows" if self.cfg.mode == "stream" else "single"
@@ -85,12 +86,9 @@ class Pipeline:
         self._rebalancer = None
         if rebalance is not None and self._ticks.share is not None:
             self._rebalancer = Rebalancer(
-                self.mesh,
-                self.split,
-                self._ticks.share,
-                lambda to: builder.ticks(to, movable=True),
-                rebalance,
-            )
+                self.mesh, self.split, self._ticks.share, lambda to: builder.ticks(to, movable=True),
+                rebalance, stopwatch=stopwatch,
+            )  # fmt: skip
 
     @property
     def stages(self) -> int:
@@ -168,6 +166,8 @@ class Pipeline:
         if move is not None:
             self._take(*move)
         self._prompts = [self._prompt, *self._prompts[:-1]]
+        if watched is not None and self.mesh.is_local(0):
+            watched.lap(0, "encode", noisy, given_ns)
         if move is not None or (watched and watched.measuring):
             clean = self._tick_apart(entry)
         else:
@@ -175,8 +175,6 @@ class Pipeline:
         if move is not None:
             self._span, self._wanted = self._spans([(0, count) for count in self.split]), None
         if watched is not None:
-            if self.mesh.is_local(0):
-                watched.lap(0, "encode", noisy, given_ns)
             for stage in self.mesh.local_stages:
                 watched.lap(stage, "blocks", self.mesh.part(clean, stage), given_ns)
         return clean
@@ -326,7 +324,7 @@ class Pipeline:
         return self.mesh.join(parts)
 
     def _put(self, x: object) -> jax.Array:
-        return jax.device_put(x, self._here)
+        return jax.device_put(x, self.mesh.home)
 
 
 def _zeros(like: Any, device: Any) -> Any:

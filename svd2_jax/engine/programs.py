@@ -50,42 +50,51 @@ class TickPrograms:
 
 
 @dataclass(frozen=True)
-class Programs:
-    """Executables for one (model, stream, stages); donated arguments are marked with *.
-
-    Programs that touch frames run on the first or the last stage's device; None where another process has it.
+class DenoiserPrograms:
+    """Programs between noisy and clean latents; donated arguments: *.
 
     Attributes:
       init_state: () -> StreamState.
       step_first: `step.tick` for the first group, one chunk that takes its steps one after another.
       open_rows: StreamState -> StreamState with a cache row for every row of the batch, and an empty ring.
-      draw_first: key -> noise of the first group.
-      draw_chunk: key, chunk* -> noise of a chunk, next chunk.
       embed_text: conditioner, text embedding [1, P, text_dim] -> context [1, P, E].
-      blend: old embedding, new embedding, weight [] -> embedding between them.
       condition_first: conditioner, timestep [] -> Conditioning of one row.
       condition: conditioner, timestep [] of row 0 -> Conditioning of all rows.
-      encode_first: encoder params, frames, noise, noise scale -> InputState, noisy latents.
-      encode: encoder params, InputState*, frames, noise, initial noise scale -> InputState, noisy, timestep.
-      decode_first: decoder params, rows of clean latents -> decoder state, frames of the last row.
-      decode: decoder params, decoder state*, rows of clean latents -> decoder state, frames of the last row.
       ticks: what later chunks run.
     """
 
     init_state: Program
     step_first: Program
     open_rows: Program
-    draw_first: Program
-    draw_chunk: Program
     embed_text: Program
-    blend: Program
     condition_first: Program
     condition: Program
+    ticks: TickPrograms
+
+
+@dataclass(frozen=True)
+class EndPrograms:
+    """Programs at the two ends of a stream, on the first and the last stage's device; donated arguments: *.
+
+    Those that touch frames are None where another process has the device.
+
+    Attributes:
+      draw_first: key -> noise of the first group.
+      draw_chunk: key, chunk* -> noise of a chunk, next chunk.
+      blend: old embedding, new embedding, weight [] -> embedding between them.
+      encode_first: encoder params, frames, noise, noise scale -> InputState, noisy latents.
+      encode: encoder params, InputState*, frames, noise, initial noise scale -> InputState, noisy, timestep.
+      decode_first: decoder params, rows of clean latents -> decoder state, frames of the last row.
+      decode: decoder params, decoder state*, rows of clean latents -> decoder state, frames of the last row.
+    """
+
+    draw_first: Program
+    draw_chunk: Program
+    blend: Program
     encode_first: Program | None
     encode: Program | None
     decode_first: Program | None
     decode: Program | None
-    ticks: TickPrograms
 
 
 @dataclass(frozen=True)
@@ -108,91 +117,77 @@ class Builder:
     pixel_format: str = "uint8"
     attention: AttentionImplementation = "auto"
 
-    def build(self, split: Sequence[int], movable: bool = False) -> Programs:
-        """Compiles all programs of a stream.
+    def ends(self) -> EndPrograms:
+        """Compiles what runs before the first and behind the last stage."""
+        model, cfg, mesh = self.model, self.cfg, self.mesh
+        items = abstract_items(model, self.dtype)
+        first, block = cfg.first_latents, cfg.frames_per_block
+        number, scalar = _array((), jnp.int32), _array(())
+        key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
+        embedding, channels = self._embedding, model.dit.in_channels
+
+        encode_first = encode = decode_first = decode = None
+        if cfg.task == "v2v" and mesh.is_local(0):
+            encoder = items["vae.encoder"]
+            encode_first, (input_state, _) = self._compile_on(
+                mesh.first, functools.partial(pixels.encode_first_group, model.vae),
+                encoder, self._frames(cfg.first_frames), self._latents(first), scalar,
+            )  # fmt: skip
+            encode, _ = self._compile_on(
+                mesh.first, functools.partial(pixels.encode_chunk, model.vae),
+                encoder, input_state, self._frames(cfg.chunk_frames), self._latents(block), scalar, donate=(1,),
+            )  # fmt: skip
+        if mesh.is_local(-1):
+            decoder, decoder_cfg = items[decoder_item(cfg.decoder)], pixels.decoder_config(model, cfg)
+            decode_first, (decoder_state, _) = self._compile_on(
+                mesh.last, functools.partial(pixels.decode_first_group, decoder_cfg, pixels=self.pixel_format),
+                decoder, self._latents(1, first),
+            )  # fmt: skip
+            decode, _ = self._compile_on(
+                mesh.last, functools.partial(pixels.decode_chunk, decoder_cfg, pixels=self.pixel_format),
+                decoder, decoder_state, self._latents(cfg.rows, block), donate=(1,),
+            )  # fmt: skip
+        draw_first = functools.partial(noise.draw_first, cfg, channels)
+        draw_chunk = functools.partial(noise.draw_chunk, cfg, channels, mesh.stages)
+        return EndPrograms(
+            draw_first=self._compile_on(mesh.home, draw_first, key)[0],
+            draw_chunk=self._compile_on(mesh.home, draw_chunk, key, number, donate=(1,))[0],
+            blend=self._compile_on(mesh.home, _blend, embedding, embedding, scalar)[0],
+            encode_first=encode_first,
+            encode=encode,
+            decode_first=decode_first,
+            decode=decode,
+        )
+
+    def denoiser(self, split: Sequence[int], movable: bool = False) -> DenoiserPrograms:
+        """Compiles what runs on the stages.
 
         Args:
           split: blocks on each stage.
           movable: whether blocks may move later.
         """
         model, cfg, mesh = self.model, self.cfg, self.mesh
-        items = abstract_items(model, self.dtype)
-        here = mesh.devices[mesh.local_stages[0]]
-        number, scalar = _array((), jnp.int32), _array(())
-        key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        embedding = _array((1, model.dit.text_len, model.dit.text_dim), self.dtype)
-        _, conditioner = dit.split_embed(items[dit.embed_item()])
-        channels = model.dit.in_channels
+        _, conditioner = dit.split_embed(abstract_items(model, self.dtype)[dit.embed_item()])
+        embed_text = functools.partial(dit.embed_text, model.dit)
 
         def condition(batch: Literal["rows", "single"]) -> Program:
             function = functools.partial(step.condition, model.dit, cfg, batch, self.dtype)
-            return self._compile_on(here, function, conditioner, number)[0]
+            return self._compile_on(mesh.home, function, conditioner, _array((), jnp.int32))[0]
 
-        encode_first, encode = self.encoders()
-        decode_first, decode = self.decoders()
         one_row = self._one_row(max(split))
         open_rows = self._compile_over(
             functools.partial(state.open_rows, model.dit, cfg), (OVER,), one_row,
             donate=(0,) if cfg.rows == 1 else (),
         )  # fmt: skip
-        return Programs(
+        return DenoiserPrograms(
             init_state=_zeros(one_row),
             step_first=self._tick(split, self._one_at_a_time(split), one_row, cfg.first_latents),
             open_rows=open_rows,
-            draw_first=self._compile_on(here, functools.partial(noise.draw_first, cfg, channels), key)[0],
-            draw_chunk=self._compile_on(
-                here,
-                functools.partial(noise.draw_chunk, cfg, channels, mesh.stages),
-                key,
-                number,
-                donate=(1,),
-            )[0],
-            embed_text=self._compile_on(
-                here, functools.partial(dit.embed_text, model.dit), conditioner, embedding
-            )[0],
-            blend=self._compile_on(here, _blend, embedding, embedding, scalar)[0],
+            embed_text=self._compile_on(mesh.home, embed_text, conditioner, self._embedding)[0],
             condition_first=condition("single"),
             condition=condition(self._batch),
-            encode_first=encode_first,
-            encode=encode,
-            decode_first=decode_first,
-            decode=decode,
             ticks=self.ticks(split, movable),
         )
-
-    def encoders(self) -> tuple[Program | None, Program | None]:
-        """Compiles `encode_first` and `encode`; None without a video or where another process has the stage."""
-        model, cfg, mesh = self.model, self.cfg, self.mesh
-        if cfg.task != "v2v" or not mesh.is_local(0):
-            return None, None
-        params, scalar = abstract_items(model, self.dtype)["vae.encoder"], _array(())
-        first, (input_state, _) = self._compile_on(
-            mesh.first, functools.partial(pixels.encode_first_group, model.vae),
-            params, self._frames(cfg.first_frames), self._latents(cfg.first_latents), scalar,
-        )  # fmt: skip
-        later, _ = self._compile_on(
-            mesh.first, functools.partial(pixels.encode_chunk, model.vae),
-            params, input_state, self._frames(cfg.chunk_frames), self._latents(cfg.frames_per_block), scalar,
-            donate=(1,),
-        )  # fmt: skip
-        return first, later
-
-    def decoders(self) -> tuple[Program | None, Program | None]:
-        """Compiles `decode_first` and `decode`; None where another process has the last stage."""
-        model, cfg, mesh = self.model, self.cfg, self.mesh
-        if not mesh.is_local(-1):
-            return None, None
-        params = abstract_items(model, self.dtype)[decoder_item(cfg.decoder)]
-        decoder = pixels.decoder_config(model, cfg)
-        first, (decoder_state, _) = self._compile_on(
-            mesh.last, functools.partial(pixels.decode_first_group, decoder, pixels=self.pixel_format),
-            params, self._latents(1, cfg.first_latents),
-        )  # fmt: skip
-        later, _ = self._compile_on(
-            mesh.last, functools.partial(pixels.decode_chunk, decoder, pixels=self.pixel_format),
-            params, decoder_state, self._latents(cfg.rows, cfg.frames_per_block), donate=(1,),
-        )  # fmt: skip
-        return first, later
 
     def ticks(self, split: Sequence[int], movable: bool = False) -> TickPrograms:
         """Compiles the programs of later chunks; splits of the same longest and shortest stage share them."""
@@ -250,6 +245,10 @@ class Builder:
         )
         latents = self._latents(frames)
         return Entry(latents, _array((1,), jnp.bool_), message.conditioning, (latents,) * again)
+
+    @property
+    def _embedding(self) -> Any:
+        return _array((1, self.model.dit.text_len, self.model.dit.text_dim), self.dtype)
 
     @property
     def _batch(self) -> Literal["rows", "single"]:

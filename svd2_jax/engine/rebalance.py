@@ -102,6 +102,7 @@ class Rebalancer:
         prepare: Callable[[Split], Any],
         policy: BalancePolicy | None = None,
         interval: int = INTERVAL,
+        stopwatch: Stopwatch | None = None,
     ):
         """Starts watching.
 
@@ -112,10 +113,11 @@ class Rebalancer:
           prepare: gets ready for a split, in another thread: compiles what is not compiled yet.
           policy: when blocks move.
           interval: ticks from one measured tick to the next, at least 3.
+          stopwatch: what measures; None is a new one.
         """
         self._mesh, self._share, self._prepare, self._interval = mesh, share, prepare, interval
         self._balancer: Balancer = balance.init_balancer(split, policy)
-        self._stopwatch = Stopwatch()
+        self._stopwatch = stopwatch or Stopwatch()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="prepare a split")
         self._coming: tuple[Split, Future] | None = None
         self._target = split

@@ -14,7 +14,7 @@ from svd2_jax.api import SessionSpec, check_prompt
 from svd2_jax.engine.noise import NoiseSource, SeededNoise
 from svd2_jax.engine.params import EngineParams
 from svd2_jax.engine.pipeline import Pipeline
-from svd2_jax.engine.programs import Programs
+from svd2_jax.engine.programs import EndPrograms
 from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.types import Device
@@ -57,7 +57,7 @@ class DeviceSession:
         self,
         spec: SessionSpec,
         params: EngineParams,
-        programs: Programs,
+        programs: EndPrograms,
         prompts: Prompts,
         pipeline: Callable[[jax.Array], Pipeline],
         device: Device,

@@ -167,8 +167,8 @@ def test_steady_state_compiles_nothing_and_moves_nothing_but_frames(engine, cfg)
 
 @pytest.mark.parametrize("cfg", [STREAM, SEQUENTIAL], ids=["stream", "sequential"])
 def test_donated_state_is_updated_in_place(engine, cfg):
-    programs = engine.programs(cfg)
-    for program in (programs.step_first, programs.encode, programs.decode, programs.ticks.tick):
+    ends, denoiser = engine.ends(cfg), engine.denoiser(cfg)
+    for program in (denoiser.step_first, ends.encode, ends.decode, denoiser.ticks.tick):
         donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
         size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated)
         assert size > 0
@@ -181,7 +181,7 @@ def test_noise_of_a_chunk_is_the_same_in_both_modes(engine):
     def draws(cfg, count):
         number, result = jax.device_put(chunk), []
         for _ in range(count):
-            noise, number = engine.programs(cfg).draw_chunk(key, number)
+            noise, number = engine.ends(cfg).draw_chunk(key, number)
             result.append(noise)
         return result
 

@@ -1,0 +1,360 @@
+"""The pipeline over several devices: any number of stages, any split, blocks on the move, all give one result.
+
+Most tests work on latents, so that no VAE has to be compiled.
+"""
+
+import functools
+import re
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from svd2_jax.api import SessionSpec
+from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig, VAEConfig
+from svd2_jax.engine import balance, params
+from svd2_jax.engine.balance import BalancePolicy
+from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.mesh import StageMesh, stage_meshes
+from svd2_jax.engine.params import StageWeights
+from svd2_jax.engine.pipeline import Pipeline
+from svd2_jax.engine.programs import Builder
+from svd2_jax.engine.rebalance import INTERVAL, Stopwatch
+from svd2_jax.errors import ConfigError
+
+BLOCKS = 8
+MODEL = ModelConfig(
+    "eight blocks",
+    DiTConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=BLOCKS, freq_dim=8, text_dim=12, text_len=4),
+    VAEConfig(dim=8),
+    TextConfig(vocab=300, dim=12, dim_attn=16, dim_ffn=16, num_heads=2, num_layers=1),
+)
+DTYPE = jnp.dtype(jnp.float32)
+TOLERANCE = 1e-4  # what is asked of any split; on one machine the results are even equal bit by bit
+CHUNKS = 22  # the ring is full after 6, the time index restarts at 9
+MEASURED = BalancePolicy(threshold=0.05)
+BY_HAND = BalancePolicy(threshold=1e9)  # blocks can move, but only when they are told to
+
+
+def config(steps=2, **settings):
+    """Adaptive sinks and the refresh of the time index are at work within a few chunks."""
+    settings = {"height": 32, "width": 32, "sink_threshold": 0.9, "rope_refresh": 9, **settings}
+    return StreamConfig.for_task("v2v", steps, **settings)
+
+
+def gaussian(*key, shape):
+    return np.random.default_rng(key).standard_normal(shape, np.float32)
+
+
+def embedding(seed):
+    return jnp.asarray(gaussian(7, seed, shape=(1, MODEL.dit.text_len, MODEL.dit.text_dim)))
+
+
+def pipeline(cfg, split, rebalance=None, stopwatch=None):
+    mesh = stage_meshes(1, len(split))[0]
+    builder = Builder(MODEL, cfg, DTYPE, mesh)
+    weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
+    programs = builder.denoiser(split, movable=rebalance is not None)
+    return Pipeline(builder, programs, weights, split, embedding(0), rebalance, stopwatch)
+
+
+def stream(line, chunks=CHUNKS, moves=None, prompts=None):
+    """Drives a pipeline and returns the finished chunks' latents, float32 [chunks, F, h, w, C]."""
+    cfg, shape = line.cfg, (*line.cfg.latent_size, MODEL.dit.in_channels)
+    put = functools.partial(jax.device_put, device=line.mesh.first)
+
+    def noise(chunk, step, frames=1):
+        return put(gaussian(max(chunk, 0), step, shape=(frames, *shape)))
+
+    first = cfg.first_latents
+    line.first_group(noise(0, 0, first), tuple(noise(0, s, first) for s in range(1, cfg.steps)))
+    done = []
+    for tick in range(1, chunks + line.depth):
+        if moves and tick in moves:
+            line.move(moves[tick])
+        if prompts and tick in prompts:
+            line.set_prompt(embedding(prompts[tick]))
+        lag = line.stages if cfg.mode == "stream" else 0
+        again = tuple(noise(tick - s * lag, s) for s in range(1, cfg.steps))
+        timestep = put(np.int32(690 - 10 * (tick % 3)))  # follows the motion, chunk by chunk
+        clean = line.chunk(noise(tick, 0), timestep, again, fresh=tick <= chunks)
+        if tick >= line.depth:
+            done.append(np.asarray(line.mesh.part(clean, -1))[-1])
+    line.close()
+    return np.stack(done)
+
+
+PROMPTS = {5: 1, 6: 2, 7: 3, 15: 4}  # changes in a row, as in a blend, while blocks move
+
+
+@functools.cache
+def on_one_stage(cfg):
+    return stream(pipeline(cfg, (BLOCKS,)), prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("steps", "split", "moves"),
+    [
+        (2, (4, 4), {}),
+        (2, (2, 5, 1), {}),
+        (2, (2, 2, 2, 2), {}),
+        (2, (1,) * 8, {}),
+        # Splits with the same longest and shortest stage share their programs.
+        (1, (1, 2, 3, 2), {4: (3, 2, 2, 1), 12: (1, 3, 1, 3), 13: (3, 1, 3, 1), 18: (2, 3, 2, 1)}),
+        (2, (4, 4), {2: (5, 3), 3: (3, 5), 6: (4, 4), 14: (5, 3)}),
+        (2, (1, 3, 1, 3), {7: (3, 1, 3, 1), 8: (1, 3, 2, 2), 9: (3, 2, 1, 2), 16: (1, 2, 3, 2)}),
+        (4, (3, 2, 3), {3: (2, 3, 3), 9: (3, 3, 2), 10: (3, 2, 3)}),
+    ],
+)
+def test_any_number_of_stages_any_split_and_any_move_give_the_result_of_one_stage(steps, split, moves):
+    cfg = config(steps)
+    got = stream(pipeline(cfg, split, BY_HAND if moves else None), moves=moves, prompts=PROMPTS)
+    np.testing.assert_allclose(got, on_one_stage(cfg), atol=TOLERANCE)
+
+
+def test_sequential_mode_gives_the_result_of_one_stage():
+    cfg = config(3, mode="sequential")
+    np.testing.assert_allclose(
+        stream(pipeline(cfg, (3, 1, 4)), prompts=PROMPTS), on_one_stage(cfg), atol=TOLERANCE
+    )
+
+
+def test_the_prompt_of_a_chunk_is_the_one_it_came_in_with():
+    cfg = config(2)
+    changed = stream(pipeline(cfg, (4, 4)), prompts={9: 1})
+    plain = stream(pipeline(cfg, (4, 4)))
+    np.testing.assert_array_equal(changed[:8], plain[:8])
+    assert (np.abs(changed[8:] - plain[8:]).max(axis=(1, 2, 3, 4)) > 1e-3).all()
+
+
+# --- what is compiled
+
+
+@functools.cache
+def builder(stages, dtype=DTYPE):
+    return Builder(MODEL, config(2), jnp.dtype(dtype), stage_meshes(1, stages)[0])
+
+
+COLLECTIVES = r"\b(collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter|collective-broadcast)"
+
+
+@pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
+def test_a_tick_is_one_collective_permute_and_nothing_else_between_devices(split):
+    text = builder(4).ticks(split).tick.as_text()
+    assert re.findall(COLLECTIVES + r"(?:-start)?\(", text) == ["collective-permute"]
+
+
+def test_one_stage_needs_no_collective():
+    assert not re.findall(COLLECTIVES, builder(1).ticks((BLOCKS,)).tick.as_text())
+
+
+@pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
+def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
+    programs = builder(4).ticks(split, movable=True)
+    for program in (programs.tick, programs.tick_apart, programs.catch_up, programs.send):
+        donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
+        size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated) // 4
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes == size > 0
+        # Nothing comes out besides the state but the clean latents and a table of pointers.
+        clean = 2 * 4 * 4 * 16 * 4
+        leaves = len(donated) + 1
+        assert memory.output_size_in_bytes - size <= clean + 16 * leaves
+        # The CPU's attention transposes keys; the caches and the parameters themselves are never copied.
+        args, _ = program.args_info
+        shapes = [(x.shape[0] // 4, *x.shape[1:]) for x in jax.tree.leaves(args)]
+        large = {shape for shape in shapes if np.prod(shape) >= 24 * 24}
+        assert program is programs.send or {(2, 24, 2, 12), (24, 24), (24, 48)} <= large
+        copied = re.findall(r"f32\[([\d,]+)\][^=]* copy\(", program.as_text())
+        assert not large & {tuple(int(n) for n in shape.split(",")) for shape in copied}
+
+
+def test_a_split_that_was_seen_is_not_compiled_again():
+    cfg, compiled = config(2), []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    line = pipeline(cfg, (4, 4), BY_HAND)
+    stream(line, moves={2: (5, 3), 4: (4, 4)})
+    line = pipeline(cfg, (4, 4), BY_HAND)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        stream(line, moves={2: (5, 3), 4: (3, 5), 6: (4, 4), 8: (5, 3)})
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+# --- who holds what
+
+
+def test_each_device_reads_and_holds_its_own_blocks_only():
+    mesh, read = stage_meshes(1, 4)[0], []
+    draw = params.random_items(MODEL, 0, DTYPE)
+
+    def read_item(item, device):
+        read.append((item, device))
+        return draw(item, device)
+
+    weights = StageWeights(MODEL, read_item, mesh)
+    held = weights.params((1, 3, 3, 1), "wan")
+    assert len(read) == len(set(read))
+    starts = (0, 1, 4, 7, 8)
+    for stage, device in enumerate(mesh.devices):
+        blocks = sorted(item for item, at in read if at == device and "block" in item)
+        assert blocks == [f"dit.block.{i:03d}" for i in range(starts[stage], starts[stage + 1])]
+    shapes = params.abstract_items(MODEL)
+
+    def size(*items):
+        return sum(x.size * 4 for item in items for x in jax.tree.leaves(shapes[item]))
+
+    ends = size("dit.head") + sum(x.size * 4 for x in jax.tree.leaves(shapes["dit.embed"]["patch"]))
+    block, bytes_held = size("dit.block.000"), list(weights.resident_bytes().values())
+    assert bytes_held[1] == bytes_held[2] == 3 * block + ends
+    assert bytes_held[0] == block + size("dit.head", "dit.embed", "vae.encoder")
+    assert bytes_held[3] == block + ends + size("vae.decoder")
+    # A position that a stage does not use costs nothing: it is the buffer of its first block.
+    first, third = (mesh.part(held.dit.blocks[j]["mlp_up"]["kernel"], 0) for j in (0, 2))
+    assert first.unsafe_buffer_pointer() == third.unsafe_buffer_pointer()
+
+
+def test_a_move_carries_a_block_s_parameters_and_leaves_no_copy():
+    mesh = stage_meshes(1, 2)[0]
+    weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
+    before = weights.dit((4, 4))
+    kernel = np.asarray(mesh.part(before.blocks[0]["mlp_up"]["kernel"], 1))
+    total = sum(weights.resident_bytes().values())
+    after = weights.dit((5, 3))
+    np.testing.assert_array_equal(mesh.part(after.blocks[4]["mlp_up"]["kernel"], 0), kernel)
+    assert sum(weights.resident_bytes().values()) == total
+
+
+# --- the block scheduler
+
+
+class ToldStopwatch(Stopwatch):
+    """Says that a device takes so long for each of its blocks and for the rest, whatever it takes."""
+
+    def __init__(self, mesh, seconds_per_block, rest):
+        super().__init__()
+        self.line = None
+        self._speed = dict(zip(mesh.devices, seconds_per_block, strict=True))
+        self._rest = dict(zip(mesh.devices, rest, strict=True))
+
+    def lap(self, device, result, given_ns, note):
+        if note is not None:
+            stage = self.line.mesh.devices.index(device)
+            # The first lap of a tick on the ends' devices is encoding or decoding; told apart by the shape.
+            is_blocks = result.ndim == 5
+            note(self._speed[device] * self.line.split[stage] if is_blocks else self._rest[device])
+
+
+def test_blocks_move_to_where_they_are_fastest_while_the_stream_runs_and_nothing_is_lost():
+    cfg, split = config(2), (3, 2, 3)
+    mesh = stage_meshes(1, 3)[0]
+    speed, rest = (1.0, 1.0, 0.5), (3.0, 0.0, 0.0)
+    stopwatch = ToldStopwatch(mesh, speed, rest)
+    line = stopwatch.line = pipeline(cfg, split, MEASURED, stopwatch)
+    best = balance.best_split([1.0] * BLOCKS, rest, speed)
+    assert balance.towards(split, best) == best != split
+    line._builder.ticks(best, movable=True)  # compiled ahead, so that the test need not wait for it
+    chunks = INTERVAL * 30
+    got = stream(line, chunks=chunks)
+    assert line.split == best
+    one = stream(pipeline(cfg, (BLOCKS,)), chunks=chunks)
+    np.testing.assert_allclose(got, one, atol=TOLERANCE)
+
+
+def test_a_stopwatch_tells_what_each_device_takes_in_order():
+    stopwatch, device, laps, over = Stopwatch(), jax.devices()[1], [], threading.Event()
+    work = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.tanh(y @ y), x))
+    x = jax.device_put(np.eye(300, dtype=np.float32), device)
+    work(x).block_until_ready()
+    for _ in range(3):
+        stopwatch.lap(device, work(x), 0, laps.append)
+    stopwatch.wait()
+    stopwatch.close()
+    assert len(laps) == 3
+    assert all(lap > 0 for lap in laps[1:])
+    assert not over.is_set()
+
+
+# --- sessions
+
+
+HEIGHT, WIDTH = 32, 48
+
+
+def clip(frames, seed):
+    rng = np.random.default_rng(seed)
+    scene = rng.integers(0, 255, (HEIGHT, WIDTH + frames, 3), np.uint8)
+    return np.stack([scene[:, t : t + WIDTH] for t in range(frames)])
+
+
+@pytest.mark.slow
+def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
+    cfg = StreamConfig(height=HEIGHT, width=WIDTH)
+    specs = [
+        SessionSpec("a dog", cfg, seed=1, pixels="float32"),
+        SessionSpec("a neon street", cfg, 0.7, seed=2, pixels="float32"),
+    ]
+    inputs = [clip(27, seed) for seed in (0, 1)]
+    options = PipelineOptions(rebalance=None)
+    both = DeviceEngine.random("tiny", meshes=stage_meshes(2, 2), options=options)
+    sessions = [both.open(spec) for spec in specs]
+    devices = [{d for x in jax.tree.leaves(s._pipeline.state) for d in x.devices()} for s in sessions]
+    assert [len(d) for d in devices] == [2, 2]
+    assert not devices[0] & devices[1]
+    chunks = [[], []]
+    for at in range(0, 27, 3):
+        for session, frames, done in zip(sessions, inputs, chunks, strict=True):
+            done += session.push(frames[at : at + 3])
+    together = [
+        np.concatenate([c.frames() for c in [*done, *s.finish()]])
+        for s, done in zip(sessions, chunks, strict=True)
+    ]
+    single = DeviceEngine.random("tiny", options=options)
+    for spec, frames, got in zip(specs, inputs, together, strict=True):
+        with single.open(spec) as session:
+            alone = np.concatenate(list(session.run(frames)))
+        np.testing.assert_allclose(got, alone, atol=TOLERANCE)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+# --- bad input
+
+
+def test_more_stages_than_devices_says_how_to_get_virtual_ones():
+    with pytest.raises(
+        ConfigError,
+        match=r"9 stages need 9 devices, JAX sees 8 .*XLA_FLAGS=--xla_force_host_platform_device_count=9",
+    ):
+        stage_meshes(1, 9)
+    with pytest.raises(ConfigError, match="4 stages for each of 3 streams need 12 devices"):
+        stage_meshes(3, 4)
+    with pytest.raises(ConfigError, match="at least one stream and one stage"):
+        stage_meshes(1, 0)
+
+
+def test_more_stages_than_blocks_is_refused():
+    with pytest.raises(ConfigError, match="5 stages are more than the model's 4 blocks"):
+        DeviceEngine.random("tiny", meshes=stage_meshes(1, 5))
+
+
+@pytest.mark.parametrize("split", [(2, 1), (4,), (4, 0)])
+def test_a_split_that_does_not_add_up_is_refused(split):
+    with pytest.raises(ConfigError, match="has to give 2 stages all 4 blocks"):
+        DeviceEngine.random("tiny", meshes=stage_meshes(1, 2), options=PipelineOptions(split=split))
+
+
+def test_arrays_over_the_stages_keep_their_buffers():
+    mesh = StageMesh(tuple(jax.devices()[:2]))
+    parts = [jax.device_put(np.full((2, 3), s, np.float32), d) for s, d in enumerate(mesh.devices)]
+    joined = mesh.join(parts)
+    assert joined.shape == (4, 3)
+    for stage, part in enumerate(parts):
+        assert mesh.part(joined, stage).unsafe_buffer_pointer() == part.unsafe_buffer_pointer()
