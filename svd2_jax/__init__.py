@@ -49,24 +49,35 @@ def load(
     checkpoint: str | os.PathLike[str],
     dtype: Literal["float32", "bfloat16"] | None = None,
     text_encoder: Literal["host", "device", "disk"] = "host",
+    stages: int = 1,
+    streams: int = 1,
 ) -> DeviceEngine:
-    """Returns an engine that runs a converted checkpoint on JAX's default device.
+    """Returns an engine that runs a converted checkpoint on JAX's devices.
 
     Args:
       checkpoint: the folder that `svd2 convert` wrote.
       dtype: to compute in; None takes the checkpoint's.
       text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
+      stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
+      streams: sets of so many devices; sessions open at once are spread over them.
 
     Raises:
       CheckpointError: the folder is missing, unfinished or of another format.
+      ConfigError: fewer devices than stages * streams, or fewer blocks than stages.
     """
     from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.mesh import stage_meshes
 
-    return DeviceEngine.from_checkpoint(os.fspath(checkpoint), dtype, text_encoder)
+    meshes = stage_meshes(streams, stages)
+    return DeviceEngine.from_checkpoint(os.fspath(checkpoint), dtype, text_encoder, meshes)
 
 
 def random_engine(
-    preset: str, seed: int = 0, dtype: Literal["float32", "bfloat16"] = "float32"
+    preset: str,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    stages: int = 1,
+    streams: int = 1,
 ) -> DeviceEngine:
     """Returns an engine of a preset's sizes with random weights: its pictures mean nothing, its speed does.
 
@@ -74,10 +85,13 @@ def random_engine(
       preset: "tiny", "wan-1.3b" or "wan-14b".
       seed: same seed, same weights.
       dtype: to compute in.
+      stages: see `load`.
+      streams: see `load`.
 
     Raises:
-      ConfigError: there is no such preset.
+      ConfigError: there is no such preset, fewer devices than stages * streams, or fewer blocks than stages.
     """
     from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.mesh import stage_meshes
 
-    return DeviceEngine.random(preset, seed, dtype)
+    return DeviceEngine.random(preset, seed, dtype, stage_meshes(streams, stages))

@@ -28,7 +28,7 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig, TAEHVConfig
 from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine import balance
-from svd2_jax.engine.engine import DeviceEngine, checked_dtype
+from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, checked_dtype
 from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.engine.noise import RecordedNoise
 from svd2_jax.engine.pipeline import Pipeline
@@ -145,7 +145,8 @@ def verify(folder: Path, dtype: str = "float32", stages: int = 1) -> Iterator[Ou
     precision = matmul_precision(checked_dtype(dtype))
     files, meshes = golden_files(folder), stage_meshes(1, stages)
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
-        engine = DeviceEngine.from_checkpoint(_convert(folder, Path(scratch), dtype), dtype, meshes=meshes)
+        checkpoint, options = _convert(folder, Path(scratch), dtype), PipelineOptions(rebalance=None)
+        engine = DeviceEngine.from_checkpoint(checkpoint, dtype, meshes=meshes, options=options)
         for file in files:
             yield _run(engine, file, dtype)
 

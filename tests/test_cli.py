@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -231,6 +232,13 @@ CASES = {
     "small cache": (["--cache-frames", 3, "--sink-frames", 1], "cache_frames=3 leaves nothing to overwrite"),
     "many sinks": (["--sink-frames", 6], "sink_frames must be at least 0 and below cache_frames=6"),
     "sink threshold": (["--sink-threshold", 2], "sink_threshold must be in [-1, 1]"),
+    "no stage": (["--stages", 0], "stages must be at least 1, got 0"),
+    "many stages": (["--stages", 9], "9 stages need 9 devices, JAX sees 8 (cpu); for virtual CPU devices set XLA_FL"),
+    "few blocks": (["--stages", 5], "5 stages are more than the model's 4 blocks; use at most 4"),
+    "split in words": (["--split", "all"], "--split takes blocks per stage, for example 8,12,12,8; got 'all'"),
+    "split too large": (["--stages", 2, "--split", "3,3"], "has to give 2 stages all 4 blocks, at least one each"),
+    "id alone": (["--process-id", 1], "--coordinator"),
+    "no port": (["--coordinator", "host", "--process-id", 0, "--num-processes", 2], "HOST:PORT"),
     "no config": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory)"),
     "unknown key": (["--config", "unknown.yaml"], "unknown keys ['speed']; known keys are ['cache_frames'"),
     "broken config": (["--config", "broken.yaml"], "broken.yaml: is not YAML at line 2; expected lines of"),
@@ -276,6 +284,21 @@ def bad_files(tmp_path_factory, clip, golden_checkpoint) -> Path:
 def change_manifest(checkpoint: Path, **changes: object) -> None:
     manifest = checkpoint / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+@pytest.mark.slow
+def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, clip, tmp_path):
+    run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--output"]
+    assert svd2(*run, tmp_path / "one.mp4")[0] == 0
+    code, out, err = svd2(*run, tmp_path / "two.mp4", "--stages", 2, "--split", "3,1", "-v")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'two.mp4'}: 11 frames")
+    assert difference(load_clip(tmp_path / "one.mp4"), load_clip(tmp_path / "two.mp4")) < CODEC
+    lines = [line for line in err.splitlines() if line.startswith("  stage ")]
+    assert [re.sub(r"[\d.]+ GiB", "X GiB", line) for line in lines] == [
+        "  stage 0, blocks 0 to 2: X GiB of parameters on cpu 0",
+        "  stage 1, blocks 3 to 3: X GiB of parameters on cpu 1",
+    ]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -69,6 +69,22 @@ def test_the_reference_s_numbers_are_reproduced(svd2, make_folder, name):
     assert code == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if n.startswith(("stream_", "sequential_", "e2e_stream_2"))]
+)
+def test_a_pipeline_of_four_stages_reproduces_them_too(svd2, make_folder, name):
+    code, out, _ = svd2(make_folder(name), "--stages", 4)
+    assert out[0].startswith(f"pass  {Path(name).stem} ")
+    assert code == 0
+
+
+def test_more_stages_than_devices_or_blocks_is_refused(svd2, make_folder):
+    folder = make_folder("flow_match.npz")
+    assert svd2(folder, "--stages", 9)[2][-1].startswith("error: 9 stages need 9 devices, JAX sees 8 (cpu)")
+    assert svd2(folder, "--stages", 5)[2][-1].startswith("error: 5 stages are more than the model's 4 blocks")
+
+
 def test_the_report_says_what_was_computed_where(svd2, make_folder, tmp_path):
     report = tmp_path / "report.json"
     code, out, _ = svd2(make_folder("flow_match.npz", "umt5.npz"), "--json", report)

@@ -201,8 +201,9 @@ class DeviceEngine:
 
     def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""
-        if self._options.split is not None:
-            return self._options.split
+        # A later session starts where blocks have moved to, instead of moving them back.
+        if (split := self._weights[lane].split or self._options.split) is not None:
+            return split
         layers, stages = self.model.dit.num_layers, self.stages
         return tuple((layers + s) // stages for s in range(stages))
 

@@ -11,6 +11,7 @@ stages without a copy of those that stay.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,8 +169,9 @@ def stage_meshes(data: int, stages: int, devices: Sequence[Device] | None = None
       ConfigError: fewer devices than the mesh needs, or none asked for.
     """
     devices = jax.devices() if devices is None else devices
-    if data < 1 or stages < 1:
-        raise ConfigError(f"a mesh needs at least one stream and one stage, got {data=}, {stages=}")
+    for name, count in (("stages", stages), ("streams", data)):
+        if count < 1:
+            raise ConfigError(f"{name} must be at least 1, got {count}")
     if data * stages > len(devices):
         platform = devices[0].platform
         virtual = (
@@ -181,4 +183,7 @@ def stage_meshes(data: int, stages: int, devices: Sequence[Device] | None = None
             f"{stages} stage{'s'[: stages - 1]}{f' for each of {data} streams' if data > 1 else ''} need "
             f"{data * stages} devices, JAX sees {len(devices)} ({platform}){virtual}"
         )
+    if stages > 1 and devices[0].platform == "gpu":
+        # One process that drives several GPUs may hand two collectives to them in different orders.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     return tuple(StageMesh(tuple(devices[d * stages : (d + 1) * stages])) for d in range(data))

@@ -57,6 +57,7 @@ class StageWeights:
 
     def __init__(self, model: ModelConfig, read_item: ItemReader, mesh: StageMesh):
         self.model, self.mesh = model, mesh
+        self.split: tuple[int, ...] | None = None  # that was asked for last
         self._read_item = read_item
         self._items: dict[tuple[str, Device], Params] = {}
         self._ends: tuple[Params, Params, Params] | None = None  # patch, head, conditioner
@@ -76,6 +77,7 @@ class StageWeights:
         Position j of the result holds every stage's j-th block. Where a stage has fewer, its first one stands in,
         unread and without a copy.
         """
+        self.split = tuple(split)
         positions, parts = max(split), []
         for stage in self.mesh.local_stages:
             start = sum(split[:stage])

@@ -336,7 +336,7 @@ def test_more_stages_than_devices_says_how_to_get_virtual_ones():
         stage_meshes(1, 9)
     with pytest.raises(ConfigError, match="4 stages for each of 3 streams need 12 devices"):
         stage_meshes(3, 4)
-    with pytest.raises(ConfigError, match="at least one stream and one stage"):
+    with pytest.raises(ConfigError, match="stages must be at least 1, got 0"):
         stage_meshes(1, 0)
 
 
