@@ -162,7 +162,9 @@ class Pipeline:
         # Only while chunks come in and go out: else the first or the last stage has less to do than usual.
         self._ticked += 1
         watched = self._rebalancer if fresh and self._ticked > self.depth else None
-        move = (watched.before_tick() if watched else None) or self._wanted
+        move = watched.before_tick() if watched else None
+        if self._wanted is not None:
+            move, self._wanted = self._wanted, None
         if move is not None:
             self._take(*move)
         self._prompts = [self._prompt, *self._prompts[:-1]]
@@ -173,7 +175,7 @@ class Pipeline:
         else:
             clean = self._tick(self._ticks.tick, self._row_prompts(), entry)
         if move is not None:
-            self._span, self._wanted = self._spans([(0, count) for count in self.split]), None
+            self._span = self._spans([(0, count) for count in self.split])
         if watched is not None:
             for stage in self.mesh.local_stages:
                 watched.lap(stage, "blocks", self.mesh.part(clean, stage), given_ns)
@@ -238,6 +240,8 @@ class Pipeline:
         self._state = dataclasses.replace(self._state, cache=cache)
         self._params = dataclasses.replace(self._params, dit=self._weights.dit(split))
         self.split, self._ticks = split, ticks
+        if self._rebalancer is not None:
+            self._rebalancer.moved(split)
         self._span = self._spans(list(zip(behind, split, strict=False)))
         again = {id(p): p for p in (self._prompt, *self._prompts)}
         again = {

@@ -129,7 +129,7 @@ class Rebalancer:
     def before_tick(self) -> tuple[Split, Any] | None:
         """Returns the split to take before the coming tick, with what `prepare` returned for it, or None.
 
-        Sets `measuring`: whether the coming tick is one to be measured.
+        The pipeline answers with `moved`. Sets `measuring`: whether the coming tick is one to be measured.
         """
         at, self._ticks = self._ticks % self._interval, self._ticks + 1
         self.measuring, self._is_mark = at == 0, at == self._interval - 1
@@ -139,14 +139,17 @@ class Rebalancer:
         if not self.measuring:
             return None
         self._laps = {}
-        move = self._decide()
-        if move is not None:
-            self._balancer = balance.moved(self._balancer, move[0])
-            # The tick that carries a move through is unlike others.
-            self._coming, self._laps, self.measuring = None, None, False
-            if move[0] != self._target:
-                self._approach()
-        return move
+        return self._decide()
+
+    def moved(self, split: Split) -> None:
+        """Tells that the pipeline takes another split with the coming tick, which is not like others to measure."""
+        if self._coming is None or split != self._coming[0]:
+            self._target = split  # somebody else wants it so
+        self._balancer = balance.moved(self._balancer, split)
+        self._shared = self._laps = self._coming = None
+        self.measuring = False
+        if split != self._target:
+            self._approach()
 
     def lap(self, stage: int, what: str, result: jax.Array, given_ns: int) -> None:
         """Tells what a local stage was given to do, in order: "blocks", "encode" or "decode", and its result."""
