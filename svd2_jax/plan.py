@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
-from svd2_jax.engine.balance import best_split
-from svd2_jax.engine.work import count_work
+from svd2_jax.config import ModelConfig, StreamConfig
+from svd2_jax.engine.costs import Costs, costs
+from svd2_jax.engine.memory import Temporaries, stage_memory
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
-from svd2_jax.models import dit, taehv, vae
-from svd2_jax.nn import kv_cache
-from svd2_jax.nn.attention import fused_if_possible
-from svd2_jax.nn.kv_cache import LayerCache, WritePlan
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 STAGE_COUNTS = (1, 2, 3, 4, 8)  # compared in every plan
 TARGET_FPS = 16.0  # the rate Wan2.1 was trained at
-USABLE_MEMORY = (
-    0.9  # of a device; the rest is for CUDA's context, libraries and what a program needs in passing
+EFFICIENCY = (
+    0.4  # of the least time's speed; what to count on where nothing was measured (recommendation only)
 )
+USABLE_MEMORY = 0.9  # of a device; CUDA's context and the libraries need the rest
 
-Temporaries = Callable[[tuple[int, ...]], Sequence[int]]
-"""Takes the blocks per stage; returns the bytes that the compiled programs need in passing, per device."""
+FindTemporaries = Callable[[tuple[int, ...]], Temporaries]
+"""Takes the blocks per stage; returns what the compiled programs need in passing."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,8 @@ class DevicePlan:
       cache: rolling KV cache. All stages run one program, so all have room for the longest stage's blocks.
       prompt: cross-attention keys and values of one prompt.
       stream: the VAE's tails and the chunks under way.
-      temporaries: what the compiled programs need in passing; None if it was not asked for.
+      temporaries: what it needs in passing at most, while a program runs or the cache's rows are made; None if it
+        was not asked for.
       parts: what it computes for every chunk, one after another.
     """
 
@@ -163,7 +159,7 @@ def plan(
     hardware: Hardware,
     dtype: str = "bfloat16",
     split: tuple[int, ...] | None = None,
-    temporaries: Temporaries | None = None,
+    temporaries: FindTemporaries | None = None,
 ) -> Plan:
     """Plans a stream on a pipeline; takes seconds and little memory, whatever the model's size.
 
@@ -174,8 +170,8 @@ def plan(
       hardware: each device.
       dtype: "bfloat16" or "float32", of weights, cache and arithmetic.
       split: blocks per stage; None takes the best.
-      temporaries: called once, with the split, for what only a compiler knows; the options assume the largest
-        of its numbers on every device.
+      temporaries: called once, with the split, for what only a compiler knows; other splits are taken to need
+        the same.
 
     Raises:
       ConfigError: unknown dtype, more stages than blocks, or a split that does not fit.
@@ -189,228 +185,43 @@ def plan(
         raise ConfigError(
             f"split must give {stages} stages all {layers} blocks, at least one each; got {split}"
         )
-    costs = _costs(model, stream, jnp.dtype(DTYPES[dtype]))
-    split = split or _best_split(costs, stream, hardware, stages)
-    transient = None if temporaries is None else tuple(temporaries(split))
-    devices = _devices(costs, stream, hardware, split, transient)
+    cost = costs(model, stream, jnp.dtype(DTYPES[dtype]))
+    seconds = functools.partial(_seconds, cost, hardware)
+    split = split or cost.fastest_split(stages, seconds)
+    transient = None if temporaries is None else temporaries(split)
+    devices = _devices(cost, hardware, split, transient)
     options = []
-    for count in STAGE_COUNTS:
+    for count in sorted({*STAGE_COUNTS, stages}):
         if count <= layers:
-            other = _best_split(costs, stream, hardware, count)
-            worst = None if transient is None else (max(transient),) * count
-            options.append(_bounds(costs, stream, hardware, _devices(costs, stream, hardware, other, worst)))
+            other = _devices(cost, hardware, cost.fastest_split(count, seconds), transient)
+            options.append(_bounds(cost, hardware, other))
     return Plan(
         model=model.name,
         stream=stream,
         dtype=dtype,
         hardware=hardware,
         devices=devices,
-        bounds=_bounds(costs, stream, hardware, devices),
+        bounds=_bounds(cost, hardware, devices),
         bottleneck=max(range(stages), key=lambda i: devices[i].seconds),
-        hop_bytes=costs.chunk.hop if stages > 1 else 0,
-        hop_seconds=_hop_seconds(costs.chunk.hop, hardware, stages),
-        first_frame_seconds=_first_frame_seconds(costs, stream, hardware, split),
+        hop_bytes=cost.sizes.message if stages > 1 else 0,
+        hop_seconds=_hop_seconds(cost.sizes.message, hardware, stages),
+        first_frame_seconds=_first_frame_seconds(cost, hardware, split),
         options=tuple(options),
         recommended=_recommended(options),
     )
 
 
+def usable_memory(hardware: Hardware) -> int:
+    """Returns the bytes of a device that a plan may fill."""
+    return int(USABLE_MEMORY * hardware.memory_bytes)
+
+
 def _recommended(options: Sequence[Bounds]) -> int | None:
-    """Returns the fewest stages that fit and may reach the target rate, else the fastest that fit."""
+    """Returns the fewest stages that fit and should reach the target rate, else the fastest that fit."""
     fitting = [option for option in options if option.fits]
-    enough = [option for option in fitting if option.fps >= TARGET_FPS]
+    enough = [option for option in fitting if EFFICIENCY * option.fps >= TARGET_FPS]
     best = enough[0] if enough else max(fitting, key=lambda option: option.fps, default=None)
     return None if best is None else len(best.split)
-
-
-# --- what the pieces cost
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """What the devices run for one chunk and one pass through the blocks, and what a hop carries."""
-
-    encode: Work
-    condition: Work
-    block: Work
-    ends: Work  # patch embedding and head, which every stage runs
-    decode: Work
-    hop: int
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """Work of the pieces of a pipeline, and bytes of what it keeps."""
-
-    bits: int
-    layers: int
-    chunk: _Pieces
-    first: _Pieces  # the first group: one row, which sees only itself
-    block_weights: int
-    ends_weights: int
-    conditioner_weights: int
-    encoder_weights: int
-    decoder_weights: int
-    cache: int  # of one block, all rows
-    prompt: int  # of one block
-    encode_state: int
-    decode_state: int
-
-
-@functools.lru_cache(maxsize=16)
-def _costs(model: ModelConfig, stream: StreamConfig, dtype: jnp.dtype) -> _Costs:
-    """Traces every kind of piece once."""
-    cfg, items = model.dit, _in_dtype(dit.abstract_params(model.dit), dtype)
-    block, embed, head = items[dit.block_item(0)], items[dit.embed_item()], items[dit.head_item()]
-    conditioner = {name: leaves for name, leaves in embed.items() if name != "patch"}
-    layer = jax.eval_shape(lambda: kv_cache.init_kv_cache(cfg, stream, dtype)).layers[0]
-    layer = jax.tree.map(lambda x: _array((stream.rows, *x.shape[1:]), x.dtype), layer)
-    encoder, decoder = _count_encoder(model, stream, dtype), _count_decoder(model, stream, dtype)
-
-    def pieces(encode: Work, decode: Work, rows: int, frames: int, cache: LayerCache | None) -> _Pieces:
-        return _Pieces(
-            encode=encode,
-            condition=_count_condition(cfg, embed, rows, dtype),
-            block=_count_block(cfg, stream, block, rows, frames, cache, dtype),
-            ends=_count_ends(cfg, stream, embed, head, rows, frames, dtype),
-            decode=decode,
-            hop=_hop_bytes(cfg, stream, rows, frames, dtype),
-        )
-
-    return _Costs(
-        bits=8 * dtype.itemsize,
-        layers=cfg.num_layers,
-        chunk=pieces(encoder.later, decoder.later, stream.rows, stream.frames_per_block, layer),
-        first=pieces(encoder.first, decoder.first, 1, stream.first_latents, None),
-        block_weights=_nbytes(block),
-        ends_weights=_nbytes((embed["patch"], head)),
-        conditioner_weights=_nbytes(conditioner),
-        encoder_weights=encoder.weights,
-        decoder_weights=decoder.weights,
-        cache=_nbytes(layer),
-        prompt=2 * cfg.text_len * cfg.dim * dtype.itemsize,
-        encode_state=encoder.state,
-        decode_state=decoder.state,
-    )
-
-
-def _count_block(
-    cfg: DiTConfig,
-    stream: StreamConfig,
-    params: Any,
-    rows: int,
-    frames: int,
-    cache: LayerCache | None,
-    dtype: jnp.dtype,
-) -> Work:
-    """Counts one block on `rows` chunks with a full cache, or without a cache on chunks that see themselves."""
-    tokens = frames * kv_cache.frame_tokens(cfg, stream)
-    fused = fused_if_possible("gpu", dtype, cfg.head_dim) == "cudnn"
-    block: Any = dit.Block(cfg)
-
-    def run(params, x, cache, plan, length, prompt, modulation, rope):
-        apply = functools.partial(block.apply, {"params": params})
-        q, k, v = apply(x, modulation, rope, method="project")
-        if cache is None:
-            cache = LayerCache(k, v, length, length, length)
-        else:
-            cache = kv_cache.write(stream, cache, plan, k, v, frames)
-        attention = "xla" if fused else "auto"
-        return apply(x, q, cache, length, prompt, prompt, modulation, attention, method="finish"), cache
-
-    flag, number = _array((rows,), jnp.bool_), _array((rows,), jnp.int32)
-    prompt = _array((1, cfg.text_len, cfg.num_heads, cfg.head_dim), dtype)
-    angles = _array((rows, tokens, cfg.head_dim // 2))
-    args = (
-        params, _array((rows, tokens, cfg.dim), dtype), cache, WritePlan(flag, flag, number, flag), number,
-        prompt, _array((rows, 6, cfg.dim)), (angles, angles),
-    )  # fmt: skip
-    return count_work(run, *args, fused_attention=fused)
-
-
-def _count_ends(
-    cfg: DiTConfig, stream: StreamConfig, embed: Any, head: Any, rows: int, frames: int, dtype: jnp.dtype
-) -> Work:
-    def run(embed, head, latents, x, time):
-        patches = dit.Embed(cfg).apply({"params": embed}, latents, method="patches")
-        return patches, dit.Head(cfg).apply({"params": head}, x, time)
-
-    latents = _array((rows, frames, *stream.latent_size, cfg.in_channels), dtype)
-    x = _array((rows, frames * kv_cache.frame_tokens(cfg, stream), cfg.dim), dtype)
-    return count_work(run, embed, head, latents, x, _array((rows, cfg.dim)))
-
-
-def _count_condition(cfg: DiTConfig, embed: Any, rows: int, dtype: jnp.dtype) -> Work:
-    def run(embed, timestep):
-        return dit.Embed(cfg).apply({"params": embed}, timestep, dtype, method="time")
-
-    return count_work(run, embed, _array((rows,), jnp.int32))
-
-
-@dataclass(frozen=True)
-class _Coder:
-    """The VAE's encoder, or a decoder: work for a later chunk and for the first group, bytes it keeps."""
-
-    later: Work
-    first: Work
-    weights: int
-    state: int
-
-
-def _count_encoder(model: ModelConfig, stream: StreamConfig, dtype: jnp.dtype) -> _Coder:
-    if stream.task != "v2v":  # no video comes in
-        return _Coder(later=Work(), first=Work(), weights=0, state=0)
-
-    def pixels(frames: int) -> Any:
-        return _array((1, frames, stream.height, stream.width, 3), dtype)
-
-    start, follow = (functools.partial(f, model.vae) for f in (vae.encode_first, vae.encode))
-    params = _in_dtype(vae.abstract_params(model.vae)[vae.ENCODER_ITEM], dtype)
-    return _count_coder(start, follow, params, pixels(stream.first_frames), pixels(stream.chunk_frames))
-
-
-def _count_decoder(model: ModelConfig, stream: StreamConfig, dtype: jnp.dtype) -> _Coder:
-    def latents(frames: int) -> Any:
-        return _array((1, frames, *stream.latent_size, model.vae.z_dim), dtype)
-
-    if stream.decoder == "taehv":
-        start, follow = (functools.partial(f, model.taehv) for f in (taehv.decode_first, taehv.decode))
-        params = taehv.abstract_params(model.taehv)[taehv.ITEM]
-    else:
-        start, follow = (functools.partial(f, model.vae) for f in (vae.decode_first, vae.decode))
-        params = vae.abstract_params(model.vae)[vae.DECODER_ITEM]
-    first, later = latents(stream.first_latents), latents(stream.frames_per_block)
-    return _count_coder(start, follow, _in_dtype(params, dtype), first, later)
-
-
-def _count_coder(start: Any, follow: Any, params: Any, first: Any, later: Any) -> _Coder:
-    _, state = jax.eval_shape(start, params, first)
-    return _Coder(
-        later=count_work(follow, params, state, later),
-        first=count_work(start, params, first),
-        weights=_nbytes(params),
-        state=_nbytes(state),
-    )
-
-
-def _hop_bytes(cfg: DiTConfig, stream: StreamConfig, rows: int, frames: int, dtype: jnp.dtype) -> int:
-    """Bytes between two stages: hidden states, noisy latents, timestep embeddings (1 + 6 vectors a row)."""
-    hidden = frames * kv_cache.frame_tokens(cfg, stream) * cfg.dim * dtype.itemsize
-    latents = frames * math.prod(stream.latent_size) * cfg.in_channels * 4
-    return rows * (hidden + latents + 7 * cfg.dim * 4)
-
-
-def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
-    """Returns a ShapeDtypeStruct, which stands in for an array while tracing."""
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _in_dtype(tree: Any, dtype: jnp.dtype) -> Any:
-    return jax.tree.map(lambda x: _array(x.shape, dtype), tree)
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 # --- what a pipeline makes of them
@@ -425,67 +236,44 @@ def _hop_seconds(size: int, hardware: Hardware, stages: int) -> float:
     return size / hardware.link_bandwidth if stages > 1 else 0.0
 
 
-def _seconds(work: Work, costs: _Costs, hardware: Hardware) -> float:
-    return roofline(work, hardware, costs.bits).seconds
-
-
-def _best_split(costs: _Costs, stream: StreamConfig, hardware: Hardware, stages: int) -> tuple[int, ...]:
-    """Splits all blocks so that the slowest device, encoding and decoding included, is as fast as can be."""
-    passes = _passes(stream)
-    overheads = [passes * _seconds(costs.chunk.ends, costs, hardware)] * stages
-    overheads[0] += passes * _seconds(costs.chunk.condition, costs, hardware)
-    overheads[0] += _seconds(costs.chunk.encode, costs, hardware)
-    overheads[-1] += _seconds(costs.chunk.decode, costs, hardware)
-    block = passes * _seconds(costs.chunk.block, costs, hardware)
-    return best_split([block] * costs.layers, overheads)
+def _seconds(costs: Costs, hardware: Hardware, work: Work) -> float:
+    return roofline(work, hardware, 8 * costs.dtype.itemsize).seconds
 
 
 def _devices(
-    costs: _Costs,
-    stream: StreamConfig,
-    hardware: Hardware,
-    split: tuple[int, ...],
-    temporaries: Sequence[int] | None,
+    costs: Costs, hardware: Hardware, split: tuple[int, ...], temporaries: Temporaries | None
 ) -> tuple[DevicePlan, ...]:
-    passes, last, room = _passes(stream), len(split) - 1, max(split)
+    work, passes, stages = costs.chunk, _passes(costs.cfg), len(split)
     devices = []
-    for i, blocks in enumerate(split):
-        weights = blocks * costs.block_weights + costs.ends_weights
-        kept = costs.chunk.hop
-        works = {"blocks": passes * (blocks * costs.chunk.block + costs.chunk.ends)}
+    for i, memory in enumerate(stage_memory(costs.model, costs.cfg, costs.dtype, split)):
+        works = {"blocks": passes * (memory.blocks * work.block + work.ends)}
         if i == 0:
-            weights += costs.conditioner_weights + costs.encoder_weights
-            kept += costs.encode_state
-            works = {"encode": costs.chunk.encode, "timesteps": passes * costs.chunk.condition, **works}
-        if i == last:
-            weights += costs.decoder_weights
-            kept += costs.decode_state
-            works["decode"] = costs.chunk.decode
+            works = {"encode": work.encode, "timesteps": passes * work.condition, **works}
+        if i == stages - 1:
+            works["decode"] = work.decode
         parts = []
-        for name, work in works.items():
-            if work != Work():
-                least = roofline(work, hardware, costs.bits)
-                parts.append(Part(name, work, least.seconds, least.bound))
+        for name, cost in works.items():
+            if cost != Work():
+                least = roofline(cost, hardware, 8 * costs.dtype.itemsize)
+                parts.append(Part(name, cost, least.seconds, least.bound))
         devices.append(
             DevicePlan(
-                first_block=sum(split[:i]),
-                blocks=blocks,
-                weights=weights,
-                cache=room * costs.cache,
-                prompt=room * costs.prompt,
-                stream=kept,
-                temporaries=None if temporaries is None else temporaries[i],
+                first_block=memory.first_block,
+                blocks=memory.blocks,
+                weights=memory.weights,
+                cache=memory.cache,
+                prompt=memory.prompt,
+                stream=memory.stream,
+                temporaries=None if temporaries is None else max(temporaries.on(i, stages), memory.opening),
                 parts=tuple(parts),
             )
         )
     return tuple(devices)
 
 
-def _bounds(
-    costs: _Costs, stream: StreamConfig, hardware: Hardware, devices: tuple[DevicePlan, ...]
-) -> Bounds:
-    stages, passes = len(devices), _passes(stream)
-    hop = _hop_seconds(costs.chunk.hop, hardware, stages)
+def _bounds(costs: Costs, hardware: Hardware, devices: tuple[DevicePlan, ...]) -> Bounds:
+    stream, stages, passes = costs.cfg, len(devices), _passes(costs.cfg)
+    hop = _hop_seconds(costs.sizes.message, hardware, stages)
     chunk = max(device.seconds for device in devices) + passes * hop
     waits = stream.chunk_frames / TARGET_FPS
     if stream.mode == "stream":
@@ -506,19 +294,16 @@ def _bounds(
         latency_seconds=latency,
         live_latency_seconds=live,
         memory=memory,
-        fits=memory <= USABLE_MEMORY * hardware.memory_bytes,
+        fits=memory <= usable_memory(hardware),
     )
 
 
-def _first_frame_seconds(
-    costs: _Costs, stream: StreamConfig, hardware: Hardware, split: tuple[int, ...]
-) -> float:
+def _first_frame_seconds(costs: Costs, hardware: Hardware, split: tuple[int, ...]) -> float:
     """Returns the time of the first group: all steps one after another, each through all stages, no overlap."""
-    seconds = functools.partial(_seconds, costs=costs, hardware=hardware)
-    step = seconds(costs.first.condition)
-    step += sum(seconds(blocks * costs.first.block + costs.first.ends) for blocks in split)
-    step += len(split) * _hop_seconds(costs.first.hop, hardware, len(split))
-    return seconds(costs.first.encode) + stream.steps * step + seconds(costs.first.decode)
+    seconds, work = functools.partial(_seconds, costs, hardware), costs.first_group
+    step = seconds(work.condition) + sum(seconds(blocks * work.block + work.ends) for blocks in split)
+    step += len(split) * _hop_seconds(costs.sizes.first_message, hardware, len(split))
+    return seconds(work.encode) + costs.cfg.steps * step + seconds(work.decode)
 
 
 # --- as text
@@ -526,9 +311,8 @@ def _first_frame_seconds(
 
 def report(plan: Plan) -> str:
     """Returns the plan as text for a terminal."""
-    return "\n".join(
-        [*_header(plan), "", *_memory(plan), "", *_work(plan), "", *_summary(plan), "", *_options(plan)]
-    )
+    parts = (_header, _memory, _work, _summary, _options)
+    return "\n\n".join("\n".join(part(plan)) for part in parts) + "".join(f"\n{x}" for x in too_full(plan))
 
 
 def _header(plan: Plan) -> list[str]:
@@ -550,7 +334,23 @@ def _memory(plan: Plan) -> list[str]:
         share = f"{100 * d.total / plan.hardware.memory_bytes:.0f} %"
         name, total = _device_name(plan, i), _gib(d.total)
         rows.append((name, weights, cache, prompt, stream, temporaries, total, share))
-    return _table(rows)
+    total = sum(d.weights for d in plan.devices)
+    largest = max(d.weights for d in plan.devices)
+    bound = "" if plan.devices[0].temporaries is None else "; temp is an upper bound"
+    share = f"{100 * largest / total:.0f} % of them at most on one device"
+    return [*_table(rows), f"weights: {_gib(total)} in all, {share}{bound}"]
+
+
+def too_full(plan: Plan) -> list[str]:
+    """Returns a line for each device whose memory is too small; they are the end of the report."""
+    usable, lines = usable_memory(plan.hardware), []
+    for i, device in enumerate(plan.devices):
+        if device.total > usable:
+            lines.append(
+                f"device {i} exceeds its memory by {(device.total - usable) / GIB:.1f} GiB: it needs "
+                f"{device.total / GIB:.1f} of the {usable / GIB:.1f} that are for use on a {plan.hardware.name}"
+            )
+    return lines
 
 
 def _work(plan: Plan) -> list[str]:
@@ -622,14 +422,15 @@ def _options(plan: Plan) -> list[str]:
 def _advice(plan: Plan) -> str:
     chosen = next((o for o in plan.options if len(o.split) == plan.recommended), None)
     device = plan.hardware
-    usable = f"{USABLE_MEMORY * device.memory_bytes / GIB:.1f} GiB of a {device.name} that are for use here"
+    usable = f"{usable_memory(device) / GIB:.1f} GiB of a {device.name} that are for use here"
     if chosen is None:
         return f"recommended: none; with none of these stages does it fit into the {usable}"
     text = f"recommended: {_plural(len(chosen.split), 'stage')}, split {'+'.join(map(str, chosen.split))}: "
-    if chosen.fps < TARGET_FPS:
-        return f"{text}the fastest that fits, {chosen.fps:.1f} FPS at best; {TARGET_FPS:g} are out of reach"
-    fewer = ", fewer do not fit or cannot" if len(chosen.split) > 1 else ""
-    return f"{text}it fits and may reach {TARGET_FPS:g} FPS ({chosen.fps:.1f} at best){fewer}"
+    likely = EFFICIENCY * chosen.fps
+    rate = f"{likely:.1f} FPS at {100 * EFFICIENCY:.0f} % of the best"
+    if likely < TARGET_FPS:
+        return f"{text}the fastest that fits, but only {rate}"
+    return f"{text}the fewest that fit and reach {TARGET_FPS:g} FPS, {rate}"
 
 
 def _device_name(plan: Plan, index: int) -> str:
