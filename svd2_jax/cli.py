@@ -1,8 +1,9 @@
-"""The command line: `svd2 run | convert | verify | demo`."""
+"""The command line: `svd2 run | convert | verify | plan | demo`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,8 +22,9 @@ from tqdm import tqdm
 
 from svd2_jax import media
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
-from svd2_jax.config import PRESETS, StreamConfig
+from svd2_jax.config import PRESETS, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
+from svd2_jax.hardware import HARDWARE, hardware
 
 if TYPE_CHECKING:
     from svd2_jax.engine.cluster import Cluster
@@ -36,6 +38,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 RANDOM = "random:"
+MOST_STAGES = 8  # that a plan compares
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
 DEMO_PROMPTS = {0: "a neon city at night", 24: "an oil painting of the sea", 48: "a pencil sketch"}
 
@@ -65,6 +68,20 @@ example:
 
 Converts the weights found in the folder, runs every golden file there is through the same programs that
 `svd2 run` uses, and prints one line each. Exit code 1 if any fails.
+"""
+PLAN_EXAMPLES = """\
+examples:
+  svd2 plan --preset wan-14b --stages 4
+  svd2 plan --preset wan-14b --hardware rtx4090 --split 5,5,5,5,5,5,5,5
+  svd2 plan --preset wan-1.3b --hardware rtx4090 --config configs/v2v_fast.yaml --json plan.json
+  svd2 plan --preset wan-14b --task t2v --steps 4 --quick
+
+Nothing is loaded and no accelerator is needed: memory and work follow from shapes, and the real programs are
+compiled for as many virtual CPU devices as there are stages. Times are the least that the hardware's stated peaks
+allow. `temp` is what programs need in passing, an upper bound: a GPU's fused attention needs less.
+
+A plan fills up to 90 % of a device. JAX takes 75 % of a GPU's memory unless it is told otherwise: run with
+XLA_CLIENT_MEM_FRACTION=0.9 where the plan says "of device" is above 75 %. Exit code 1 if a device is too small.
 """
 DEMO_EXAMPLES = """\
 example:
@@ -123,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _add_verify(command("verify", _verify, "check the numbers against the reference's", VERIFY_EXAMPLES))
+    _add_plan(
+        command("plan", _plan, "say what a pipeline needs and how fast it can be, without one", PLAN_EXAMPLES)
+    )
     _add_demo(command("demo", _demo, "see it work in a minute, without any weights", DEMO_EXAMPLES))
     return parser
 
@@ -278,12 +298,17 @@ def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
     from svd2_jax.engine.balance import BalancePolicy
     from svd2_jax.engine.engine import PipelineOptions
 
-    split = None
-    if args.split:
-        if not re.fullmatch(r"\d+(,\d+)*", args.split):
-            raise ConfigError(f"--split takes blocks per stage, for example 8,12,12,8; got {args.split!r}")
-        split = tuple(int(count) for count in args.split.split(","))
-    return PipelineOptions(args.attention, split, None if args.no_rebalance else BalancePolicy())
+    return PipelineOptions(
+        args.attention, _parse_split(args.split), None if args.no_rebalance else BalancePolicy()
+    )
+
+
+def _parse_split(text: str | None) -> tuple[int, ...] | None:
+    if not text:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ConfigError(f"--split takes blocks per stage, for example 8,12,12,8; got {text!r}")
+    return tuple(int(count) for count in text.split(","))
 
 
 def _writer(
@@ -454,10 +479,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(args: argparse.Namespace) -> int:
     from svd2_jax import verify
 
-    if args.json and not args.json.parent.is_dir():
-        raise ConfigError(f"{args.json}: the folder {args.json.parent} does not exist; create it first")
-    if args.json and args.json.is_dir():
-        raise ConfigError(f"{args.json}: is a folder, expected a file name to write")
+    _check_json(args.json)
     _check_devices()
     files = verify.golden_files(args.folder)
     outcomes = []
@@ -467,14 +489,113 @@ def _verify(args: argparse.Namespace) -> int:
             bar.write(outcome.line(), file=sys.stdout)
             bar.update()
     if args.json:
-        try:
-            args.json.write_text(json.dumps(verify.report(outcomes, args.dtype), indent=1) + "\n")
-        except OSError as e:
-            raise ConfigError(f"{args.json}: cannot be written ({e.strerror})") from e
+        _write_json(args.json, verify.report(outcomes, args.dtype))
     failed = [o.name for o in outcomes if not o.passed]
     written = f"; report in {args.json}" if args.json else ""
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} goldens pass in {args.dtype}{written}")
     return EXIT_FAILED if failed else 0
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuses, before the work is done, a report that could not be written behind it."""
+    if path and not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path and path.is_dir():
+        raise ConfigError(f"{path}: is a folder, expected a file name to write")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be written ({e.strerror})") from e
+
+
+# --- svd2 plan
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    stream = StreamConfig()
+    parser.add_argument("--preset", default="wan-14b", metavar="NAME",
+                        help=f"model: {', '.join(PRESETS)} (default %(default)s)")  # fmt: skip
+    shape = parser.add_argument_group("what is computed (defaults: published settings of the task)")
+    shape.add_argument("--task", choices=("v2v", "t2v"), help="(default v2v, or --config's)")
+    shape.add_argument(
+        "--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml"
+    )
+    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2, or --config's)")
+    shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
+    shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
+    shape.add_argument("--mode", choices=("stream", "sequential"), help="(default stream, or --config's)")
+    shape.add_argument("--decoder", choices=("wan", "taehv"), help="(default wan, or --config's)")
+    shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
+    shape.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
+                       help="to compute in (default %(default)s)")  # fmt: skip
+    machine = parser.add_argument_group("where it is to run")
+    machine.add_argument("--hardware", default="h100", metavar="NAME",
+                         help=f"each device: {', '.join(HARDWARE)} (default %(default)s)")  # fmt: skip
+    machine.add_argument(
+        "--stages", type=int, metavar="N", help="devices of the pipeline (default: as many as recommended)"
+    )
+    machine.add_argument("--split", metavar="N,N,...", help="blocks on each stage (default: the best)")
+    parser.add_argument(
+        "--quick", action="store_true", help="compile nothing, and so leave out what programs need in passing"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.set_defaults(sink_frames=None, sink_threshold=None)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    model, device, split = preset(args.preset), hardware(args.hardware), _parse_split(args.split)
+    _check_json(args.json)
+    cfg = _planned_stream(args)
+    stages = len(split) if split and args.stages is None else args.stages
+    devices = _virtual_devices(stages)
+    from svd2_jax import plan as plan_lib
+    from svd2_jax.engine.engine import checked_dtype
+    from svd2_jax.engine.memory import Temporaries, compiled_temporaries
+    from svd2_jax.engine.mesh import stage_meshes
+
+    def temporaries(split: tuple[int, ...]) -> Temporaries:
+        mesh, dtype = stage_meshes(1, len(split), devices)[0], checked_dtype(args.dtype)
+        return compiled_temporaries(model, cfg, dtype, split, mesh, lambda what: _say(f"compiling {what}"))
+
+    def planned(stages: int, quick: bool) -> plan_lib.Plan:
+        return plan_lib.plan(model, cfg, stages, device, args.dtype, split, None if quick else temporaries)
+
+    if stages is None:
+        plan, stages = None, planned(1, quick=True).recommended or 1
+        while plan is None or (plan.recommended or 0) > stages:
+            stages = (
+                stages if plan is None else plan.recommended or 1
+            )  # compiled, it may turn out to need more
+            plan = planned(stages, args.quick)
+    else:
+        plan = planned(stages, args.quick)
+    if args.json:
+        _write_json(args.json, plan.to_dict())
+    print(plan_lib.report(plan))
+    return EXIT_FAILED if plan_lib.too_full(plan) else 0
+
+
+def _planned_stream(args: argparse.Namespace) -> StreamConfig:
+    """Returns the stream configuration; the task is --task's, else --config's, else video to video."""
+    of_file = _read_yaml(args.config).get("task", StreamConfig().task) if args.config else None
+    if args.task and of_file and args.task != of_file:
+        raise ConfigError(f"{args.config}: has settings for the task {of_file!r}, not for --task {args.task}")
+    task = args.task or of_file or StreamConfig().task
+    return _stream_config(argparse.Namespace(**vars(args), input=task == "v2v"))
+
+
+def _virtual_devices(stages: int | None) -> list[Any]:
+    """Returns CPU devices that programs can be compiled for, one for each stage."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    # Too late in a program that has used JAX before; then its devices have to do.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(stages or 1, MOST_STAGES))
+    return jax.devices("cpu")
 
 
 # --- svd2 demo
