@@ -140,7 +140,7 @@ def test_temporaries_are_those_of_the_largest_program_on_a_device():
 
 def test_temporaries_are_those_of_the_real_programs():
     (mesh,) = stage_meshes(1, 2)
-    cfg, told = StreamConfig.for_task("t2v", height=48, width=64, decoder="taehv"), []
+    cfg, told = StreamConfig.for_task("t2v", 1, height=48, width=64, decoder="taehv"), []
     found = memory.compiled_temporaries(TINY, cfg, BF16, (3, 1), mesh, told.append)
     assert told == ["the tick, 3 blocks a stage", "encoder and decoder"]
     assert found.encode == 0  # no video comes in
