@@ -51,7 +51,7 @@ examples:
   svd2 run --checkpoint ckpt-14b --stages 4 -v --input in.mp4 --prompt "a film noir" --output out.mp4
 
   # the same on two hosts with two devices each: the same command on both, but for --process-id
-  svd2 run --checkpoint ckpt-14b --stages 4 --coordinator host0:9876 --num-processes 2 --process-id 0 \
+  svd2 run --checkpoint ckpt-14b --stages 4 --coordinator host0:9876 --num-processes 2 --process-id 0 \\
       --input in.mp4 --prompt "a film noir" --output out.mp4
 
 Every host reads the checkpoint and the input; the one with the last stage (the last process) writes the output.

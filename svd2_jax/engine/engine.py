@@ -17,6 +17,8 @@ from svd2_jax.config import ModelConfig, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.checkpoint import Checkpoint
+from svd2_jax.engine.costs import default_split
+from svd2_jax.engine.memory import check_memory
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
@@ -156,8 +158,12 @@ class DeviceEngine:
           spec: what to do.
           noise: where Gaussians come from; None draws them from the seed.
           prompts: where text embeddings come from; None is the model's own text encoder.
+
+        Raises:
+          ConfigError: a stage does not fit into its device's memory.
         """
         lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]))
+        check_memory(self.model, spec.stream, self._dtype, self.split(spec.stream, lane), self.meshes[lane])
         params = self.params(spec.stream, lane)
         ends = self.ends(spec.stream, spec.pixels, lane)
 
@@ -204,8 +210,8 @@ class DeviceEngine:
         # A later session starts where blocks have moved to, instead of moving them back.
         if (split := self._weights[lane].split or self._options.split) is not None:
             return split
-        layers, stages = self.model.dit.num_layers, self.stages
-        return tuple((layers + s) // stages for s in range(stages))
+        kind = self.meshes[lane].first.device_kind
+        return default_split(self.model, cfg, self._dtype, self.stages, kind)
 
     def describe(self, cfg: StreamConfig) -> str:
         """Returns what the model is, where it runs, and the bytes of parameters on each device of this process."""

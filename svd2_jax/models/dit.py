@@ -267,7 +267,11 @@ def embed_text(cfg: DiTConfig, conditioner: Params, context_BPT: jax.Array) -> j
 
 def prompt_kv(cfg: DiTConfig, blocks: tuple[Params, ...], context_BPE: jax.Array) -> PromptKV:
     """Returns the blocks' cross-attention keys and values of an embedded prompt [1, P, E]."""
-    pairs = [_apply(Block(cfg), p, context_BPE, method="prompt_kv") for p in blocks]
+    pairs = []
+    for params in blocks:
+        # Else XLA:GPU copies all blocks' projections together, to make one product of them.
+        context_BPE = jax.lax.optimization_barrier(context_BPE)
+        pairs.append(_apply(Block(cfg), params, context_BPE, method="prompt_kv"))
     return PromptKV(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
 

@@ -99,9 +99,14 @@ def tick(
     hidden, clean, cache = _run_blocks(
         model, cfg, ring, params, prompts, span, state.cache, message, attention
     )
-    passed = dataclasses.replace(message, hidden=hidden)
-    finished = dataclasses.replace(passed, latents=clean)
-    message = _where_stage(ring, ring.stages - 1, finished, passed)
+    if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
+        message = dataclasses.replace(
+            message, hidden=state.message.hidden, conditioning=state.message.conditioning, latents=clean
+        )
+    else:
+        passed = dataclasses.replace(message, hidden=hidden)
+        finished = dataclasses.replace(passed, latents=clean)
+        message = _where_stage(ring, ring.stages - 1, finished, passed)
     if ring.send:
         # All computing before the hand-over: then a GPU runs it as one graph.
         message, clean, cache = jax.lax.optimization_barrier((message, clean, cache))
