@@ -273,18 +273,11 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
     """Meets the other processes that run the same command, if there are any."""
     from svd2_jax.engine import cluster
 
-    what = (
-        spec,
-        sorted(prompts.items()),
-        args.blend,
-        args.frames,
-        args.checkpoint,
-        args.dtype,
-        args.stages,
-        args.split,
-    )
+    options = (args.blend, args.frames, args.checkpoint, args.dtype, args.attention)
+    size = args.input.stat().st_size if args.input and args.input.exists() else None
+    what = (spec, sorted(prompts.items()), *options, size, args.stages, args.split, args.no_rebalance)
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:12]
-    same = {"what is run (model, prompts and settings)": digest}
+    same = {"what is run (model, input, prompts and settings)": digest}
     return cluster.join(args.coordinator, args.process_id, args.num_processes, same=same)
 
 

@@ -88,17 +88,17 @@ def join(
     cluster is this process alone and nothing is started. Must be called before JAX opens its devices.
 
     Args:
-        coordinator: HOST:PORT of process 0; the port must be free there.
-        process_id: 0 to num_processes - 1, another one for each process.
-        num_processes: The same on all of them.
-        timeout_s: How long to wait for process 0, and how long process 0 waits for the others.
-        peer_timeout_s: Silence after which a peer counts as lost; process 0's value counts for all.
-        same: Settings, by name, that must agree on all processes; the versions of JAX and of this package
-            always must.
+      coordinator: HOST:PORT of process 0; the port must be free there.
+      process_id: 0 to num_processes - 1, another one for each process.
+      num_processes: The same on all of them.
+      timeout_s: How long to wait for process 0, and how long process 0 waits for the others.
+      peer_timeout_s: Silence after which a peer counts as lost; process 0's value counts for all.
+      same: Settings, by name, that must agree on all processes; the versions of JAX and of this package
+          always must.
 
     Raises:
-        ConfigError: The arguments are malformed, incomplete or contradict each other or those of a peer.
-        EngineError: A peer did not arrive in time, or JAX could not be started.
+      ConfigError: The arguments are malformed, incomplete or contradict each other or those of a peer.
+      EngineError: A peer did not arrive in time, or JAX could not be started.
     """
     place = _place(coordinator, process_id, num_processes)
     if place is None:
@@ -174,9 +174,9 @@ class Cluster:
     As a context it calls `leave` at a normal end and `fail` when an error passes through.
 
     Attributes:
-        process_id: Of this process; 0 is the coordinator.
-        num_processes: Of the whole cluster; 1 if this process is alone.
-        hosts: The host name of each process.
+      process_id: Of this process; 0 is the coordinator.
+      num_processes: Of the whole cluster; 1 if this process is alone.
+      hosts: The host name of each process.
     """
 
     def __init__(

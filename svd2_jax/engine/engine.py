@@ -163,16 +163,13 @@ class DeviceEngine:
           ConfigError: a stage does not fit into its device's memory.
         """
         lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]))
-        check_memory(self.model, spec.stream, self._dtype, self.split(spec.stream, lane), self.meshes[lane])
-        params = self.params(spec.stream, lane)
-        ends = self.ends(spec.stream, spec.pixels, lane)
-
-        def pipeline(embedding: jax.Array) -> Pipeline:
-            return self.pipeline(spec.stream, embedding, lane)
-
-        mesh = self.meshes[lane]
+        cfg, mesh, weights = spec.stream, self.meshes[lane], self._weights[lane]
+        split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
+        check_memory(self.model, cfg, self._dtype, split, mesh)
+        params, ends = weights.params(split, cfg.decoder), self.ends(cfg, spec.pixels, lane)
         session = DeviceSession(
-            spec, params, ends, prompts or self.prompts, pipeline, mesh.home, noise,
+            spec, params, ends, prompts or self.prompts,
+            lambda embedding: self._pipeline(cfg, embedding, lane, split), mesh.home, noise,
             on_close=self._open[lane].discard,
         )  # fmt: skip
         self._open[lane].add(session)
@@ -189,9 +186,8 @@ class DeviceEngine:
             self._ends[key] = self._builder(cfg, lane, pixels).ends()
         return self._ends[key]
 
-    def denoiser(self, cfg: StreamConfig, lane: int = 0) -> DenoiserPrograms:
+    def denoiser(self, cfg: StreamConfig, split: tuple[int, ...], lane: int = 0) -> DenoiserPrograms:
         """Returns the compiled programs of a stream's stages."""
-        split = self.split(cfg, lane)
         key = (cfg, lane, max(split), min(split))
         if key not in self._denoisers:
             movable = self._options.rebalance is not None
@@ -200,10 +196,13 @@ class DeviceEngine:
 
     def pipeline(self, cfg: StreamConfig, embedding: jax.Array, lane: int = 0) -> Pipeline:
         """Returns the denoiser of a stream with a text embedding [1, P, text_dim] as its prompt."""
-        return Pipeline(
-            self._builder(cfg, lane), self.denoiser(cfg, lane), self._weights[lane], self.split(cfg, lane),
-            embedding, self._options.rebalance,
-        )  # fmt: skip
+        return self._pipeline(cfg, embedding, lane, self.split(cfg, lane))
+
+    def _pipeline(
+        self, cfg: StreamConfig, embedding: jax.Array, lane: int, split: tuple[int, ...]
+    ) -> Pipeline:
+        builder, programs = self._builder(cfg, lane), self.denoiser(cfg, split, lane)
+        return Pipeline(builder, programs, self._weights[lane], split, embedding, self._options.rebalance)
 
     def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""
@@ -251,7 +250,7 @@ def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> t
     if not all(mesh.local_stages for mesh in meshes):
         raise ConfigError(
             f"process {jax.process_index()} drives no device of a pipeline of {meshes[0].stages} stages; start fewer "
-            "processes, or use more stages"
+            "processes, or let every stream have a stage in each"
         )
     if meshes[0].stages > model.dit.num_layers:
         raise ConfigError(

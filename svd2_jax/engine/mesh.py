@@ -1,7 +1,7 @@
 """The devices of a pipeline and the arrays that lie over them.
 
-The mesh has two axes: `data` carries independent streams, `stage` the stages of each one's pipeline. Streams have
-nothing to wait for in each other, so a row of the mesh, a `StageMesh`, is what programs are compiled for.
+Devices are a grid of data x stage: `data` carries independent streams, `stage` the stages of each one's pipeline.
+Streams have nothing to wait for in each other, so programs are compiled for one row of the grid, a `StageMesh`.
 
 Arrays lie over the stages along their first axis: inside `shard_map` every stage sees the shape that it would
 have alone, and an array over all stages is no more than a label on one buffer per device. So blocks move between

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class StageWeights:
         self.split: tuple[int, ...] | None = None  # that was asked for last
         self._read_item = read_item
         self._items: dict[tuple[str, Device], Params] = {}
+        self._lock = threading.Lock()  # sessions of several threads may share these
         self._ends: tuple[Params, Params, Params] | None = None  # patch, head, conditioner
 
     def params(self, split: Sequence[int], decoder: Literal["wan", "taehv"]) -> EngineParams:
@@ -77,6 +79,10 @@ class StageWeights:
         Position j of the result holds every stage's j-th block. Where a stage has fewer, its first one stands in,
         unread and without a copy.
         """
+        with self._lock:
+            return self._dit(split)
+
+    def _dit(self, split: Sequence[int]) -> DiTParams:
         self.split = tuple(split)
         positions, parts = max(split), []
         for stage in self.mesh.local_stages:
@@ -98,7 +104,7 @@ class StageWeights:
         return held
 
     def _read_ends(self) -> tuple[Params, Params, Params]:
-        # A few MB that every stage gets, and the conditioner, which every process needs for its prompts.
+        # About a MB that every stage gets, and the conditioner, which every process needs for its prompts.
         home = self.mesh.home
         patch, conditioner = dit.split_embed(self._read_item(dit.embed_item(), home))
         head = self._read_item(dit.head_item(), home)

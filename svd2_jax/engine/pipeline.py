@@ -25,6 +25,7 @@ from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, TickPrograms
 from svd2_jax.engine.rebalance import Rebalancer, Stopwatch
+from svd2_jax.errors import SessionError
 from svd2_jax.models.dit import PromptKV
 from svd2_jax.nn.kv_cache import LayerCache
 from svd2_jax.stream.state import Entry, StreamState
@@ -41,7 +42,7 @@ class Prompt:
 
 
 class Pipeline:
-    """Drives the programs over the stages, in order and without waiting for any of them."""
+    """Drives the programs over the stages, in order and without waiting for their results."""
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class Pipeline:
           timestep: int32 [] there.
           again: Gaussians, see `engine.noise.ChunkNoise`.
           fresh: whether there is a chunk.
-          given_ns: `time.monotonic_ns` when work on the chunk was handed to the devices; None is now.
+          given_ns: `time.monotonic_ns` when the work that makes `noisy` was handed to the device; None is now.
 
         Returns:
           The clean predictions of all rows, float32 [W * B, F, h, w, C] over the stages. Those of the last stage
@@ -154,7 +155,6 @@ class Pipeline:
         if self.cfg.mode != "stream":
             self._prompts = [self._prompt]
             return self._all_steps(self._ticks.tick, self._blank_later, noisy, timestep, again)
-        given_ns = given_ns or time.monotonic_ns()
         conditioning = None
         if self.mesh.is_local(0):
             conditioning = self._programs.condition(self._params.conditioner, timestep)
@@ -169,7 +169,8 @@ class Pipeline:
             self._take(*move)
         self._prompts = [self._prompt, *self._prompts[:-1]]
         if watched is not None and self.mesh.is_local(0):
-            watched.lap(0, "encode", noisy, given_ns)
+            watched.lap(0, "encode", noisy, given_ns or time.monotonic_ns())
+        given_ns = time.monotonic_ns()
         if move is not None or (watched and watched.measuring):
             clean = self._tick_apart(entry)
         else:
@@ -192,9 +193,16 @@ class Pipeline:
         Blocks move with their parameters and caches; no chunk is lost, delayed or computed twice. Compiles first
         where no split with the same longest and shortest stage was in use yet.
 
+        Where several processes drive the stages, all have to call this before the same chunk.
+
         Args:
           split: one that `balance.towards` says can be taken in one go.
+
+        Raises:
+          SessionError: in sequential mode, where one stage works at a time and nothing is gained.
         """
+        if self.cfg.mode != "stream":
+            raise SessionError("blocks move in stream mode only; open the session with another split instead")
         self._wanted = tuple(split), self._builder.ticks(split, movable=True)
 
     def own(self, over_stages: jax.Array) -> jax.Array:

@@ -1,15 +1,17 @@
 """Measures what the stages of a running pipeline take, and decides together with other processes when blocks move.
 
-Devices are timed from outside, without making anything wait: a thread for each device waits for the results in
+Devices are timed from outside, without making them wait: a thread for each device waits for the results in
 which a measured tick is known to be done there. In a measured tick the hand-over to the next stage is a program
 of its own, because behind it all stages are equally late.
 
 Every process has to take the same decision before the same tick. So what was measured goes over the mesh with a
-small collective, whose result is read one measurement later, and all decide by the same numbers.
+small collective, whose result is read one measurement later, and all decide by the same numbers. A process that is
+more than a few ticks ahead of its devices waits for them then.
 """
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -25,9 +27,13 @@ from svd2_jax.engine.balance import BalancePolicy, Balancer, StageTimes
 from svd2_jax.engine.mesh import StageMesh
 
 INTERVAL = 8  # ticks from one measured tick to the next
-NUMBERS = 3  # what a stage tells the others: seconds of its blocks, seconds of the rest, whether it is ready
+NUMBERS = 3
+"""What a stage tells the others: seconds of its blocks, seconds of the rest, and whether the coming split is ready:
+1 yes, 0 not yet, -1 it cannot be had."""
 
 Split = tuple[int, ...]
+
+_log = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -124,7 +130,7 @@ class Rebalancer:
         self._laps: dict[tuple[int, str], float] | None = None  # of the last measured tick
         self._shared: jax.Array | None = None
         self._ticks = 0
-        self.measuring = self._is_mark = False
+        self.measuring = self._is_mark = self._is_off = False
 
     def before_tick(self) -> tuple[Split, Any] | None:
         """Returns the split to take before the coming tick, with what `prepare` returned for it, or None.
@@ -179,7 +185,16 @@ class Rebalancer:
         self._shared = None
         if self._coming is not None:
             split, future = self._coming
-            return (split, future.result()) if all(ready) else None
+            if min(ready) < 0:
+                # The stream goes on as it is. Asking again would fail again.
+                reason = future.exception() if future.done() else "another process failed"
+                _log.warning(
+                    "cannot get ready for the split %s (%s); blocks stay where they are", split, reason
+                )
+                self._coming, self._is_off = None, True
+            return (split, future.result()) if min(ready) > 0 else None
+        if self._is_off:
+            return None
         self._balancer, wanted = balance.observe(self._balancer, StageTimes(tuple(blocks), tuple(rest)))
         if wanted is not None:
             self._target = wanted
@@ -196,7 +211,9 @@ class Rebalancer:
         if self._laps is None and self._coming is None:
             return
         self._stopwatch.wait()  # long over, unless this process is far ahead of its devices
-        ready = self._coming is not None and self._coming[1].done()
+        ready = 0
+        if self._coming is not None and self._coming[1].done():
+            ready = -1 if self._coming[1].exception() else 1
         laps, parts = self._laps or {}, []
         for stage in self._mesh.local_stages:
             rest = sum(s for (at, what), s in laps.items() if at == stage and what != "blocks")

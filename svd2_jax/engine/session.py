@@ -112,6 +112,7 @@ class DeviceSession:
         self._check_open()
         if self._cfg.task != "t2v":
             raise SessionError("a video-to-video session needs frames; call push(frames)")
+        self._taken += self._next_frames()
         return self._submit(None)
 
     def finish(self) -> list[DeviceChunk]:
@@ -123,8 +124,6 @@ class DeviceSession:
         self._check_open()
         self._finished = True
         done: list[DeviceChunk] = []
-        if self._cfg.task != "v2v" or not self._taken:
-            return done
         if self._waiting:
             fill = [self._waiting[-1]] * (self._next_frames() - len(self._waiting))
             group, self._waiting = np.stack([*self._waiting, *fill]), []
@@ -201,11 +200,10 @@ class DeviceSession:
         if frames is None:
             if count is None:
                 raise SessionError("text-to-video needs to know how many frames to make; pass count")
-            while self._given < count:
+            while self._taken < count:
                 change_prompt(self._taken + self._next_frames())
-                self._taken += self._next_frames()
-                done = self.advance()
-                yield [_cut(chunk, count) for chunk in done]
+                yield [_cut(chunk, count) for chunk in self.advance()]
+            yield [_cut(chunk, count) for chunk in self.finish()]
             return
         for frame in frames:
             if len(self._waiting) + 1 == self._next_frames():
@@ -236,7 +234,7 @@ class DeviceSession:
 
     def _first_group(self, frames: np.ndarray | None) -> jax.Array:
         programs = self._programs
-        noisy, again = self._noise.first()
+        noisy, again = self._noise.first() if self._has_input else (None, ())
         if programs.encode_first is not None:
             self._input, noisy = programs.encode_first(
                 self._params.encoder, self._put(frames), noisy, self._noise_scale
@@ -249,9 +247,9 @@ class DeviceSession:
 
     def _chunk(self, frames: np.ndarray | None, fresh: bool) -> jax.Array | None:
         """Returns the chunk that this tick finishes, see `DeviceChunk.result`; None while none does."""
-        programs, pipeline, given_ns = self._programs, self._pipeline, time.monotonic_ns()
-        noisy, again = self._noise.chunk(fresh)
-        timestep = pipeline.first_timestep
+        programs, pipeline = self._programs, self._pipeline
+        noisy, again = self._noise.chunk(fresh) if self._has_input else (None, ())
+        timestep, given_ns = pipeline.first_timestep, time.monotonic_ns()
         if programs.encode is not None and fresh:
             self._input, noisy, timestep = programs.encode(
                 self._params.encoder, self._input, self._put(frames), noisy, self._noise_scale
@@ -264,6 +262,10 @@ class DeviceSession:
         self._decoder, pixels = programs.decode(self._params.decoder, self._decoder, clean)
         pipeline.decoded(pixels)
         return pixels
+
+    @property
+    def _has_input(self) -> bool:
+        return self._pipeline.mesh.is_local(0)
 
     def _update_prompt(self) -> None:
         if self._blend_steps:

@@ -1,13 +1,10 @@
 """Run by test_processes.py: one of two processes that draw one stream; the one with its end saves the frames.
 
-python one_of_two.py PORT PROCESS_ID RESULT.npy CHUNKS
+python one_of_two.py PORT PROCESS_ID RESULT.npy
 """
 
 import os
 import sys
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import numpy as np
 
@@ -47,4 +44,6 @@ def main():
 
 
 if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"  # JAX reads these when it opens its devices
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     main()

@@ -5,7 +5,6 @@ Most tests work on latents, so that no VAE has to be compiled.
 
 import functools
 import re
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ MODEL = ModelConfig(
     TextConfig(vocab=300, dim=12, dim_attn=16, dim_ffn=16, num_heads=2, num_layers=1),
 )
 DTYPE = jnp.dtype(jnp.float32)
-TOLERANCE = 1e-4  # what is asked of any split; on one machine the results are even equal bit by bit
+TOLERANCE = 1e-4  # what is asked of any split; programs of other shapes round differently, by some 1e-6
 CHUNKS = 22  # the ring is full after 6, the time index restarts at 9
 MEASURED = BalancePolicy(threshold=0.05)
 BY_HAND = BalancePolicy(threshold=1e9)  # blocks can move, but only when they are told to
@@ -270,7 +269,7 @@ def test_blocks_move_to_where_they_are_fastest_while_the_stream_runs_and_nothing
 
 
 def test_a_stopwatch_tells_what_each_device_takes_in_order():
-    stopwatch, device, laps, over = Stopwatch(), jax.devices()[1], [], threading.Event()
+    stopwatch, device, laps = Stopwatch(), jax.devices()[1], []
     work = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.tanh(y @ y), x))
     x = jax.device_put(np.eye(300, dtype=np.float32), device)
     work(x).block_until_ready()
@@ -280,7 +279,6 @@ def test_a_stopwatch_tells_what_each_device_takes_in_order():
     stopwatch.close()
     assert len(laps) == 3
     assert all(lap > 0 for lap in laps[1:])
-    assert not over.is_set()
 
 
 # --- sessions

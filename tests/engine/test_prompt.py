@@ -16,11 +16,11 @@ MODEL = with_random_text(preset("tiny"))
 @pytest.fixture
 def make_encoder():
     def make(keep: bool) -> tuple[PromptEncoder, list[str]]:
-        read, items = [], random_items(MODEL, 0, jnp.dtype(jnp.float32), jax.devices()[0])
+        read, items = [], random_items(MODEL, 0, jnp.dtype(jnp.float32))
 
         def read_item(item):
             read.append(item)
-            return items(item)
+            return items(item, jax.devices()[0])
 
         tokenizer = Tokenizer.bytes_fallback(MODEL.dit.text_len, MODEL.text.vocab)
         return PromptEncoder(MODEL.text, tokenizer, read_item, keep), read

@@ -167,7 +167,7 @@ def test_steady_state_compiles_nothing_and_moves_nothing_but_frames(engine, cfg)
 
 @pytest.mark.parametrize("cfg", [STREAM, SEQUENTIAL], ids=["stream", "sequential"])
 def test_donated_state_is_updated_in_place(engine, cfg):
-    ends, denoiser = engine.ends(cfg), engine.denoiser(cfg)
+    ends, denoiser = engine.ends(cfg), engine.denoiser(cfg, engine.split(cfg))
     for program in (denoiser.step_first, ends.encode, ends.decode, denoiser.ticks.tick):
         donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
         size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated)
