@@ -1,77 +1,124 @@
-"""Throughput of pipelines on virtual CPU devices against what their slowest stage allows.
+"""Throughput of a pipeline of two stages against what its slower stage allows, each on a core of its own.
 
     python benchmarks/pipeline_cpu.py
 
-Every device computes on one thread, so that two stages have a core each on a machine with two. Needs no weights.
+Starts two processes, each bound to one core with one CPU device, that run one pipeline of twelve blocks. Then lets them
+start from a bad split and move blocks. Needs no weights, and two idle cores.
 """
 
 import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-)
-
+import socket
+import subprocess
+import sys
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig
-from svd2_jax.engine import params
-from svd2_jax.engine.mesh import stage_meshes
-from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.pipeline import Pipeline
-from svd2_jax.engine.programs import Builder
-
-TICKS = 40
-MODEL = ModelConfig(
-    "twelve blocks",
-    DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=12, freq_dim=64, text_dim=64, text_len=32),
-    text=TextConfig(vocab=300, dim=64, dim_attn=64, dim_ffn=64, num_heads=4, num_layers=1),
-)
-CFG = StreamConfig(height=256, width=256)
-DTYPE = jnp.dtype(jnp.float32)
+TICKS = 30
+BLOCKS = 12
+SPLITS = ((12,), (6, 6), (8, 4), (10, 2))
+MOVING = (10, 2)
+MOVING_TICKS = 500  # most of them while the programs of the next split are compiled, on the same cores
 
 
-def measure(split: tuple[int, ...]) -> tuple[float, float]:
-    """Returns the seconds of a tick, and of those the seconds until the host is free again."""
-    mesh = stage_meshes(1, len(split))[0]
-    builder = Builder(MODEL, CFG, DTYPE, mesh)
-    weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
-    shape = (MODEL.dit.in_channels,)
+def free_port() -> int:
+    """Returns a port of this host that nobody uses."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
 
-    def latents(frames: int) -> jax.Array:
-        return jax.device_put(jnp.ones((frames, *CFG.latent_size, *shape)), mesh.first)
 
-    line = Pipeline(builder, builder.denoiser(split), weights, split, jnp.ones((1, 32, 64)))
-    line.first_group(latents(2), (latents(2),))
-    noisy, again = latents(1), (latents(1),)
-    for _ in range(2 * line.depth):
-        clean = line.chunk(noisy, line.first_timestep, again)
-    clean.block_until_ready()
-    started, host = time.perf_counter(), 0.0
-    for _ in range(TICKS):
-        handed = time.perf_counter()
-        clean = line.chunk(noisy, line.first_timestep, again)
-        host += time.perf_counter() - handed
-        clean.block_until_ready()  # a chunk at a time, as a live stream has it
-    return (time.perf_counter() - started) / TICKS, host / TICKS
+def start(task: str, split: tuple[int, ...]) -> str:
+    """Runs one process for each stage; returns what the last one prints."""
+    port, count = free_port(), len(split)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, task, *map(str, (port, i, count)), "+".join(map(str, split))],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
+    return "\n".join(line for line in outputs[-1].splitlines() if not line.startswith("[Gloo]"))
+
+
+def work(task: str, port: str, process: str, count: str, split_text: str) -> None:
+    """What each process does."""
+    os.sched_setaffinity(0, {int(process)})
+    import jax
+    import jax.numpy as jnp
+
+    from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig
+    from svd2_jax.engine import cluster, params
+    from svd2_jax.engine.balance import BalancePolicy
+    from svd2_jax.engine.mesh import stage_meshes
+    from svd2_jax.engine.params import StageWeights
+    from svd2_jax.engine.pipeline import Pipeline
+    from svd2_jax.engine.programs import Builder
+
+    sizes = DiTConfig(
+        dim=256, ffn_dim=1024, num_heads=4, num_layers=BLOCKS, freq_dim=64, text_dim=64, text_len=32
+    )
+    text = TextConfig(vocab=300, dim=64, dim_attn=64, dim_ffn=64, num_heads=4, num_layers=1)
+    model, cfg, dtype = (
+        ModelConfig("twelve blocks", sizes, text=text),
+        StreamConfig(height=256, width=256),
+        jnp.float32,
+    )
+    split = tuple(int(n) for n in split_text.split("+"))
+    with cluster.join(f"localhost:{port}", int(process), int(count)):
+        mesh = stage_meshes(1, len(split))[0]
+        builder = Builder(model, cfg, jnp.dtype(dtype), mesh)
+        weights = StageWeights(model, params.random_items(model, 0, jnp.dtype(dtype)), mesh)
+        moving = BalancePolicy() if task == "moving" else None
+        programs = builder.denoiser(split, movable=moving is not None)
+        line = Pipeline(builder, programs, weights, split, jnp.ones((1, 32, 64)), moving)
+
+        def latents(frames: int) -> jax.Array:
+            return jax.device_put(jnp.ones((frames, *cfg.latent_size, sizes.in_channels)), mesh.home)
+
+        noisy, again = latents(1), (latents(1),)
+
+        def run(ticks: int) -> float:
+            """Returns the milliseconds of a tick; reads a result one tick behind, as a session does."""
+            started, before = time.perf_counter(), None
+            for _ in range(ticks):
+                clean = line.own(line.chunk(noisy, line.first_timestep, again))
+                if before is not None:
+                    before.block_until_ready()
+                before = clean
+            before.block_until_ready()
+            return 1e3 * (time.perf_counter() - started) / ticks
+
+        line.first_group(latents(2), (latents(2),))
+        run(2 * line.depth)
+        if task == "steady":
+            print(min(run(TICKS) for _ in range(3)))
+            return
+        seen = line.split
+        print(f"tick {0:4d}: {'+'.join(map(str, seen))}")
+        for tick in range(MOVING_TICKS):
+            run(1)
+            if line.split != seen:
+                seen = line.split
+                print(f"tick {tick:4d}: {'+'.join(map(str, seen))}")
+        print(f"then {run(TICKS):.1f} ms a tick")
 
 
 def main() -> None:
-    jax.config.update("jax_default_matmul_precision", "highest")
-    whole = min(measure((12,))[0] for _ in range(3))
-    print(f"one stage: {1e3 * whole:.1f} ms a tick")
-    print("split      ms a tick   speed-up   of 12 / longest stage   host ms")
-    for split in ((6, 6), (8, 4), (10, 2)):
-        tick, host = min(measure(split) for _ in range(3))
-        speedup = whole / tick
-        print(
-            f"{'+'.join(map(str, split)):8s} {1e3 * tick:11.1f} {speedup:10.2f} {speedup / (12 / max(split)):18.0%}"
-            f" {1e3 * host:13.2f}"
-        )
+    """Measures, or is one of the processes that are measured."""
+    if len(sys.argv) > 1:
+        work(*sys.argv[1:])
+        return
+    print("split   ms a tick   its slower stage alone   throughput of 1 / bottleneck")
+    whole = 0.0
+    for split in SPLITS:
+        tick = float(start("steady", split))
+        whole = whole or tick
+        bottleneck = whole * max(split) / BLOCKS
+        name = "+".join(map(str, split))
+        print(f"{name:6s} {tick:10.1f} {bottleneck:24.1f} {bottleneck / tick:30.0%}", flush=True)
+    print("\nfrom a bad split, with blocks on the move:")
+    print(start("moving", MOVING))
 
 
 if __name__ == "__main__":
