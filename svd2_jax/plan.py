@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.costs import Costs, costs
-from svd2_jax.engine.memory import Temporaries, stage_memory
+from svd2_jax.engine.memory import StageMemory, Temporaries, stage_memory
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
 
@@ -51,35 +51,22 @@ class Part:
 
 
 @dataclass(frozen=True)
-class DevicePlan:
+class DevicePlan(StageMemory):
     """One device of the pipeline; sizes in bytes.
 
     Attributes:
-      first_block: its first block.
-      blocks: how many it has.
-      weights: its blocks, patch embedding and head; on the first device also the text and timestep embeddings and
-        the VAE's encoder, on the last also the decoder. The text encoder stays on the host.
-      cache: rolling KV cache. All stages run one program, so all have room for the longest stage's blocks.
-      prompt: cross-attention keys and values of one prompt.
-      stream: the VAE's tails and the chunks under way.
       temporaries: what it needs in passing at most, while a program runs or the cache's rows are made; None if it
         was not asked for.
       parts: what it computes for every chunk, one after another.
     """
 
-    first_block: int
-    blocks: int
-    weights: int
-    cache: int
-    prompt: int
-    stream: int
     temporaries: int | None
     parts: tuple[Part, ...]
 
     @property
     def total(self) -> int:
         """All of its memory, with the temporaries if they are known."""
-        return self.weights + self.cache + self.prompt + self.stream + (self.temporaries or 0)
+        return self.held + (self.temporaries or 0)
 
     @property
     def seconds(self) -> float:
@@ -258,12 +245,7 @@ def _devices(
                 parts.append(Part(name, cost, least.seconds, least.bound))
         devices.append(
             DevicePlan(
-                first_block=memory.first_block,
-                blocks=memory.blocks,
-                weights=memory.weights,
-                cache=memory.cache,
-                prompt=memory.prompt,
-                stream=memory.stream,
+                **dataclasses.asdict(memory),
                 temporaries=None if temporaries is None else max(temporaries.on(i, stages), memory.opening),
                 parts=tuple(parts),
             )
