@@ -87,8 +87,7 @@ class Pipeline:
         self._rebalancer = None
         if rebalance is not None and self._ticks.share is not None:
             self._rebalancer = Rebalancer(
-                self.mesh, self.split, self._ticks.share, lambda to: builder.ticks(to, movable=True),
-                rebalance, stopwatch=stopwatch,
+                self.mesh, self.split, self._ticks.share, self._prepare, rebalance, stopwatch=stopwatch
             )  # fmt: skip
 
     @property
@@ -203,7 +202,7 @@ class Pipeline:
         """
         if self.cfg.mode != "stream":
             raise SessionError("blocks move in stream mode only; open the session with another split instead")
-        self._wanted = tuple(split), self._builder.ticks(split, movable=True)
+        self._wanted = tuple(split), self._prepare(split)
 
     def own(self, over_stages: jax.Array) -> jax.Array:
         """Returns the last of this process's parts of an array over the stages."""
@@ -214,6 +213,11 @@ class Pipeline:
         if self._rebalancer is not None:
             self._rebalancer.close()
         del self._state, self._prompts, self._prompt, self._joined
+
+    def _prepare(self, split: Sequence[int]) -> TickPrograms:
+        """Gets ready for another split, in any thread, while the present one is in use."""
+        self._weights.fetch(split)
+        return self._builder.ticks(split, movable=True)
 
     def _all_steps(self, program, blank, noisy, timestep, again) -> jax.Array:
         """Runs all steps of a single chunk; the first of them at `timestep`."""
