@@ -5,6 +5,7 @@ Most tests work on latents, so that no VAE has to be compiled.
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from svd2_jax.engine.mesh import StageMesh, stage_meshes
 from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.programs import Builder
-from svd2_jax.engine.rebalance import INTERVAL, Stopwatch
+from svd2_jax.engine.rebalance import INTERVAL, Rebalancer, Stopwatch
 from svd2_jax.errors import ConfigError
 
 BLOCKS = 8
@@ -266,6 +267,29 @@ def test_blocks_move_to_where_they_are_fastest_while_the_stream_runs_and_nothing
     assert line.split == best
     one = stream(pipeline(cfg, (BLOCKS,)), chunks=chunks)
     np.testing.assert_allclose(got, one, atol=TOLERANCE)
+
+
+def test_a_split_that_cannot_be_compiled_leaves_the_stream_as_it_is(caplog):
+    split, mesh = (1, 3, 3, 1), stage_meshes(1, 4)[0]
+    stopwatch = ToldStopwatch(mesh, (1.0, 1.0, 1.0, 1.0), (0.0,) * 4)
+    stopwatch.line = types.SimpleNamespace(mesh=mesh, split=split)
+    share, asked = builder(4).ticks(split, movable=True).share, []
+
+    def prepare(wanted):
+        asked.append(wanted)
+        raise MemoryError("no room for it")
+
+    watched = Rebalancer(mesh, split, share, prepare, MEASURED, stopwatch=stopwatch)
+    results = [jax.device_put(np.zeros((1,) * 5, np.float32), device) for device in mesh.devices]
+    for _ in range(40 * INTERVAL):
+        assert watched.before_tick() is None
+        for stage, result in enumerate(results):
+            watched.lap(stage, "blocks", result, 0)
+    watched.close()
+    assert asked == [(2, 2, 2, 2)]
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("svd2_jax")] == [
+        "cannot get ready for the split (2, 2, 2, 2) (no room for it); blocks stay where they are"
+    ]
 
 
 def test_a_stopwatch_tells_what_each_device_takes_in_order():
