@@ -37,6 +37,7 @@ T = TypeVar("T")
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_END_BYTES = 1 << 20  # of each end of a file, to tell it from another
 RANDOM = "random:"
 MOST_STAGES = 8  # that a plan compares
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
@@ -216,9 +217,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     pipeline = parser.add_argument_group("several devices")
     pipeline.add_argument(
-        "--stages", type=int, default=1, metavar="N",
+        "--stages", type=int, metavar="N",
         help="cut the transformer into so many stages, one device each: N times as many chunks are under way at "
-        "once. `svd2 plan` says what to expect (default %(default)s)",
+        "once. `svd2 plan` says what to expect (default 1, or as many as --split has)",
     )  # fmt: skip
     pipeline.add_argument(
         "--split", metavar="N,N,...",
@@ -273,27 +274,55 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
     """Meets the other processes that run the same command, if there are any."""
     from svd2_jax.engine import cluster
 
-    options = (args.blend, args.frames, args.checkpoint, args.dtype, args.attention)
-    size = args.input.stat().st_size if args.input and args.input.exists() else None
-    what = (spec, sorted(prompts.items()), *options, size, args.stages, args.split, args.no_rebalance)
-    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:12]
-    same = {"what is run (model, input, prompts and settings)": digest}
+    manifest = Path(args.checkpoint) / "manifest.json"
+    settings = (spec, sorted(prompts.items()), args.blend, args.frames, args.dtype, args.attention)
+    same = {
+        "a model": _digest(args.checkpoint.encode(), manifest),
+        "an input": _digest(b"", args.input),
+        "prompts and settings": _digest(repr(settings).encode()),
+        "--stages": str(_stages(args)),
+        "--split": str(args.split),
+        "--no-rebalance": str(args.no_rebalance),
+    }
     return cluster.join(args.coordinator, args.process_id, args.num_processes, same=same)
+
+
+def _digest(start: bytes, file: Path | None = None) -> str:
+    """Returns a short digest of bytes and of a file's size and two ends, where there is one."""
+    digest = hashlib.sha256(start)
+    if file is not None and file.is_file():
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as f:
+            for offset in (0, max(0, size - _END_BYTES)):
+                f.seek(offset)
+                digest.update(f.read(_END_BYTES))
+    return digest.hexdigest()[:12]
+
+
+def _stages(args: argparse.Namespace) -> int:
+    """Returns the number of stages: as asked for, or as the split has them."""
+    if args.stages is not None:
+        return args.stages
+    return len(_parse_split(args.split) or (0,))
 
 
 def _meshes(args: argparse.Namespace) -> tuple[StageMesh, ...]:
     from svd2_jax.engine.mesh import stage_meshes
 
-    return stage_meshes(1, args.stages)
+    return stage_meshes(1, _stages(args))
 
 
 def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
     from svd2_jax.engine.balance import BalancePolicy
     from svd2_jax.engine.engine import PipelineOptions
 
-    return PipelineOptions(
-        args.attention, _parse_split(args.split), None if args.no_rebalance else BalancePolicy()
-    )
+    split = _parse_split(args.split)
+    if split is not None and len(split) != _stages(args):
+        raise ConfigError(
+            f"--split {args.split} has {len(split)} stages, --stages {args.stages}; leave one of them out"
+        )
+    return PipelineOptions(args.attention, split, None if args.no_rebalance else BalancePolicy())
 
 
 def _parse_split(text: str | None) -> tuple[int, ...] | None:
@@ -312,6 +341,7 @@ def _writer(
         return None
     writer = media.VideoWriter(args.output, _fps(args, fps), cfg.height, cfg.width)
     group.on_loss(writer.remove_part)
+    group.on_loss(lambda: os.write(2, b"\n"))  # ends the line of the progress bar
     return writer
 
 
@@ -471,9 +501,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 def _verify(args: argparse.Namespace) -> int:
     from svd2_jax import verify
+    from svd2_jax.engine.mesh import stage_meshes
 
     _check_json(args.json)
     _check_devices()
+    stage_meshes(1, args.stages)
     files = verify.golden_files(args.folder)
     outcomes = []
     with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:

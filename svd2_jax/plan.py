@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.costs import Costs, costs
+from svd2_jax.engine.engine import checked_dtype, checked_split
 from svd2_jax.engine.memory import StageMemory, Temporaries, stage_memory
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
 
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 STAGE_COUNTS = (1, 2, 3, 4, 8)  # compared in every plan
 TARGET_FPS = 16.0  # the rate Wan2.1 was trained at
 EFFICIENCY = (
@@ -164,15 +162,11 @@ def plan(
       ConfigError: unknown dtype, more stages than blocks, or a split that does not fit.
     """
     layers = model.dit.num_layers
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    compute = checked_dtype(dtype)
     if not 1 <= stages <= layers:
         raise ConfigError(f"stages must be 1 to {layers}, the blocks of {model.name}; got {stages}")
-    if split is not None and (len(split) != stages or min(split) < 1 or sum(split) != layers):
-        raise ConfigError(
-            f"split must give {stages} stages all {layers} blocks, at least one each; got {split}"
-        )
-    cost = costs(model, stream, jnp.dtype(DTYPES[dtype]))
+    checked_split(split, layers, stages)
+    cost = costs(model, stream, compute)
     seconds = functools.partial(_seconds, cost, hardware)
     split = split or cost.fastest_split(stages, seconds)
     transient = None if temporaries is None else temporaries(split)
@@ -299,7 +293,7 @@ def report(plan: Plan) -> str:
 
 def _header(plan: Plan) -> list[str]:
     stream, device = plan.stream, plan.hardware
-    peak = device.peak_flops(8 * jnp.dtype(DTYPES[plan.dtype]).itemsize)
+    peak = device.peak_flops(8 * checked_dtype(plan.dtype).itemsize)
     return [
         f"{plan.model}, {stream.width}x{stream.height}, {_plural(stream.steps, 'step')}, {stream.task}, "
         f"mode {stream.mode}, decoder {stream.decoder}, {plan.dtype}",
@@ -374,7 +368,7 @@ def _summary(plan: Plan) -> list[str]:
             f"({_plural(stream.steps, 'step')} x {_plural(len(plan.devices), 'stage')}) "
             f"of {1e3 * bounds.chunk_seconds:.1f} ms"
         )
-        if bounds.live_latency_seconds > bounds.latency_seconds:
+        if stream.task == "v2v" and bounds.live_latency_seconds > bounds.latency_seconds:
             latency += (
                 f"\n               {_s(bounds.live_latency_seconds)} from a live source of {TARGET_FPS:g} FPS, "
                 f"as a tick waits for its {stream.chunk_frames} frames"

@@ -200,9 +200,9 @@ def test_a_device_that_is_too_small_gets_a_line_of_its_own(large):
     [
         ({"stages": 5}, "stages must be 1 to 4, the blocks of tiny; got 5"),
         ({"stages": 0}, "got 0"),
-        ({"stages": 2, "split": (3, 2)}, "split must give 2 stages all 4 blocks"),
+        ({"stages": 2, "split": (3, 2)}, "the split has to give 2 stages all 4 blocks"),
         ({"stages": 2, "split": (4, 0)}, "at least one each"),
-        ({"dtype": "float16"}, "dtype must be one of bfloat16, float32"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings, message):

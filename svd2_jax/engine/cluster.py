@@ -408,8 +408,9 @@ def _place(
     }
     missing = [name for name, value in values.items() if value is None]
     if coordinator is None or process_id is None or num_processes is None:
+        verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(
-            f"several processes need {', '.join(values)}; {' and '.join(missing)} is missing, "
+            f"several processes need {', '.join(values)}; {' and '.join(missing)} {verb} missing, "
             "and no SLURM or Open MPI is there to tell it"
         )
     if not 0 <= process_id < num_processes:
@@ -560,7 +561,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as e:
         why = e.strerror or str(e)
         raise EngineError(
-            f"port {port} cannot be used on this host ({why}); choose another --coordinator"
+            f"port {port} cannot be used on this host ({why}); choose another --coordinator, unless another process "
+            "was given --process-id 0 as well"
         ) from e
 
 

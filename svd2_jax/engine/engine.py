@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,12 +81,13 @@ class DeviceEngine:
         """
         self.model, self.meshes, self.prompts = model, tuple(meshes), prompts
         self._dtype, self._options = dtype, options
-        _checked_split(options.split, model.dit.num_layers, self.stages)
+        checked_split(options.split, model.dit.num_layers, self.stages)
         self._weights = [StageWeights(model, read_item, mesh) for mesh in self.meshes]
         self._ends: dict[object, EndPrograms] = {}
         self._denoisers: dict[object, DenoiserPrograms] = {}
         self._open: list[weakref.WeakSet[DeviceSession]] = [weakref.WeakSet() for _ in self.meshes]
-        self._splits: dict[tuple[StreamConfig, int], tuple[int, ...]] = {}
+        self._opening = [0] * len(self.meshes)
+        self._lock = threading.Lock()  # of the two above: sessions may be opened by several threads
 
     @classmethod
     def from_checkpoint(
@@ -162,18 +164,29 @@ class DeviceEngine:
         Raises:
           ConfigError: a stage does not fit into its device's memory.
         """
-        lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]))
+        with self._lock:
+            lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]) + self._opening[i])
+            self._opening[lane] += 1
+        try:
+            session = self._open_on(lane, spec, noise, prompts)
+            self._open[lane].add(session)
+        finally:
+            with self._lock:
+                self._opening[lane] -= 1
+        return session
+
+    def _open_on(
+        self, lane: int, spec: SessionSpec, noise: NoiseSource | None, prompts: Prompts | None
+    ) -> DeviceSession:
         cfg, mesh, weights = spec.stream, self.meshes[lane], self._weights[lane]
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
         check_memory(self.model, cfg, self._dtype, split, mesh)
         params, ends = weights.params(split, cfg.decoder), self.ends(cfg, spec.pixels, lane)
-        session = DeviceSession(
+        return DeviceSession(
             spec, params, ends, prompts or self.prompts,
             lambda embedding: self._pipeline(cfg, embedding, lane, split), mesh.home, noise,
             on_close=self._open[lane].discard,
         )  # fmt: skip
-        self._open[lane].add(session)
-        return session
 
     def params(self, cfg: StreamConfig, lane: int = 0) -> EngineParams:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
@@ -206,9 +219,11 @@ class DeviceEngine:
 
     def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""
-        # A later session starts where blocks have moved to, instead of moving them back.
-        if (split := self._weights[lane].split or self._options.split) is not None:
+        # Beside a session that is open, blocks stay where it has moved them.
+        if self._open[lane] and (split := self._weights[lane].split) is not None:
             return split
+        if self._options.split is not None:
+            return self._options.split
         kind = self.meshes[lane].first.device_kind
         return default_split(self.model, cfg, self._dtype, self.stages, kind)
 
@@ -260,10 +275,12 @@ def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> t
     return meshes
 
 
-def _checked_split(split: tuple[int, ...] | None, layers: int, stages: int) -> None:
+def checked_split(split: tuple[int, ...] | None, layers: int, stages: int) -> None:
+    """Raises ConfigError for a split that does not give so many stages all layers, at least one each."""
     if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
+        noun = "stage" if stages == 1 else "stages"
         raise ConfigError(
-            f"the split has to give {stages} stages all {layers} blocks, at least one each; got {split}"
+            f"the split has to give {stages} {noun} all {layers} blocks, at least one each; got {split}"
         )
 
 

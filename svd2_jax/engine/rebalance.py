@@ -11,12 +11,14 @@ more than a few ticks ahead of its devices waits for them then.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -45,6 +47,7 @@ class Stopwatch:
 
     def __init__(self):
         self._queues: dict[Any, queue.SimpleQueue] = {}
+        weakref.finalize(self, _end_watching, self._queues)  # where nobody calls `close`
 
     def lap(
         self, device: Any, result: jax.Array, given_ns: int, note: Callable[[float], None] | None
@@ -72,9 +75,13 @@ class Stopwatch:
 
     def close(self) -> None:
         """Ends the threads."""
-        for waiting in self._queues.values():
-            waiting.put(None)
-        self._queues.clear()
+        _end_watching(self._queues)
+
+
+def _end_watching(queues: dict[Any, queue.SimpleQueue]) -> None:
+    for waiting in queues.values():
+        waiting.put(None)
+    queues.clear()
 
 
 def _watch(waiting: queue.SimpleQueue) -> None:
@@ -87,11 +94,33 @@ def _watch(waiting: queue.SimpleQueue) -> None:
         try:
             result.block_until_ready()
         except Exception:  # the stream itself meets the same failure, and says so
+            del lap, result
             continue
         start_ns, ready_ns = max(ready_ns, given_ns), time.monotonic_ns()
         if note is not None:
             note((ready_ns - start_ns) / 1e9)
         del lap, result
+
+
+_preparing: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_for_compilers() -> None:
+    """A compiler that is interrupted by the end of Python aborts the process.
+
+    Not left to an executor, for which Python waits first of all: a process that ends because a peer was lost
+    (`engine.cluster`) does not wait.
+    """
+    for thread in list(_preparing):
+        thread.join()
+
+
+def _fulfil(future: Future, function: Callable[[Split], Any], split: Split) -> None:
+    try:
+        future.set_result(function(split))
+    except BaseException as e:  # told to whoever asks for the result
+        future.set_exception(e)
 
 
 class Rebalancer:
@@ -124,7 +153,6 @@ class Rebalancer:
         self._mesh, self._share, self._prepare, self._interval = mesh, share, prepare, interval
         self._balancer: Balancer = balance.init_balancer(split, policy)
         self._stopwatch = stopwatch or Stopwatch()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="prepare a split")
         self._coming: tuple[Split, Future] | None = None
         self._target = split
         self._laps: dict[tuple[int, str], float] | None = None  # of the last measured tick
@@ -173,7 +201,6 @@ class Rebalancer:
     def close(self) -> None:
         """Stops watching."""
         self._stopwatch.close()
-        self._worker.shutdown(wait=False, cancel_futures=True)
         self._shared = self._laps = self._coming = None
 
     def _decide(self) -> tuple[Split, Any] | None:
@@ -204,7 +231,11 @@ class Rebalancer:
     def _approach(self) -> None:
         """Gets ready for the next split on the way to the target."""
         split = balance.towards(self._balancer.counts, self._target)
-        self._coming = split, self._worker.submit(self._prepare, split)
+        future: Future = Future()
+        self._coming = split, future
+        thread = threading.Thread(target=_fulfil, args=(future, self._prepare, split), daemon=True)
+        _preparing.add(thread)
+        thread.start()
 
     def _tell(self) -> None:
         """Sends what the last measured tick took, and whether the coming split is ready, to all stages."""

@@ -220,7 +220,8 @@ class DeviceSession:
         self, frames: np.ndarray | None, limit: int | None = None, fresh: bool = True
     ) -> list[DeviceChunk]:
         """Dispatches one group of frames, or with `fresh` False none; returns the chunk that finishes, if any."""
-        self._update_prompt()
+        if fresh:
+            self._update_prompt()
         result = self._chunk(frames, fresh) if self._ticks else self._first_group(frames)
         count = self._cfg.chunk_frames if self._ticks else self._cfg.first_frames
         self._ticks += 1
