@@ -310,7 +310,7 @@ def test_without_arguments_a_process_is_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((None, 1, None), "--coordinator HOST:PORT and --num-processes N is missing"),
+        ((None, 1, None), "--coordinator HOST:PORT and --num-processes N are missing"),
         (("a:1", None, 2), "--process-id I is missing"),
         (("a:1", 2, 2), "--process-id must be 0 to 1 with --num-processes 2, got 2"),
         (("a:1", -1, 2), "--process-id must be 0 to 1"),
