@@ -1,0 +1,212 @@
+"""Words that the scheduler shares with whoever drives it: streams, ticks and what became of each frame.
+
+Times are integer nanoseconds of one monotonic clock. Frames of a stream are numbered from 0 as they arrive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from svd2_jax.errors import ConfigError
+
+StreamId: TypeAlias = int
+
+MS = 1_000_000
+SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What one live stream asks of the scheduler.
+
+    Attributes:
+      rate_hz: frames per second that the source promises, above 0.
+      budget_ms: longest time from a frame's arrival until it is shown.
+      steps: denoising steps when there is time enough.
+      floor_steps: steps that overload may bring it down to, 1 to `steps`.
+      first_frames: frames of the first group.
+      chunk_frames: frames of every later chunk.
+      stages: devices of its pipeline; a chunk is finished by the (steps * stages)-th tick that the stream takes
+        part in, counting the one that it enters with.
+      shape: streams whose shapes are equal may share a tick.
+    """
+
+    rate_hz: float
+    budget_ms: float
+    steps: int = 2
+    floor_steps: int = 1
+    first_frames: int = 5
+    chunk_frames: int = 4
+    stages: int = 1
+    shape: Hashable = None
+
+    def __post_init__(self):
+        for name in ("rate_hz", "budget_ms"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
+        if not 1 <= self.floor_steps <= self.steps:
+            raise ConfigError(f"floor_steps must be 1 to steps={self.steps}, got {self.floor_steps}")
+        for name in ("first_frames", "chunk_frames", "stages"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def interval_ns(self) -> int:
+        """Time between two frames."""
+        return round(SECOND / self.rate_hz)
+
+    @property
+    def budget_ns(self) -> int:
+        return round(self.budget_ms * MS)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream's part of a tick.
+
+    Attributes:
+      stream: whose.
+      frames: numbers of the input frames that enter, in order; empty: nothing enters, and what is under way is
+        pushed on.
+      fill: how often the last of them is repeated to make a whole chunk; what comes out for these is not shown.
+      steps: denoising steps of the stream from this tick on.
+      first: whether the frames are the stream's first group. Such a part has its tick for itself, in which all
+        steps are taken one after another, and its frames are finished with it.
+    """
+
+    stream: StreamId
+    frames: tuple[int, ...]
+    fill: int = 0
+    steps: int = 1
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What the device is to do next. All parts have the same shape and the same number of steps.
+
+    Attributes:
+      number: counts ticks from 0.
+      parts: at least one, each of another stream.
+      predicted_ns: how long it is expected to take.
+    """
+
+    number: int
+    parts: tuple[Part, ...]
+    predicted_ns: int
+
+    @property
+    def steps(self) -> int:
+        return self.parts[0].steps
+
+    @property
+    def first(self) -> bool:
+        return self.parts[0].first
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do before `until_ns`, or, where that is None, before something else happens."""
+
+    until_ns: int | None = None
+
+
+class Fate(Enum):
+    """What became of an input frame."""
+
+    SHOWN = "shown"  # by its deadline
+    LATE = "late"  # shown, but behind its deadline
+    DROPPED = "dropped"
+
+
+class Reason(Enum):
+    """Why a frame was dropped."""
+
+    OVERLOAD = "overload"  # the device is too slow for all frames; newer ones were kept
+    HOPELESS = "hopeless"  # it could not have been shown in time
+    DUPLICATE = "duplicate"  # its timestamp was there already
+    DISORDER = "disorder"  # its timestamp is older than one that was taken
+    STALE = "stale"  # it came longer behind its timestamp than the budget
+    CLOSED = "closed"  # its stream was closed or failed first
+
+
+@dataclass(frozen=True)
+class FrameRecord:
+    """The life of one input frame.
+
+    Attributes:
+      stream: whose.
+      number: from 0 in order of arrival.
+      timestamp_ns: by the source's clock; None where it gave none.
+      arrival_ns: when it came.
+      deadline_ns: when it was to be shown at the latest: arrival plus budget.
+      started_ns: start of the tick that it entered with.
+      done_ns: when the device was through with it.
+      shown_ns: when it was handed to the viewer.
+      steps: denoising steps that its chunk took.
+      fate: what became of it.
+      reason: why it was dropped.
+    """
+
+    stream: StreamId
+    number: int
+    timestamp_ns: int | None
+    arrival_ns: int
+    deadline_ns: int
+    fate: Fate
+    started_ns: int | None = None
+    done_ns: int | None = None
+    shown_ns: int | None = None
+    steps: int | None = None
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True)
+class TickRecord:
+    """What one tick was and how long it took.
+
+    Attributes:
+      tick: what was done.
+      started_ns: when it was handed to the device.
+      done_ns: when the device was through.
+      queued: input frames that waited, over all streams, when it started.
+    """
+
+    tick: Tick
+    started_ns: int
+    done_ns: int
+    queued: int
+
+
+@dataclass(frozen=True)
+class StepChange:
+    """A stream was given another number of denoising steps."""
+
+    stream: StreamId
+    at_ns: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Show:
+    """A finished frame that is to be handed to the viewer now.
+
+    Attributes:
+      stream: whose.
+      number: of the input frame that it shows.
+      at_ns: when it was to be shown.
+    """
+
+    stream: StreamId
+    number: int
+    at_ns: int
+
+
+Event: TypeAlias = FrameRecord | TickRecord | StepChange
+"""What a scheduler reports, once each, in order of time."""
