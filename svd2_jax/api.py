@@ -77,6 +77,21 @@ class Chunk(Protocol):
 class Session(Protocol):
     """One stream of frames, from its first frame to `close`."""
 
+    spec: SessionSpec
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that chunks entering now will take."""
+        ...
+
+    def set_steps(self, steps: int) -> None:
+        """Changes the denoising steps from the next chunk on; the stream goes on where it is.
+
+        With fewer steps, chunks that have taken as many already are finished: the next tick returns them too. With
+        more, nothing is finished until the first chunk is through all of them.
+        """
+        ...
+
     def push(self, frames: np.ndarray) -> Sequence[Chunk]:
         """Takes any number of input frames, uint8 [T, H, W, 3]; returns what they complete (video-to-video)."""
         ...
@@ -108,9 +123,57 @@ class Session(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """One stream's part of a tick.
+
+    Attributes:
+      session: the stream.
+      frames: uint8 [T, H, W, 3], the stream's first group or its next chunk; None: nothing enters, and the chunks
+        under way move on. A first group has its tick for itself.
+    """
+
+    session: Session
+    frames: np.ndarray | None = None
+
+
+class Ticket(Protocol):
+    """A tick that was handed to the device."""
+
+    @property
+    def chunks(self) -> Sequence[Sequence[Chunk]]:
+        """The chunks that it finishes, for each part in the order given."""
+        ...
+
+    def wait(self) -> None:
+        """Waits until the device is through with the tick and with all that finishes in it."""
+        ...
+
+
 class Engine(Protocol):
     """A loaded model that opens sessions."""
 
+    @property
+    def batch_sizes(self) -> Sequence[int]:
+        """How many streams a tick can take, ascending, beginning with 1."""
+        ...
+
     def open(self, spec: SessionSpec) -> Session:
         """Compiles what the session needs and returns it, ready for its first frame."""
+        ...
+
+    def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:
+        """Compiles all that streams like this need, in every batch size and for all these numbers of steps."""
+        ...
+
+    def prepare_prompt(self, prompt: str) -> None:
+        """Encodes a prompt, so that a later `set_prompt` does not make its stream wait."""
+        ...
+
+    def tick(self, work: Sequence[Work]) -> Ticket:
+        """Hands one tick of several streams to the device, and does not wait for it.
+
+        All of them have the same shape and the same number of steps, and are as many as a batch size; what one of
+        them holds never changes what comes out of another.
+        """
         ...
