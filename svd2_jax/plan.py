@@ -16,7 +16,7 @@ from typing import Any
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.costs import Costs, costs
 from svd2_jax.engine.engine import checked_dtype, checked_split
-from svd2_jax.engine.memory import StageMemory, Temporaries, stage_memory
+from svd2_jax.engine.memory import LARGEST_SHARE, StageMemory, Temporaries, stage_memory
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
 
@@ -25,7 +25,6 @@ TARGET_FPS = 16.0  # the rate Wan2.1 was trained at
 EFFICIENCY = (
     0.4  # of the least time's speed; what to count on where nothing was measured (recommendation only)
 )
-USABLE_MEMORY = 0.9  # of a device; CUDA's context and the libraries need the rest
 
 FindTemporaries = Callable[[tuple[int, ...]], Temporaries]
 """Takes the blocks per stage; returns what the compiled programs need in passing."""
@@ -194,7 +193,7 @@ def plan(
 
 def usable_memory(hardware: Hardware) -> int:
     """Returns the bytes of a device that a plan may fill."""
-    return int(USABLE_MEMORY * hardware.memory_bytes)
+    return int(LARGEST_SHARE * hardware.memory_bytes)
 
 
 def _recommended(options: Sequence[Bounds]) -> int | None:

@@ -183,7 +183,7 @@ def test_the_fewest_stages_that_fit_and_are_fast_enough_at_a_part_of_the_best_ar
 def test_a_device_that_is_too_small_gets_a_line_of_its_own(large):
     assert plan_lib.too_full(large) == []
     split, (first, middle, *_) = large.bounds.split, (d.total for d in large.devices)
-    small = device_with(memory=int((middle - 3.2 * GIB) / plan_lib.USABLE_MEMORY))
+    small = device_with(memory=int((middle - 3.2 * GIB) / plan_lib.LARGEST_SHARE))
     tight = plan_lib.plan(preset("wan-14b"), StreamConfig(), 4, small, split=split)
     lines = plan_lib.too_full(tight)
     assert [line.split(":")[0] for line in lines] == [

@@ -238,12 +238,11 @@ class Pipeline:
         A micro-batch that waits for a stage is through with all blocks that lay before it. Those of them that move
         behind this point are left out in the coming tick; those that move before it are run on it now.
         """
-        old_starts, starts = (list(itertools.accumulate(counts, initial=0)) for counts in (self.split, split))
-        ahead = [max(0, new - old) for old, new in zip(old_starts, starts, strict=True)]
-        behind = [max(0, old - new) for old, new in zip(old_starts, starts, strict=True)]
-        if any(ahead):
+        old_starts, starts = (itertools.accumulate(n[:-1], initial=0) for n in (self.split, split))
+        shifts = [new - old for old, new in zip(old_starts, starts, strict=True)]
+        if any(shift > 0 for shift in shifts):
             assert self._ticks.catch_up is not None
-            spans = self._spans([(0, count) for count in ahead[: self.stages]])
+            spans = self._spans([(0, max(0, shift)) for shift in shifts])
             prompts = tuple(self._row_prompt(row, coming=True) for row in range(self.cfg.rows))
             self._state = self._ticks.catch_up(self._params.dit, prompts, spans, self._state)
         _log.info("blocks per stage: %s -> %s", "+".join(map(str, self.split)), "+".join(map(str, split)))
@@ -254,7 +253,7 @@ class Pipeline:
         self.split, self._ticks = split, ticks
         if self._rebalancer is not None:
             self._rebalancer.moved(split)
-        self._span = self._spans(list(zip(behind, split, strict=False)))
+        self._span = self._spans([(max(0, -shift), n) for shift, n in zip(shifts, split, strict=True)])
         again = {id(p): p for p in (self._prompt, *self._prompts)}
         again = {
             key: Prompt(p.context, ticks.prompt_kv(self._params.dit.blocks, p.context))
