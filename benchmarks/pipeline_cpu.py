@@ -52,7 +52,7 @@ def work(task: str, port: str, process: str, count: str, split_text: str) -> Non
     from svd2_jax.engine.balance import BalancePolicy
     from svd2_jax.engine.mesh import stage_meshes
     from svd2_jax.engine.params import StageWeights
-    from svd2_jax.engine.pipeline import Pipeline
+    from svd2_jax.engine.pipeline import Arrival, Pipeline
     from svd2_jax.engine.programs import Builder
 
     sizes = DiTConfig(
@@ -71,7 +71,7 @@ def work(task: str, port: str, process: str, count: str, split_text: str) -> Non
         weights = StageWeights(model, params.random_items(model, 0, jnp.dtype(dtype)), mesh)
         moving = BalancePolicy() if task == "moving" else None
         programs = builder.denoiser(split, movable=moving is not None)
-        line = Pipeline(builder, programs, weights, split, jnp.ones((1, 32, 64)), moving)
+        line = Pipeline(builder, lambda _: programs, weights, split, jnp.ones((1, 32, 64)), moving)
 
         def latents(frames: int) -> jax.Array:
             return jax.device_put(jnp.ones((frames, *cfg.latent_size, sizes.in_channels)), mesh.home)
@@ -82,7 +82,8 @@ def work(task: str, port: str, process: str, count: str, split_text: str) -> Non
             """Returns the milliseconds of a tick; reads a result one tick behind, as a session does."""
             started, before = time.perf_counter(), None
             for _ in range(ticks):
-                clean = line.own(line.chunk(noisy, line.first_timestep, again))
+                line.tick(Arrival(noisy, line.first_timestep, again))
+                clean = line.own(line.came_back[-1])
                 if before is not None:
                     before.block_until_ready()
                 before = clean

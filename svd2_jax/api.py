@@ -173,7 +173,7 @@ class Engine(Protocol):
     def tick(self, work: Sequence[Work]) -> Ticket:
         """Hands one tick of several streams to the device, and does not wait for it.
 
-        All of them have the same shape and the same number of steps, and are as many as a batch size; what one of
-        them holds never changes what comes out of another.
+        Streams of the same shape and number of steps share their work, a batch size of them at once; the others
+        follow one another. What one of them holds never changes what comes out of another.
         """
         ...

@@ -303,6 +303,21 @@ class StreamConfig(_Config):
             )
         return cls.from_dict({**defaults, **settings})
 
+    def with_steps(self, steps: int) -> Self:
+        """Returns the configuration with another number of denoising steps.
+
+        Fewer are the first ones of the present list; more go on along the published list. Raises ConfigError where
+        that is not possible.
+        """
+        known = self.timesteps
+        if known == V2V_TIMESTEPS[: len(known)]:
+            known = V2V_TIMESTEPS
+        if self.task != "v2v" and steps != self.steps:
+            raise ConfigError("the steps of text-to-video end with a clean pass and cannot be changed")
+        if not 1 <= steps <= len(known):
+            raise ConfigError(f"steps must be 1 to {len(known)}, got {steps}")
+        return dataclasses.replace(self, timesteps=known[:steps])
+
     @property
     def steps(self) -> int:
         """Denoising steps S."""

@@ -31,7 +31,7 @@ from svd2_jax.engine import balance
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, checked_dtype
 from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.engine.noise import RecordedNoise
-from svd2_jax.engine.pipeline import Pipeline
+from svd2_jax.engine.pipeline import Arrival, Pipeline
 from svd2_jax.engine.programs import matmul_precision
 from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
@@ -392,11 +392,11 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
     # Latents that are noisy already take the place of their draws.
     draws = [first, *(_latents_last(n) for n in _numbered(g, "prepare_noise_"))]
     draws += [x for i in range(block_count) for x in (inputs[i], *renoise[i][: cfg.steps - 1])]
-    source = RecordedNoise(cfg, draws, pipeline.stages)
+    source = RecordedNoise(cfg, draws)
 
     seen = _Seen(engine.split(cfg), kv_cache.frame_tokens(engine.model.dit, cfg))
     clean = pipeline.mesh.part(pipeline.first_group(*source.first()), -1)
-    check.close(clean[0], _latents_last(g["first_output"])[0], "first_output")
+    check.close(clean, _latents_last(g["first_output"])[0], "first_output")
     seen.note(pipeline, 0)
     outputs = [_latents_last(x) for x in g["outputs"]]
     for tick in range(1, block_count + pipeline.depth):
@@ -405,8 +405,9 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
             start = pipeline.mesh.part(pipeline.state.start, 0)[0]
             check.equal(start, g["start_frame"][tick - 1], f"tick {tick}: start frame")
         timestep = timesteps[tick - 1] if fresh and g["step0"][tick - 1] >= 0 else pipeline.first_timestep
-        noisy, again = source.chunk(fresh)
-        clean = pipeline.mesh.part(pipeline.chunk(noisy, timestep, again, fresh), -1)
+        noisy, again = source.chunk(pipeline.entering(fresh))
+        pipeline.tick(Arrival(noisy, timestep, again, fresh))
+        clean = pipeline.mesh.part(pipeline.came_back, -1)
         seen.note(pipeline, tick)
         for row in range(cfg.rows):
             chunk = seen.chunk(pipeline, tick, pipeline.stages - 1, row)
@@ -475,7 +476,7 @@ def _check_end_to_end(engine: DeviceEngine, check: _Check, file: Path) -> None:
     draws = [_latents_last(g[name]).reshape(shape) for name in sorted(g) if re.fullmatch(r"noise_\d+", name)]
     spec = SessionSpec("recorded", cfg, _initial_noise_scale(g, cfg), pixels="float32")
     prompts = _RecordedPrompt(g["context"])
-    with engine.open(spec, RecordedNoise(cfg, draws, engine.stages), prompts) as session:
+    with engine.open(spec, RecordedNoise(cfg, draws), prompts) as session:
         output = np.concatenate([chunk.frames() for chunk in [*session.push(frames), *session.finish()]])
     # The recorded stream ends where its last chunk comes in; ours completes what is under way.
     check.close(output[: len(g["output"])], g["output"], "output")

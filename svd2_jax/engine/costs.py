@@ -202,7 +202,7 @@ class Costs:
     def _decode_first(self) -> tuple[Any, ...]:
         """The decoder's first function and what it takes."""
         params = self._items[decoder_item(self.cfg.decoder)]
-        return self._decoder(pixels.decode_first_group), params, self._latents(1, self.cfg.first_latents)
+        return self._decoder(pixels.decode_first_group), params, self._latents(self.cfg.first_latents)
 
     @cached_property
     def _encoder_state(self) -> Any:
@@ -221,9 +221,9 @@ class Costs:
         return count_work(function, params, self._encoder_state, frames, noise, _array(()))
 
     def _decode_work(self) -> Work:
-        rows = self._latents(self.cfg.rows, self.cfg.frames_per_block)
+        latents = self._latents(self.cfg.frames_per_block)
         return count_work(
-            self._decoder(pixels.decode_chunk), self._decode_first[1], self._decoder_state, rows
+            self._decoder(pixels.decode_chunk), self._decode_first[1], self._decoder_state, latents
         )
 
     def _decoder(self, function: Any) -> Any:
@@ -243,7 +243,7 @@ class Costs:
 
         def rows() -> LayerCache:
             one = kv_cache.init_kv_cache(self.model.dit, self.cfg, self.dtype, layers=1)
-            return kv_cache.repeat_rows(one, self.cfg.rows).layers[0]
+            return kv_cache.resize_rows(one, self.cfg.rows).layers[0]
 
         return jax.eval_shape(rows)
 
@@ -259,7 +259,18 @@ class Costs:
 
         def run(params, x, cache, plan, length, prompts, conditioning, rope):
             return dit.run_block(
-                model, cfg, params, x, cache, plan, length, prompts, conditioning, rope, frames, attention
+                model,
+                cfg,
+                params,
+                x,
+                [cache],
+                [plan],
+                [length],
+                prompts,
+                conditioning,
+                rope,
+                frames,
+                attention,
             )
 
         x, prompt, conditioning, rope = self._block_inputs(rows, frames)
@@ -279,7 +290,7 @@ class Costs:
             modulation = conditioning.modulation
             q, k, v = block(x, modulation, rope, method="project")
             itself = LayerCache(k, v, length, length, length)
-            return block(x, q, itself, length, prompt, prompt, modulation, attention, method="finish")
+            return block(x, q, [itself], [length], prompt, prompt, modulation, attention, method="finish")
 
         x, prompt, conditioning, rope = self._block_inputs(1, self.cfg.first_latents)
         params, length = self._dit_params[0], _array((1,), jnp.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from svd2_jax.api import SessionSpec
+from svd2_jax.api import SessionSpec, Work
 from svd2_jax.config import ModelConfig, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import BalancePolicy
@@ -21,14 +23,14 @@ from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.costs import default_split
 from svd2_jax.engine.memory import check_memory
 from svd2_jax.engine.mesh import StageMesh
-from svd2_jax.engine.noise import NoiseSource
+from svd2_jax.engine.noise import NoiseSource, SeededNoise
 from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
 from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
-from svd2_jax.engine.session import DeviceSession
+from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
 from svd2_jax.engine.tokenizer import Tokenizer
-from svd2_jax.errors import ConfigError, EngineError
+from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.types import Device
 
@@ -43,11 +45,21 @@ class PipelineOptions:
       attention: see `attend`.
       split: blocks on each stage to start with; None weighs encoder and decoder against them.
       rebalance: when blocks move between stages that turn out to be uneven; None: never.
+      batch_sizes: how many streams may share a tick, ascending, beginning with 1. With more than one size blocks stay
+        where they are.
     """
 
     attention: AttentionImplementation = "auto"
     split: tuple[int, ...] | None = None
     rebalance: BalancePolicy | None = field(default_factory=BalancePolicy)
+    batch_sizes: tuple[int, ...] = (1,)
+
+    def __post_init__(self):
+        sizes = self.batch_sizes
+        if not sizes or sizes[0] != 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
+            raise ConfigError(f"batch_sizes must ascend from 1, as in (1, 2, 4), got {sizes}")
+        if len(sizes) > 1:
+            object.__setattr__(self, "rebalance", None)
 
 
 DEFAULT_OPTIONS = PipelineOptions()
@@ -182,11 +194,59 @@ class DeviceEngine:
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
         check_memory(self.model, cfg, self._dtype, split, mesh)
         params, ends = weights.params(split, cfg.decoder), self.ends(cfg, spec.pixels, lane)
+        if noise is None:
+            noise = SeededNoise(
+                ends.draw_first,
+                lambda steps: self.denoiser(cfg.with_steps(steps), split, lane).draw_chunk,
+                spec.seed,
+                mesh.home,
+            )
         return DeviceSession(
             spec, params, ends, prompts or self.prompts,
             lambda embedding: self._pipeline(cfg, embedding, lane, split), mesh.home, noise,
             on_close=self._open[lane].discard,
         )  # fmt: skip
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """How many streams may share a tick."""
+        return self._options.batch_sizes
+
+    def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:
+        """Compiles all that streams like this need: every batch size, these numbers of steps, and changes between them.
+
+        Raises:
+          ConfigError: there are no timesteps for one of them.
+        """
+        steps = sorted({spec.stream.steps, *steps})
+        for lane in range(len(self.meshes)):
+            split = self.split(spec.stream, lane)
+            self.ends(spec.stream, spec.pixels, lane)
+            for count in steps:
+                cfg = spec.stream.with_steps(count)
+                self.denoiser(cfg, split, lane)
+                for rows in steps if cfg.mode == "stream" else ():
+                    self._builder(cfg, lane).resize(split, rows)
+
+    def prepare_prompt(self, prompt: str) -> None:
+        """Encodes a prompt, so that a later `set_prompt` does not make its stream wait; in any thread."""
+        self.prompts.encode(prompt)
+
+    def tick(self, work: Sequence[Work]) -> DeviceTicket:
+        """Hands one tick of several streams to their devices, and does not wait for it; see `api.Engine`.
+
+        Raises:
+          SessionError: one of the parts cannot be taken; nothing was done.
+        """
+        parts: list[tuple[DeviceSession, np.ndarray | None]] = []
+        for part in work:
+            if not isinstance(part.session, DeviceSession):
+                raise SessionError(f"a tick takes sessions of this engine, got {type(part.session).__name__}")
+            part.session.check_part(part.frames)
+            parts.append((part.session, part.frames))
+        if len({id(session) for session, _ in parts}) < len(parts):
+            raise SessionError("a session can have one part of a tick only")
+        return tick_sessions(parts, self.batch_sizes)
 
     def params(self, cfg: StreamConfig, lane: int = 0) -> EngineParams:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
@@ -214,8 +274,11 @@ class DeviceEngine:
     def _pipeline(
         self, cfg: StreamConfig, embedding: jax.Array, lane: int, split: tuple[int, ...]
     ) -> Pipeline:
-        builder, programs = self._builder(cfg, lane), self.denoiser(cfg, split, lane)
-        return Pipeline(builder, programs, self._weights[lane], split, embedding, self._options.rebalance)
+        builder = self._builder(cfg, lane)
+        return Pipeline(
+            builder, lambda other: self.denoiser(other, split, lane), self._weights[lane], split, embedding,
+            self._options.rebalance,
+        )  # fmt: skip
 
     def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""
@@ -250,7 +313,8 @@ class DeviceEngine:
         return "\n".join(lines)
 
     def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
-        return Builder(self.model, cfg, self._dtype, self.meshes[lane], pixels, self._options.attention)
+        options, mesh = self._options, self.meshes[lane]
+        return Builder(self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes)
 
 
 def checked_dtype(name: str) -> jnp.dtype:

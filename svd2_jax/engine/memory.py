@@ -179,7 +179,7 @@ def compiled_temporaries(
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix bfloat16 with float32
         progress(f"the tick, {max(split)} blocks a stage")
         wide = Builder(model, cfg, jnp.dtype(jnp.float32), mesh, attention="blocked")
-        tick = _temporaries(wide.ticks(split).tick)
+        tick = _temporaries(wide.ticks(split).tick[1])
         progress("encoder and decoder")
         ends = Builder(model, cfg, dtype, mesh).ends()
         encode = max(_temporaries(p) for p in (ends.encode_first, ends.encode))

@@ -14,22 +14,22 @@ from svd2_jax.errors import SessionError
 from svd2_jax.types import Device
 
 ChunkNoise = tuple[jax.Array, tuple[jax.Array, ...]]
-"""The Gaussian for the new chunk's latents [F, h, w, C], and S - 1 draws of that shape that re-noise a chunk to the
-steps 1 to S - 1: in a stream batch draw s is for the chunk that enters row s, in sequential mode and in the first
-group all are for the new chunk."""
+"""The Gaussian for the new chunk's latents [F, h, w, C], and S - 1 draws of that shape: draw s re-noises to denoising
+step s. In a stream batch it is for the chunk that enters row s, in sequential mode and in the first group for the new
+one."""
 
 LATENT_STEP = 0  # draw of a chunk's latents; the re-noising to denoising step s is draw s
 
 
 class NoiseSource(Protocol):
-    """Gives the Gaussians of a stream in order, float32."""
+    """Gives the Gaussians of a stream, float32."""
 
     def first(self) -> ChunkNoise:
         """Returns the draws of the first group."""
         ...
 
-    def chunk(self, fresh: bool) -> ChunkNoise:
-        """Returns the draws of the next tick; without a fresh chunk its latents' draw is not looked at."""
+    def chunk(self, chunks: Sequence[int | None]) -> ChunkNoise:
+        """Returns the draws of a tick that takes chunk `chunks[s]`, from 1 on, to step s; None: to be ignored."""
         ...
 
 
@@ -46,34 +46,29 @@ def draw_first(cfg: StreamConfig, channels: int, key: jax.Array) -> ChunkNoise:
     return draw(key, zero, LATENT_STEP, shape), again
 
 
-def draw_chunk(
-    cfg: StreamConfig, channels: int, stages: int, key: jax.Array, chunk: jax.Array
-) -> tuple[ChunkNoise, jax.Array]:
-    """Draws for the tick of chunk `chunk` (int32 [], from 1 on) and returns the next chunk's number as well."""
+def draw_chunk(cfg: StreamConfig, channels: int, key: jax.Array, chunks_S: jax.Array) -> ChunkNoise:
+    """Draws for a tick that takes chunk `chunks_S[s]` (int32 [S]) to step s."""
     shape = (cfg.frames_per_block, *cfg.latent_size, channels)
-    again = tuple(draw(key, chunk - lag, s, shape) for s, lag in enumerate(_lags(cfg, stages), start=1))
-    return (draw(key, chunk, LATENT_STEP, shape), again), chunk + 1
-
-
-def _lags(cfg: StreamConfig, stages: int) -> list[int]:
-    """Returns for the steps 1 to S - 1 how many ticks ago the chunk entered that is re-noised to the step."""
-    return [s * stages if cfg.mode == "stream" else 0 for s in range(1, cfg.steps)]
+    latents, *again = (draw(key, chunks_S[s], s, shape) for s in range(cfg.steps))
+    return latents, tuple(again)
 
 
 class SeededNoise:
-    """Gaussians drawn on a device from (seed, chunk, step), by compiled `draw_first` and `draw_chunk`."""
+    """Gaussians drawn on a device from (seed, chunk, step)."""
 
-    def __init__(self, draw_first: Callable, draw_chunk: Callable, seed: int, device: Device):
-        self._draw_first, self._draw_chunk = draw_first, draw_chunk
+    def __init__(
+        self, draw_first: Callable, draw_chunk: Callable[[int], Callable], seed: int, device: Device
+    ):
+        """Takes the compiled `draw_first`, and a function that gives `draw_chunk` compiled for so many steps."""
+        self._draw_first, self._draw_chunk, self._device = draw_first, draw_chunk, device
         self._key = jax.device_put(jax.random.key(seed), device)
-        self._chunk = jax.device_put(jnp.ones((), jnp.int32), device)
 
     def first(self) -> ChunkNoise:
         return self._draw_first(self._key)
 
-    def chunk(self, fresh: bool) -> ChunkNoise:
-        draws, self._chunk = self._draw_chunk(self._key, self._chunk)
-        return draws
+    def chunk(self, chunks: Sequence[int | None]) -> ChunkNoise:
+        numbers = jax.device_put(np.array([c or 0 for c in chunks], np.int32), self._device)
+        return self._draw_chunk(len(chunks))(self._key, numbers)
 
 
 class RecordedNoise:
@@ -83,37 +78,27 @@ class RecordedNoise:
     and S - 1 more; in a stream batch draw s of a chunk's S - 1 re-noises the chunk that has just taken step s - 1.
     """
 
-    def __init__(
-        self, cfg: StreamConfig, draws: Sequence[np.ndarray], stages: int = 1, device: Device | None = None
-    ):
-        self._lags = _lags(cfg, stages)
-        self._stream = cfg.mode == "stream"
+    def __init__(self, cfg: StreamConfig, draws: Sequence[np.ndarray], device: Device | None = None):
+        self._is_batch = cfg.mode == "stream"
         self._device = device
         self._groups = [draws[i : i + cfg.steps] for i in range(0, len(draws) - cfg.steps + 1, cfg.steps)]
-        self._next = 0
 
     def first(self) -> ChunkNoise:
-        latents, *again = self._take(fresh=True)
+        latents, *again = self._groups[0]
         return self._put(latents), tuple(self._put(x) for x in again)
 
-    def chunk(self, fresh: bool) -> ChunkNoise:
-        number = self._next
-        latents = self._take(fresh)[0]
-        again = []
-        for s, lag in enumerate(self._lags, start=1):
-            recorded = number - lag + (s - 1 if self._stream else 0)
-            # A row without a chunk takes any numbers; so does one that the recorded stream never came to.
-            there = 0 < recorded < len(self._groups)
-            again.append(self._put(self._groups[recorded][s] if there else np.zeros_like(latents)))
-        return self._put(latents), tuple(again)
+    def chunk(self, chunks: Sequence[int | None]) -> ChunkNoise:
+        new = chunks[0]
+        if new is not None and new >= len(self._groups):
+            raise SessionError("the recorded noise is used up; record one draw more per chunk and step")
+        latents, *again = (self._of(chunk, s) for s, chunk in enumerate(chunks))
+        return latents, tuple(again)
 
-    def _take(self, fresh: bool) -> Sequence[np.ndarray]:
-        self._next += 1
-        if self._next > len(self._groups):
-            if fresh:
-                raise SessionError("the recorded noise is used up; record one draw more per chunk and step")
-            return [np.zeros_like(x) for x in self._groups[-1]]
-        return self._groups[self._next - 1]
+    def _of(self, chunk: int | None, s: int) -> jax.Array:
+        recorded = (chunk or 0) + (s - 1 if self._is_batch and s else 0)
+        # A row without a chunk takes any numbers; so does one that the recorded stream never came to.
+        there = chunk is not None and recorded < len(self._groups)
+        return self._put(self._groups[recorded][s] if there else np.zeros_like(self._groups[-1][0]))
 
     def _put(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(np.asarray(x, np.float32), self._device)

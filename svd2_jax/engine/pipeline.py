@@ -1,8 +1,14 @@
 """The denoiser of one stream on the stages of its pipeline: noisy latents in, clean latents out.
 
 Chunks are counted from 1; the first group is chunk 0. With W stages a tick works on W micro-batches at once, and
-stage s is s ticks behind the first. In a stream batch of S rows, row r of the micro-batch that enters with chunk n
-holds chunk n - r * W, so chunk n is finished by tick n + S * W - 1.
+stage s is s ticks behind the first. In a stream batch of S rows a chunk takes one row after another, W ticks each, and
+is finished by the (S * W)-th tick from its entry. Ticks without a new chunk push on what is under way and change
+nothing else: no row's chunks, cache or noise depend on when its ticks come.
+
+The number of rows can change in mid-stream. With fewer, a chunk that has taken as many steps as there are to be is
+finished with them, and leaves in its turn; rows that no chunk enters any more are dropped. The others go on as if
+those had never been, because a row depends on the rows before it only. With more, the new rows begin with the
+cache of the row that was the last, which remembers the chunks that are finished, and are entered by the next one.
 """
 
 from __future__ import annotations
@@ -11,8 +17,8 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,11 +29,11 @@ from svd2_jax.config import StreamConfig
 from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.programs import Builder, DenoiserPrograms, TickPrograms
+from svd2_jax.engine.programs import Builder, DenoiserPrograms, Program, TickPrograms
 from svd2_jax.engine.rebalance import Rebalancer, Stopwatch
 from svd2_jax.errors import SessionError
 from svd2_jax.models.dit import PromptKV
-from svd2_jax.nn.kv_cache import LayerCache
+from svd2_jax.nn.kv_cache import KVCache, LayerCache
 from svd2_jax.stream.state import Entry, StreamState
 
 _log = logging.getLogger(__name__)
@@ -41,13 +47,53 @@ class Prompt:
     kv: PromptKV
 
 
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """What one stream brings to a tick; arrays are ignored where another process has the first stage.
+
+    Attributes:
+      noisy: latents [F, h, w, C] of the new chunk at `timestep`, on the first stage's device.
+      timestep: int32 [] there.
+      again: Gaussians there, see `engine.noise.ChunkNoise`.
+      fresh: whether there is a new chunk.
+      given_ns: `time.monotonic_ns` when the work that makes `noisy` was handed to the device.
+    """
+
+    noisy: Any
+    timestep: Any
+    again: Sequence[Any]
+    fresh: bool = True
+    given_ns: int = field(default_factory=time.monotonic_ns)
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A chunk that is through its steps.
+
+    Attributes:
+      chunk: its number.
+      clean: latents, float32 [W * F, h, w, C] over the stages; those of the last one are meant.
+    """
+
+    chunk: int
+    clean: jax.Array
+
+
+@dataclass
+class _MicroBatch:
+    """The chunks that the rows of a micro-batch hold, and the steps after which each of them is finished."""
+
+    chunks: list[int | None]
+    steps: int
+
+
 class Pipeline:
     """Drives the programs over the stages, in order and without waiting for their results."""
 
     def __init__(
         self,
         builder: Builder,
-        programs: DenoiserPrograms,
+        programs: Callable[[StreamConfig], DenoiserPrograms],
         weights: StageWeights,
         split: Sequence[int],
         embedding: Any,
@@ -57,26 +103,29 @@ class Pipeline:
         """Opens the pipeline.
 
         Args:
-          builder: compiles programs for other splits.
-          programs: compiled for this one.
+          builder: compiles programs for other splits and numbers of rows.
+          programs: gives those for this split and a configuration that differs in its steps only.
           weights: the model on the stages' devices.
           split: blocks on each stage.
           embedding: text embedding of the first prompt.
           rebalance: when blocks move to other stages; None: never.
           stopwatch: what measures the stages; None is a new one.
         """
-        self.cfg: StreamConfig = builder.cfg
         self.mesh: StageMesh = builder.mesh
         self.split = tuple(split)
-        self._builder, self._programs, self._weights = builder, programs, weights
-        self._params = weights.params(split, self.cfg.decoder)
-        self._ticks = programs.ticks
-        self._state: StreamState = programs.init_state()
-        self._fresh = {flag: self._put(np.full(1, flag)) for flag in (True, False)}
-        self._timesteps = [self._put(np.int32(t)) for t in self.cfg.timesteps]
-        batch = "rows" if self.cfg.mode == "stream" else "single"
+        self._builder, self._programs_for, self._weights = builder, programs, weights
+        self._params = weights.params(split, builder.cfg.decoder)
+        self._flags: dict[tuple[bool, ...], jax.Array] = {}
+        self._use(builder.cfg)
+        self._state: StreamState = self._programs.init_state()
         self._blank_first = self._blank(builder.entry("single", self.cfg.first_latents))
-        self._blank_later = self._blank(builder.entry(batch, self.cfg.frames_per_block))
+        self._steps = self.cfg.steps
+        self._next_chunk = self._next_finished = 1
+        # Newest first; the last one is back at the first stage.
+        self._under_way = [_MicroBatch([None] * self.cfg.rows, self._steps) for _ in range(self.stages)]
+        self.came_back: tuple[jax.Array, ...] = ()
+        """Clean latents of each row that came back with the last tick, like `Finished.clean`."""
+        self._finished: dict[int, Finished] = {}  # chunks that wait for an earlier one
         self._span = self._spans([(0, count) for count in split])
         self._prompt = self._read_prompt(embedding)
         # The prompts of the chunks under way, newest first: each chunk keeps the one that it came in with.
@@ -85,6 +134,7 @@ class Pipeline:
         self._ticked = 0
         self._wanted: tuple[tuple[int, ...], TickPrograms] | None = None
         self._rebalancer = None
+        self._can_move = rebalance is not None and self.stages > 1
         if rebalance is not None and self._ticks.share is not None:
             self._rebalancer = Rebalancer(
                 self.mesh, self.split, self._ticks.share, self._prepare, rebalance, stopwatch=stopwatch
@@ -100,6 +150,11 @@ class Pipeline:
         return self.cfg.rows * self.stages if self.cfg.mode == "stream" else 1
 
     @property
+    def steps(self) -> int:
+        """Denoising steps of the chunks that enter now."""
+        return self._steps
+
+    @property
     def first_timestep(self) -> jax.Array:
         """The configured timestep of the first step, int32 []."""
         return self._timesteps[0]
@@ -109,9 +164,44 @@ class Pipeline:
         """The state over the stages; the next tick takes it away."""
         return self._state
 
+    @property
+    def last_result(self) -> Any:
+        """Arrays that are there when the devices are through with what they were given last."""
+        return self.came_back or self._state.start
+
+    def entering(self, fresh: bool) -> list[int | None]:
+        """Returns the numbers of the chunks that the next tick takes to each of the steps."""
+        new = self._next_chunk if fresh else None
+        if self.cfg.mode != "stream":
+            return [new] * self.cfg.steps
+        return [new, *self._under_way[-1].chunks[: self.cfg.rows - 1]]
+
     def set_prompt(self, embedding: jax.Array) -> None:
         """Makes chunks that enter from now on follow another text embedding [1, P, text_dim]."""
         self._prompt = self._read_prompt(embedding)
+
+    def set_steps(self, steps: int) -> None:
+        """Changes how many denoising steps chunks take, from the next tick on.
+
+        Raises:
+          ConfigError: there are no timesteps for so many.
+          SessionError: blocks may move between the stages at the same time.
+        """
+        cfg = self._builder.cfg.with_steps(steps)
+        if self._can_move:
+            raise SessionError(
+                "the steps of a stream cannot change while its blocks may move; open the engine without rebalancing"
+            )
+        self._steps = steps
+        if cfg.mode != "stream":
+            self._use(cfg)
+            return
+        if steps > self.cfg.rows:
+            self._resize(cfg)
+        for batch in self._under_way:
+            batch.steps = min(batch.steps, steps)
+        self._collect(self._under_way[-1], self.came_back)
+        self._drop_empty_rows()
 
     def first_group(self, noisy: Any, again: Sequence[Any]) -> jax.Array:
         """Takes the first group through all its steps, and gets ready for the chunks.
@@ -121,65 +211,36 @@ class Pipeline:
           again: a Gaussian for every step but the first, likewise.
 
         Returns:
-          The clean latents, float32 [W, F, h, w, C] over the stages; those of the last one are meant.
+          The clean latents, float32 [W * F, h, w, C] over the stages; those of the last one are meant.
         """
-        clean = self._all_steps(
-            self._programs.step_first, self._blank_first, noisy, self._timesteps[0], again
-        )
+        arrival = Arrival(noisy, self._timesteps[0], again)
+        ((clean,),) = _all_steps(self._programs.step_first, [self], [self._blank_first], [arrival])
         self._state = self._programs.open_rows(self._state)
         return clean
 
-    def chunk(
-        self,
-        noisy: Any,
-        timestep: Any,
-        again: Sequence[Any],
-        fresh: bool = True,
-        given_ns: int | None = None,
-    ) -> jax.Array:
-        """Takes in a chunk, or with `fresh` False none, and moves on what is under way.
-
-        Args:
-          noisy: latents [F, h, w, C] of the chunk at `timestep`, on the first stage's device; like all inputs
-            ignored where another process has it.
-          timestep: int32 [] there.
-          again: Gaussians, see `engine.noise.ChunkNoise`.
-          fresh: whether there is a chunk.
-          given_ns: `time.monotonic_ns` when the work that makes `noisy` was handed to the device; None is now.
-
-        Returns:
-          The clean predictions of all rows, float32 [W * B, F, h, w, C] over the stages. Those of the last stage
-          are meant, and belong to the micro-batch that entered W - 1 ticks ago; the last row is finished.
-        """
+    def tick(self, arrival: Arrival) -> list[Finished]:
+        """Runs a tick of this stream alone, see `tick_together`; blocks may move before it."""
         if self.cfg.mode != "stream":
-            self._prompts = [self._prompt]
-            return self._all_steps(self._ticks.tick, self._blank_later, noisy, timestep, again)
-        conditioning = None
-        if self.mesh.is_local(0):
-            conditioning = self._programs.condition(self._params.conditioner, timestep)
-        entry = self._enter(self._blank_later, noisy, fresh, conditioning, again)
+            return tick_together([self], [arrival])[0]
         # Only while chunks come in and go out: else the first or the last stage has less to do than usual.
         self._ticked += 1
-        watched = self._rebalancer if fresh and self._ticked > self.depth else None
+        watched = self._rebalancer if arrival.fresh and self._ticked > self.depth else None
         move = watched.before_tick() if watched else None
         if self._wanted is not None:
             move, self._wanted = self._wanted, None
         if move is not None:
             self._take(*move)
-        self._prompts = [self._prompt, *self._prompts[:-1]]
         if watched is not None and self.mesh.is_local(0):
-            watched.lap(0, "encode", noisy, given_ns or time.monotonic_ns())
+            watched.lap(0, "encode", arrival.noisy, arrival.given_ns)
         given_ns = time.monotonic_ns()
-        if move is not None or (watched and watched.measuring):
-            clean = self._tick_apart(entry)
-        else:
-            clean = self._tick(self._ticks.tick, self._row_prompts(), entry)
+        apart = move is not None or (watched is not None and watched.measuring)
+        (finished,) = tick_together([self], [arrival], apart)
         if move is not None:
             self._span = self._spans([(0, count) for count in self.split])
         if watched is not None:
             for stage in self.mesh.local_stages:
-                watched.lap(stage, "blocks", self.mesh.part(clean, stage), given_ns)
-        return clean
+                watched.lap(stage, "blocks", self.mesh.part(self.came_back[-1], stage), given_ns)
+        return finished
 
     def decoded(self, pixels: jax.Array) -> None:
         """Tells that the last stage's device was given a chunk to decode, and the result."""
@@ -212,25 +273,82 @@ class Pipeline:
         """Frees the state."""
         if self._rebalancer is not None:
             self._rebalancer.close()
-        del self._state, self._prompts, self._prompt, self._joined
+        del self._state, self._prompts, self._prompt, self._joined, self.came_back, self._finished
 
     def _prepare(self, split: Sequence[int]) -> TickPrograms:
         """Gets ready for another split, in any thread, while the present one is in use."""
         self._weights.fetch(split)
         return self._builder.ticks(split, movable=True)
 
-    def _all_steps(self, program, blank, noisy, timestep, again) -> jax.Array:
-        """Runs all steps of a single chunk; the first of them at `timestep`."""
-        clean: Any = None
-        for k, here in enumerate([timestep, *self._timesteps[1:]]):
-            conditioning = None
-            if self.mesh.is_local(0):
-                conditioning = self._programs.condition_first(self._params.conditioner, here)
-            noise = again[k - 1 : k] if k else again[:1]
-            entry = self._enter(blank, noisy, k == 0, conditioning, noise)
-            for hop in range(self.stages):
-                clean = self._tick(program, [self._prompt.kv], entry if hop == 0 else self._nothing(blank))
-        return clean
+    def _use(self, cfg: StreamConfig) -> None:
+        """Takes the programs of a configuration, and what is kept on the devices for it."""
+        self.cfg = cfg
+        self._programs = self._programs_for(cfg)
+        self._ticks = self._programs.ticks
+        self._timesteps = [self._put(np.int32(t)) for t in cfg.timesteps]
+        batch = "rows" if cfg.mode == "stream" else "single"
+        shapes = dataclasses.replace(self._builder, cfg=cfg).entry(batch, cfg.frames_per_block)
+        self._blank_later = self._blank(shapes)
+
+    def _resize(self, cfg: StreamConfig) -> None:
+        """Takes the rows of another configuration."""
+        programs = dataclasses.replace(self._builder, cfg=cfg).resize(self.split, self.cfg.rows)
+        cache, start = self._state.cache, self._state.start
+        filled, held, message = programs.rest((cache.filled, cache.held, self._state.message))
+        layers: list[Any] = list(cache.layers)
+        del self._state, cache  # an old layer is to go when the new one is there
+        for i in range(len(layers)):
+            layers[i] = programs.layer(layers[i])
+        self._state = StreamState(KVCache(tuple(layers), filled, held), start, message)
+        self._use(cfg)
+        for batch in self._under_way:
+            batch.chunks = (batch.chunks + [None] * cfg.rows)[: cfg.rows]
+        self._prompts = (self._prompts + self._prompts[-1:] * self.depth)[: self.depth]
+
+    def _drop_empty_rows(self) -> None:
+        """Drops the rows that no chunk is to enter any more, once they are empty."""
+        beyond = (chunk for batch in self._under_way for chunk in batch.chunks[self._steps :])
+        if self._steps < self.cfg.rows and all(chunk is None for chunk in beyond):
+            self._resize(self._builder.cfg.with_steps(self._steps))
+
+    def _collect(self, batch: _MicroBatch, clean: Sequence[jax.Array]) -> None:
+        """Takes what is finished out of a micro-batch that came back."""
+        for row, chunk in enumerate(batch.chunks):
+            if chunk is not None and row >= batch.steps - 1:
+                self._finished[chunk] = Finished(chunk, clean[row])
+                batch.chunks[row] = None
+
+    def _take_in(self, arrival: Arrival) -> Entry:
+        """Returns what enters with a tick, and takes note of it."""
+        chunks = self.entering(arrival.fresh)
+        self._next_chunk += arrival.fresh
+        self._under_way = [_MicroBatch(chunks, self._steps), *self._under_way[:-1]]
+        self._prompts = [self._prompt, *self._prompts[:-1]]
+        conditioning = None
+        if self.mesh.is_local(0):
+            conditioning = self._programs.condition(self._params.conditioner, arrival.timestep)
+        is_open = tuple(chunk is not None for chunk in chunks)
+        return self._enter(self._blank_later, arrival.noisy, is_open, conditioning, arrival.again)
+
+    def _bring_out(self, clean: tuple[jax.Array, ...]) -> list[Finished]:
+        """Returns the chunks that are finished and that no earlier one is missing before, in order."""
+        self.came_back = clean
+        self._collect(self._under_way[-1], clean)
+        done = []
+        while self._next_finished in self._finished:
+            done.append(self._finished.pop(self._next_finished))
+            self._next_finished += 1
+        self._drop_empty_rows()
+        return done
+
+    def _enter_step(self, blank: list[Entry], arrival: Arrival, k: int) -> Entry:
+        """Returns what enters for step k of a chunk that takes its steps one after another."""
+        conditioning = None
+        if self.mesh.is_local(0):
+            timestep = self._timesteps[k] if k else arrival.timestep
+            conditioning = self._programs.condition_first(self._params.conditioner, timestep)
+        again = arrival.again[k - 1 : k] if k else arrival.again[:1]
+        return self._enter(blank, arrival.noisy, (k == 0,), conditioning, again)
 
     def _take(self, split: tuple[int, ...], ticks: TickPrograms) -> None:
         """Moves blocks between stages before a tick, and sets the spans of that tick.
@@ -284,24 +402,13 @@ class Pipeline:
                 layers.append(spare[stage].pop() if spare[stage] else _zeros(like, mesh.devices[stage]))
         return mesh.join([tuple(layers) for layers in taken.values()])
 
-    def _tick_apart(self, entry) -> jax.Array:
-        """Runs a tick whose hand-over is a program of its own."""
-        ticks = self._ticks
-        assert ticks.tick_apart is not None
-        assert ticks.send is not None
-        clean = self._tick(ticks.tick_apart, self._row_prompts(), entry)
-        self._state = dataclasses.replace(self._state, message=ticks.send(self._state.message))
-        return clean
-
-    def _tick(self, program, prompts, entry) -> jax.Array:
-        self._state, clean = program(self._params.dit, tuple(prompts), self._span, self._state, entry)
-        return clean
-
-    def _enter(self, blank, noisy, fresh, conditioning, again) -> Entry:
+    def _enter(self, blank, noisy, is_open: tuple[bool, ...], conditioning, again) -> Entry:
         """Returns what enters the first stage, as an array over all of them."""
         if not self.mesh.is_local(0):
             return self._nothing(blank)
-        entry = Entry(noisy, self._fresh[fresh], conditioning, tuple(again))
+        if is_open not in self._flags:  # there are few of them
+            self._flags[is_open] = self._put(np.array(is_open))
+        entry = Entry(noisy, self._flags[is_open], conditioning, tuple(again))
         return self.mesh.join([entry, *blank[1:]])
 
     def _nothing(self, blank: list[Entry]) -> Entry:
@@ -340,6 +447,74 @@ class Pipeline:
 
     def _put(self, x: object) -> jax.Array:
         return jax.device_put(x, self.mesh.home)
+
+
+def tick_together(
+    pipelines: Sequence[Pipeline], arrivals: Sequence[Arrival], apart: bool = False
+) -> list[list[Finished]]:
+    """Runs one tick of several streams: takes in a chunk of each, or none, and moves on what is under way.
+
+    Args:
+      pipelines: on the same devices, with the same split and configuration; as many as programs are compiled for.
+      arrivals: what each of them brings.
+      apart: whether the hand-over to the next stage is a program of its own; of one stream only.
+
+    Returns:
+      For each stream the chunks that are finished, in order.
+    """
+    lead = pipelines[0]
+    ticks, program = lead._ticks, lead._ticks.tick[len(pipelines)]
+    if lead.cfg.mode != "stream":
+        for line, arrival in zip(pipelines, arrivals, strict=True):
+            line._prompts = [line._prompt]
+            line._under_way = [_MicroBatch([line._next_chunk if arrival.fresh else None], steps=1)]
+            line._next_chunk += arrival.fresh
+        clean = _all_steps(program, pipelines, [line._blank_later for line in pipelines], arrivals)
+        return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
+    entries = [line._take_in(arrival) for line, arrival in zip(pipelines, arrivals, strict=True)]
+    prompts = [line._row_prompts() for line in pipelines]
+    if apart:
+        assert ticks.tick_apart is not None
+        assert ticks.send is not None
+        clean = _run(ticks.tick_apart, pipelines, prompts, entries)
+        lead._state = dataclasses.replace(lead._state, message=ticks.send(lead._state.message))
+    else:
+        clean = _run(program, pipelines, prompts, entries)
+    return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
+
+
+def _all_steps(
+    program: Program,
+    pipelines: Sequence[Pipeline],
+    blanks: Sequence[list[Entry]],
+    arrivals: Sequence[Arrival],
+) -> Sequence[tuple[jax.Array, ...]]:
+    """Takes one chunk of each stream through all its steps, one after another; returns their clean latents."""
+    clean: Sequence[tuple[jax.Array, ...]] = ()
+    prompts = [[line._prompt.kv] for line in pipelines]
+    lines = list(zip(pipelines, blanks, strict=True))
+    for k in range(pipelines[0].cfg.steps):
+        entries = [line._enter_step(blank, a, k) for (line, blank), a in zip(lines, arrivals, strict=True)]
+        for hop in range(pipelines[0].stages):
+            if hop:
+                entries = [line._nothing(blank) for line, blank in lines]
+            clean = _run(program, pipelines, prompts, entries)
+    return clean
+
+
+def _run(
+    program: Program,
+    pipelines: Sequence[Pipeline],
+    prompts: Sequence[Sequence[PromptKV]],
+    entries: Sequence[Entry],
+) -> Sequence[tuple[jax.Array, ...]]:
+    """Runs a compiled `step.tick` on the streams' states and returns each one's rows of clean latents."""
+    lead = pipelines[0]
+    states = tuple(line._state for line in pipelines)
+    states, clean = program(lead._params.dit, tuple(map(tuple, prompts)), lead._span, states, tuple(entries))
+    for line, state in zip(pipelines, states, strict=True):
+        line._state = state
+    return clean
 
 
 def _zeros(like: Any, device: Any) -> Any:

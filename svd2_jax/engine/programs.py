@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
 from svd2_jax.models import dit
 from svd2_jax.models.dit import DiTParams
+from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
 from svd2_jax.stream import pixels, state, step
 from svd2_jax.stream.state import Entry
@@ -34,19 +36,33 @@ class TickPrograms:
 
     Attributes:
       prompt_kv: blocks, context [1, P, E] -> PromptKV.
-      tick: see `step.tick`: dit params, prompts, span, StreamState*, Entry -> StreamState, clean latents.
-      tick_apart: the same without the hand-over to the next stage, every block in a branch.
+      tick: for each number of streams that can share a tick, see `step.tick`: dit params, prompts, span,
+        StreamStates*, Entries -> StreamStates, each row's clean latents.
+      tick_apart: the same for one stream, without the hand-over to the next stage, every block in a branch.
       catch_up: see `step.catch_up`: dit params, prompts, span, StreamState* -> StreamState.
       send: Message* -> Message, the hand-over.
       share: float32 [W * N] over the stages -> [W * W * N]: every stage gets the numbers of all.
     """
 
     prompt_kv: Program
-    tick: Program
+    tick: Mapping[int, Program]
     tick_apart: Program | None = None
     catch_up: Program | None = None
     send: Program | None = None
     share: Program | None = None
+
+
+@dataclass(frozen=True)
+class ResizePrograms:
+    """Programs that give a stream in progress another number of rows.
+
+    Attributes:
+      layer: LayerCache -> LayerCache, one block's at a time, so that no two caches are there at once.
+      rest: counters of the cache and Message -> the same.
+    """
+
+    layer: Program
+    rest: Program
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class DenoiserPrograms:
       embed_text: conditioner, text embedding [1, P, text_dim] -> context [1, P, E].
       condition_first: conditioner, timestep [] -> Conditioning of one row.
       condition: conditioner, timestep [] of row 0 -> Conditioning of all rows.
+      draw_chunk: key, number of the chunk in each step [S] -> their Gaussians.
       ticks: what later chunks run.
     """
 
@@ -69,6 +86,7 @@ class DenoiserPrograms:
     embed_text: Program
     condition_first: Program
     condition: Program
+    draw_chunk: Program
     ticks: TickPrograms
 
 
@@ -80,16 +98,14 @@ class EndPrograms:
 
     Attributes:
       draw_first: key -> noise of the first group.
-      draw_chunk: key, chunk* -> noise of a chunk, next chunk.
       blend: old embedding, new embedding, weight [] -> embedding between them.
       encode_first: encoder params, frames, noise, noise scale -> InputState, noisy latents.
       encode: encoder params, InputState*, frames, noise, initial noise scale -> InputState, noisy, timestep.
-      decode_first: decoder params, rows of clean latents -> decoder state, frames of the last row.
-      decode: decoder params, decoder state*, rows of clean latents -> decoder state, frames of the last row.
+      decode_first: decoder params, clean latents -> decoder state, frames.
+      decode: decoder params, decoder state*, clean latents -> decoder state, frames.
     """
 
     draw_first: Program
-    draw_chunk: Program
     blend: Program
     encode_first: Program | None
     encode: Program | None
@@ -108,6 +124,7 @@ class Builder:
       mesh: the stages' devices.
       pixel_format: see `SessionSpec.pixels`.
       attention: see `attend`; "auto" takes the fused kernel where the device has one.
+      batch_sizes: numbers of streams that can share a tick.
     """
 
     model: ModelConfig
@@ -116,15 +133,14 @@ class Builder:
     mesh: StageMesh
     pixel_format: str = "uint8"
     attention: AttentionImplementation = "auto"
+    batch_sizes: tuple[int, ...] = (1,)
 
     def ends(self) -> EndPrograms:
         """Compiles what runs before the first and behind the last stage."""
         model, cfg, mesh = self.model, self.cfg, self.mesh
         items = abstract_items(model, self.dtype)
         first, block = cfg.first_latents, cfg.frames_per_block
-        number, scalar = _array((), jnp.int32), _array(())
-        key = _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
-        embedding, channels = self._embedding, model.dit.in_channels
+        scalar, embedding = _array(()), self._embedding
 
         encode_first = encode = decode_first = decode = None
         if cfg.task == "v2v" and mesh.is_local(0):
@@ -141,17 +157,15 @@ class Builder:
             decoder, decoder_cfg = items[decoder_item(cfg.decoder)], pixels.decoder_config(model, cfg)
             decode_first, (decoder_state, _) = self._compile_on(
                 mesh.last, functools.partial(pixels.decode_first_group, decoder_cfg, pixels=self.pixel_format),
-                decoder, self._latents(1, first),
+                decoder, self._latents(first),
             )  # fmt: skip
             decode, _ = self._compile_on(
                 mesh.last, functools.partial(pixels.decode_chunk, decoder_cfg, pixels=self.pixel_format),
-                decoder, decoder_state, self._latents(cfg.rows, block), donate=(1,),
+                decoder, decoder_state, self._latents(block), donate=(1,),
             )  # fmt: skip
-        draw_first = functools.partial(noise.draw_first, cfg, channels)
-        draw_chunk = functools.partial(noise.draw_chunk, cfg, channels, mesh.stages)
+        draw_first = functools.partial(noise.draw_first, cfg, model.dit.in_channels)
         return EndPrograms(
-            draw_first=self._compile_on(mesh.home, draw_first, key)[0],
-            draw_chunk=self._compile_on(mesh.home, draw_chunk, key, number, donate=(1,))[0],
+            draw_first=self._compile_on(mesh.home, draw_first, self._key)[0],
             blend=self._compile_on(mesh.home, _blend, embedding, embedding, scalar)[0],
             encode_first=encode_first,
             encode=encode,
@@ -175,17 +189,19 @@ class Builder:
             return self._compile_on(mesh.home, function, conditioner, _array((), jnp.int32))[0]
 
         one_row = self._one_row(max(split))
+        draw_chunk = functools.partial(noise.draw_chunk, cfg, model.dit.in_channels)
         open_rows = self._compile_over(
             functools.partial(state.open_rows, model.dit, cfg), (OVER,), one_row,
             donate=(0,) if cfg.rows == 1 else (),
         )  # fmt: skip
         return DenoiserPrograms(
             init_state=_zeros(one_row),
-            step_first=self._tick(split, self._one_at_a_time(split), one_row, cfg.first_latents),
+            step_first=self._tick(split, self._one_at_a_time(split), one_row, cfg.first_latents, 1),
             open_rows=open_rows,
             embed_text=self._compile_on(mesh.home, embed_text, conditioner, self._embedding)[0],
             condition_first=condition("single"),
             condition=condition(self._batch),
+            draw_chunk=self._compile_on(mesh.home, draw_chunk, self._key, _array((cfg.steps,), jnp.int32))[0],
             ticks=self.ticks(split, movable),
         )
 
@@ -200,27 +216,22 @@ class Builder:
             params.blocks,
             self._same(context),
         )
-        rows = self.mesh.abstract(
-            jax.eval_shape(lambda: state.open_rows(self.model.dit, cfg, self._start(max(split))))
-        )
-        if cfg.mode != "stream":
-            ring = self._one_at_a_time(split)
-            return TickPrograms(prompt_kv, self._tick(split, ring, rows, cfg.frames_per_block))
-        ring = Ring(stages, min(split))
-        tick = self._tick(split, ring, rows, cfg.frames_per_block)
-        if not movable or stages == 1:
+        rows = self._rows(split)
+        ring = Ring(stages, min(split)) if cfg.mode == "stream" else self._one_at_a_time(split)
+        tick = {n: self._tick(split, ring, rows, cfg.frames_per_block, n) for n in self.batch_sizes}
+        if cfg.mode != "stream" or not movable or stages == 1:
             return TickPrograms(prompt_kv, tick)
         apart = Ring(stages, always=0, send=False)
         catch_up = functools.partial(step.catch_up, self.model.dit, cfg, apart, attention=self._attention)
         return TickPrograms(
             prompt_kv,
             tick,
-            self._tick(split, apart, rows, cfg.frames_per_block),
+            self._tick(split, apart, rows, cfg.frames_per_block, 1),
             self._compile_over(
                 catch_up,
                 (DIT_SPECS, OVER, OVER, OVER),
                 params,
-                self._prompts(split),
+                self._prompts(split, cfg.rows),
                 self._span,
                 rows,
                 donate=(3,),
@@ -228,6 +239,17 @@ class Builder:
             self._compile_over(functools.partial(step.send, stages), (OVER,), rows.message, donate=(0,)),
             self._compile_over(_share, (OVER,), self.mesh.abstract(_array((rebalance.NUMBERS,)))),
         )
+
+    def resize(self, split: Sequence[int], rows: int) -> ResizePrograms:
+        """Compiles what gives a stream of so many rows those of this configuration."""
+        before = dataclasses.replace(self, cfg=self.cfg.with_steps(rows))._rows(split)
+        cache, wanted = before.cache, self.cfg.rows
+
+        def compiled(function: Program, tree: Any) -> Program:
+            return self._compile_over(functools.partial(function, rows=wanted), (OVER,), tree)
+
+        rest = compiled(_resize_rest, (cache.filled, cache.held, before.message))
+        return ResizePrograms(compiled(kv_cache.resize_rows, cache.layers[0]), rest)
 
     def dit_params(self, positions: int) -> DiTParams:
         """Returns the transformer's shapes over the stages, with room for so many blocks on each."""
@@ -244,11 +266,15 @@ class Builder:
             lambda: state.empty_message(self.model.dit, self.cfg, self.dtype, rows, frames)
         )
         latents = self._latents(frames)
-        return Entry(latents, _array((1,), jnp.bool_), message.conditioning, (latents,) * again)
+        return Entry(latents, _array((rows,), jnp.bool_), message.conditioning, (latents,) * again)
 
     @property
     def _embedding(self) -> Any:
         return _array((1, self.model.dit.text_len, self.model.dit.text_dim), self.dtype)
+
+    @property
+    def _key(self) -> Any:
+        return _array((), jax.eval_shape(lambda: jax.random.key(0)).dtype)
 
     @property
     def _batch(self) -> Literal["rows", "single"]:
@@ -268,11 +294,11 @@ class Builder:
         # One stage at a time has something to do: the others skip their blocks.
         return Ring(self.mesh.stages, max(split) if self.mesh.stages == 1 else 0, "single")
 
-    def _prompts(self, split: Sequence[int]) -> Any:
+    def _prompts(self, split: Sequence[int], rows: int) -> Any:
         model = self.model.dit
         kv = self.mesh.abstract(_array((1, model.text_len, model.num_heads, model.head_dim), self.dtype))
         layers = (kv,) * max(split)
-        return (dit.PromptKV(layers, layers),) * self.cfg.rows
+        return (dit.PromptKV(layers, layers),) * rows
 
     def _start(self, positions: int) -> state.StreamState:
         return state.init_stream_state(self.model.dit, self.cfg, self.dtype, positions)
@@ -280,13 +306,19 @@ class Builder:
     def _one_row(self, positions: int) -> Any:
         return self.mesh.abstract(jax.eval_shape(lambda: self._start(positions)))
 
-    def _tick(self, split: Sequence[int], ring: Ring, state_: Any, frames: int) -> Program:
-        prompts = self._prompts(split) if ring.batch == "rows" else self._prompts(split)[:1]
+    def _rows(self, split: Sequence[int]) -> Any:
+        """Returns the shapes of a state behind the first group."""
+        opened = functools.partial(state.open_rows, self.model.dit, self.cfg)
+        return self.mesh.abstract(jax.eval_shape(lambda: opened(self._start(max(split)))))
+
+    def _tick(self, split: Sequence[int], ring: Ring, state_: Any, frames: int, streams: int) -> Program:
+        prompts = self._prompts(split, self.cfg.rows if ring.batch == "rows" else 1)
         entry = self.mesh.abstract(self.entry(ring.batch, frames))
         function = functools.partial(step.tick, self.model.dit, self.cfg, ring, attention=self._attention)
         specs = (DIT_SPECS, OVER, OVER, OVER, OVER)
         params = self.dit_params(max(split))
-        return self._compile_over(function, specs, params, prompts, self._span, state_, entry, donate=(3,))
+        each = ((prompts,) * streams, self._span, (state_,) * streams, (entry,) * streams)
+        return self._compile_over(function, specs, params, *each, donate=(3,))
 
     def _latents(self, *shape: int) -> Any:
         return _array((*shape, *self.cfg.latent_size, self.model.dit.in_channels))
@@ -344,7 +376,7 @@ def _compile(
     return _compile_once(static, structure, shapes, donate, out_sharding, layout, matmul_precision(dtype))
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=1024)
 def _compile_once(static, structure, shapes, donate, out_sharding, layout, precision) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     function, positional, keywords = static
@@ -359,6 +391,11 @@ def _compile_once(static, structure, shapes, donate, out_sharding, layout, preci
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
     )
     return lowered.compile(), results
+
+
+def _resize_rest(rest: Any, rows: int) -> Any:
+    filled, held, message = rest
+    return *kv_cache.resize_rows((filled, held), rows), state.resize_message(message, rows)
 
 
 def _share(x: jax.Array) -> jax.Array:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from svd2_jax.api import SessionSpec, check_prompt
-from svd2_jax.engine.noise import NoiseSource, SeededNoise
+from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams
-from svd2_jax.engine.pipeline import Pipeline
+from svd2_jax.engine.pipeline import Arrival, Finished, Pipeline, tick_together
 from svd2_jax.engine.programs import EndPrograms
 from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import ConfigError, SessionError
@@ -47,6 +47,18 @@ class DeviceChunk:
         self.result.block_until_ready()
 
 
+@dataclass(frozen=True)
+class DeviceTicket:
+    """A tick on its way through the devices; see `api.Ticket`."""
+
+    chunks: Sequence[Sequence[DeviceChunk]]
+    results: Sequence[object]
+
+    def wait(self) -> None:
+        """Waits until this process's devices are through with it."""
+        jax.block_until_ready(self.results)
+
+
 class DeviceSession:
     """A session on the stages of one pipeline; see `api.Session` for the verbs.
 
@@ -61,14 +73,14 @@ class DeviceSession:
         prompts: Prompts,
         pipeline: Callable[[jax.Array], Pipeline],
         device: Device,
-        noise: NoiseSource | None = None,
+        noise: NoiseSource,
         on_close: Callable[[DeviceSession], None] = lambda _: None,
     ):
         """Opens the session; `pipeline` makes the denoiser for a text embedding on `device`, where inputs go."""
         self.spec = spec
         self._cfg = spec.stream
         self._params, self._programs, self._prompts, self._device = params, programs, prompts, device
-        self._noise = noise or SeededNoise(programs.draw_first, programs.draw_chunk, spec.seed, device)
+        self._noise = noise
         self._embedding = self._target = self._embed(spec.prompt)
         self._blend_steps: list[jax.Array] = []
         self._blend_from = self._embedding
@@ -76,7 +88,8 @@ class DeviceSession:
         self._noise_scale = self._put(np.float32(spec.noise_scale))
         self._input = self._decoder = None
         self._waiting: list[np.ndarray] = []  # input frames that do not fill a chunk yet
-        self._taken = self._given = self._ticks = 0
+        self._taken = self._given = 0
+        self._started = False
         self._closed = self._finished = False
         self._on_close = on_close
 
@@ -85,6 +98,16 @@ class DeviceSession:
         """Whether finished frames come out in this process: the one that drives the last stage."""
         return self._programs.decode is not None
 
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the chunks that enter now."""
+        return self._pipeline.steps
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The denoiser."""
+        return self._pipeline
+
     # --- the verbs of api.Session
 
     def push(self, frames: np.ndarray) -> list[DeviceChunk]:
@@ -92,19 +115,13 @@ class DeviceSession:
         self._check_open()
         if self._cfg.task != "v2v":
             raise SessionError("a text-to-video session takes no frames; call advance()")
-        expected = (self._cfg.height, self._cfg.width, 3)
-        if not isinstance(frames, np.ndarray):
-            raise SessionError(f"frames must be a numpy array [T, H, W, 3], got {type(frames).__name__}")
-        if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
-            raise SessionError(
-                f"frames must be uint8 [T, {', '.join(map(str, expected))}], got {frames.dtype} {frames.shape}"
-            )
+        self._check_frames(frames)
         self._taken += len(frames)
         self._waiting.extend(frames.copy())  # the caller may reuse its buffer
         done = []
         while len(self._waiting) >= (need := self._next_frames()):
             group, self._waiting = np.stack(self._waiting[:need]), self._waiting[need:]
-            done += self._submit(group)
+            done += self._tick(group)
         return done
 
     def advance(self) -> list[DeviceChunk]:
@@ -113,7 +130,7 @@ class DeviceSession:
         if self._cfg.task != "t2v":
             raise SessionError("a video-to-video session needs frames; call push(frames)")
         self._taken += self._next_frames()
-        return self._submit(None)
+        return self._tick(None)
 
     def finish(self) -> list[DeviceChunk]:
         """Returns the frames still under way, so that as many come out as went in.
@@ -127,10 +144,21 @@ class DeviceSession:
         if self._waiting:
             fill = [self._waiting[-1]] * (self._next_frames() - len(self._waiting))
             group, self._waiting = np.stack([*self._waiting, *fill]), []
-            done += self._submit(group, limit=self._taken)
+            done += self._tick(group)
         while self._given < self._taken:
-            done += self._submit(None, limit=self._taken, fresh=False)
-        return done
+            done += self._tick(None, fresh=False)
+        return [_cut(chunk, self._taken) for chunk in done]
+
+    def set_steps(self, steps: int) -> None:
+        """Changes the denoising steps from the next chunk on; see `api.Session` and docs/streaming.md.
+
+        Raises:
+          ConfigError: there are no timesteps for so many.
+          SessionError: the session is closed, or its blocks may move between devices.
+        """
+        self._check_open()
+        if steps != self.steps:
+            self._pipeline.set_steps(steps)
 
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or linearly over `blend_chunks` chunks.
@@ -214,55 +242,85 @@ class DeviceSession:
         yield self.finish()
 
     def _next_frames(self) -> int:
-        return self._cfg.chunk_frames if self._ticks else self._cfg.first_frames
+        return self._cfg.chunk_frames if self._started else self._cfg.first_frames
 
-    def _submit(
-        self, frames: np.ndarray | None, limit: int | None = None, fresh: bool = True
-    ) -> list[DeviceChunk]:
-        """Dispatches one group of frames, or with `fresh` False none; returns the chunk that finishes, if any."""
+    def check_part(self, frames: np.ndarray | None) -> None:
+        """Raises SessionError for what cannot be this session's part of a tick."""
+        self._check_open()
+        if self._cfg.task != "v2v" or self._waiting:
+            raise SessionError(
+                "a session shares ticks only in video to video, and without frames left by push()"
+            )
+        if frames is None:
+            if not self._started:
+                raise SessionError("a session starts with its first group; pass its frames")
+            return
+        self._check_frames(frames)
+        if len(frames) != self._next_frames():
+            raise SessionError(f"this part of a tick takes {self._next_frames()} frames, got {len(frames)}")
+
+    def _check_frames(self, frames: np.ndarray) -> None:
+        expected = (self._cfg.height, self._cfg.width, 3)
+        if not isinstance(frames, np.ndarray):
+            raise SessionError(f"frames must be a numpy array [T, H, W, 3], got {type(frames).__name__}")
+        if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
+            raise SessionError(
+                f"frames must be uint8 [T, {', '.join(map(str, expected))}], got {frames.dtype} {frames.shape}"
+            )
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the first group was taken in."""
+        return self._started
+
+    def _tick(self, frames: np.ndarray | None, fresh: bool = True) -> list[DeviceChunk]:
+        """Dispatches a tick of this session alone; returns what finishes with it."""
         if fresh:
             self._update_prompt()
-        result = self._chunk(frames, fresh) if self._ticks else self._first_group(frames)
-        count = self._cfg.chunk_frames if self._ticks else self._cfg.first_frames
-        self._ticks += 1
-        if result is None:
-            return []
-        if self.has_output:
-            result.copy_to_host_async()
-        chunk = DeviceChunk(self._given, count, result, self.has_output)
-        self._given += count
-        return [chunk if limit is None else _cut(chunk, limit)]
+        if not self._started:
+            return self._first_group(frames)
+        return self._bring_out(self._pipeline.tick(self._take_in(frames, fresh)))
 
-    def _first_group(self, frames: np.ndarray | None) -> jax.Array:
+    def _first_group(self, frames: np.ndarray | None) -> list[DeviceChunk]:
         programs = self._programs
+        self._started = True
         noisy, again = self._noise.first() if self._has_input else (None, ())
         if programs.encode_first is not None:
             self._input, noisy = programs.encode_first(
                 self._params.encoder, self._put(frames), noisy, self._noise_scale
             )
-        clean = self._pipeline.first_group(noisy, again)
-        if programs.decode_first is None:
-            return self._pipeline.own(clean)
-        self._decoder, pixels = programs.decode_first(self._params.decoder, self._pipeline.own(clean))
-        return pixels
+        pixels = self._pipeline.own(self._pipeline.first_group(noisy, again))
+        if programs.decode_first is not None:
+            self._decoder, pixels = programs.decode_first(self._params.decoder, pixels)
+        return [self._chunk(pixels, self._cfg.first_frames)]
 
-    def _chunk(self, frames: np.ndarray | None, fresh: bool) -> jax.Array | None:
-        """Returns the chunk that this tick finishes, see `DeviceChunk.result`; None while none does."""
-        programs, pipeline = self._programs, self._pipeline
-        noisy, again = self._noise.chunk(fresh) if self._has_input else (None, ())
-        timestep, given_ns = pipeline.first_timestep, time.monotonic_ns()
+    def _take_in(self, frames: np.ndarray | None, fresh: bool) -> Arrival:
+        """Dispatches what comes before the stages."""
+        programs, pipeline, given_ns = self._programs, self._pipeline, time.monotonic_ns()
+        noisy, again = self._noise.chunk(pipeline.entering(fresh)) if self._has_input else (None, ())
+        timestep = pipeline.first_timestep
         if programs.encode is not None and fresh:
             self._input, noisy, timestep = programs.encode(
                 self._params.encoder, self._input, self._put(frames), noisy, self._noise_scale
             )
-        clean = pipeline.own(pipeline.chunk(noisy, timestep, again, fresh, given_ns))
-        if self._ticks < pipeline.depth:  # the first chunk is still on its way through the rows and stages
-            return None
-        if programs.decode is None:
-            return clean
-        self._decoder, pixels = programs.decode(self._params.decoder, self._decoder, clean)
-        pipeline.decoded(pixels)
-        return pixels
+        return Arrival(noisy, timestep, again, fresh, given_ns)
+
+    def _bring_out(self, finished: Sequence[Finished]) -> list[DeviceChunk]:
+        """Dispatches what comes behind the stages; returns the finished chunks."""
+        programs, pipeline, chunks = self._programs, self._pipeline, []
+        for done in finished:
+            pixels = pipeline.own(done.clean)
+            if programs.decode is not None:
+                self._decoder, pixels = programs.decode(self._params.decoder, self._decoder, pixels)
+                pipeline.decoded(pixels)
+            chunks.append(self._chunk(pixels, self._cfg.chunk_frames))
+        return chunks
+
+    def _chunk(self, pixels: jax.Array, count: int) -> DeviceChunk:
+        if self.has_output:
+            pixels.copy_to_host_async()
+        self._given += count
+        return DeviceChunk(self._given - count, count, pixels, self.has_output)
 
     @property
     def _has_input(self) -> bool:
@@ -282,6 +340,44 @@ class DeviceSession:
     def _check_open(self) -> None:
         if self._closed or self._finished:
             raise SessionError(f"the session is {'closed' if self._closed else 'finished'}; open a new one")
+
+
+def tick_sessions(
+    parts: Sequence[tuple[DeviceSession, np.ndarray | None]], batch_sizes: Sequence[int]
+) -> DeviceTicket:
+    """Dispatches one tick of several sessions, see `api.Engine.tick`; each part has passed `check_part`.
+
+    Sessions that have the same devices, sizes and rows share programs, as many at once as the largest batch size that
+    they fill; the others follow one another.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, (session, _) in enumerate(parts):
+        line = session.pipeline
+        groups.setdefault((line.cfg, line.mesh, line.split) if session.is_started else i, []).append(i)
+    chunks: list[list[DeviceChunk]] = [[] for _ in parts]
+    for group in groups.values():
+        while group:
+            size = max(size for size in batch_sizes if size <= len(group))
+            batch, group = group[:size], group[size:]
+            for i, done in zip(batch, _tick_batch([parts[i] for i in batch]), strict=True):
+                chunks[i] = done
+    results = [chunk.result for done in chunks for chunk in done]
+    return DeviceTicket(chunks, [results, [session.pipeline.last_result for session, _ in parts]])
+
+
+def _tick_batch(parts: Sequence[tuple[DeviceSession, np.ndarray | None]]) -> list[list[DeviceChunk]]:
+    """Dispatches one tick of sessions that share their programs, or the first group of one session."""
+    for session, frames in parts:
+        session._taken += 0 if frames is None else len(frames)
+    if len(parts) == 1:
+        ((session, frames),) = parts
+        return [session._tick(frames, frames is not None)]
+    for session, frames in parts:
+        if frames is not None:
+            session._update_prompt()
+    arrivals = [session._take_in(frames, frames is not None) for session, frames in parts]
+    finished = tick_together([session.pipeline for session, _ in parts], arrivals)
+    return [session._bring_out(done) for (session, _), done in zip(parts, finished, strict=True)]
 
 
 def _read(chunks: Iterable[DeviceChunk]) -> Iterator[np.ndarray]:

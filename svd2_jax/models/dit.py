@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,16 +154,21 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         q_BQND: jax.Array,
-        cache: LayerCache,
-        kv_len_B: jax.Array,
+        caches: Sequence[LayerCache],
+        kv_lens: Sequence[jax.Array],
         prompt_k: jax.Array,
         prompt_v: jax.Array,
         modulation_B6E: jax.Array,
         attention: AttentionImplementation,
     ) -> jax.Array:
-        """Returns the block's output [B, Q, E] from its queries and the cache that holds the chunk itself."""
+        """Returns the block's output [B, Q, E] from its queries and the caches that hold the chunks themselves."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = self._modulation(modulation_B6E)
-        x = _add(x, self.self_attn.out(attend(q_BQND, cache.k, cache.v, kv_len_B, attention)), gate)
+        # Each stream's rows look into its own cache: caches of several streams are never copied together.
+        seen = [
+            attend(q, cache.k, cache.v, kv_len_B, attention)
+            for q, cache, kv_len_B in zip(_over_streams(q_BQND, caches), caches, kv_lens, strict=True)
+        ]
+        x = _add(x, self.self_attn.out(_joined(seen)), gate)
         q = self.cross_attn.query(self.norm_cross(x))
         x = x + self.cross_attn.out(attend(q, prompt_k, prompt_v, implementation=attention))
         y = self._modulate(x, mlp_shift, mlp_scale)
@@ -178,7 +184,7 @@ class Block(nn.Module):
         none = jnp.zeros((0,), jnp.int32)
         chunk = LayerCache(k, v, none, none, none)
         length = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-        return self.finish(x, q, chunk, length, *self.prompt_kv(context_BPE), modulation_B6E, "xla")
+        return self.finish(x, q, [chunk], [length], *self.prompt_kv(context_BPE), modulation_B6E, "xla")
 
     def _modulation(self, modulation_B6E):
         summed = self.modulation.astype(jnp.float32)[None] + modulation_B6E
@@ -186,6 +192,18 @@ class Block(nn.Module):
 
     def _modulate(self, x, shift, scale):
         return (_layer_norm(x, self.cfg.eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def _over_streams(x: jax.Array, caches: Sequence[LayerCache]) -> list[jax.Array]:
+    """Splits an array over all rows into each stream's, as many as its cache has."""
+    if len(caches) == 1:
+        return [x]
+    ends = list(itertools.accumulate(cache.k.shape[0] for cache in caches))
+    return [x[end - cache.k.shape[0] : end] for end, cache in zip(ends, caches, strict=True)]
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _add(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
@@ -285,33 +303,35 @@ def run_block(
     stream: StreamConfig,
     params: Params,
     x: jax.Array,
-    cache: LayerCache,
-    plan: WritePlan,
-    kv_len_B: jax.Array,
+    caches: Sequence[LayerCache],
+    plans: Sequence[WritePlan],
+    kv_lens: Sequence[jax.Array],
     prompts: Sequence[tuple[jax.Array, jax.Array]],
     conditioning: Conditioning,
     rope: tuple[jax.Array, jax.Array],
     frames: int,
     attention: AttentionImplementation,
     used: jax.Array | None = None,
-) -> tuple[jax.Array, LayerCache]:
-    """Runs one block on hidden states x [B, Q, E]; returns its output and the written cache.
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """Runs one block on hidden states x [B, Q, E]; returns its output and the written caches.
+
+    The B rows are those of one stream after the other.
 
     Args:
       cfg: sizes.
       stream: cache geometry.
       params: the block's parameters.
       x: hidden states [B, Q, E].
-      cache: the block's cache.
-      plan: where the chunk goes in it.
-      kv_len_B: int32 tokens of the cache that are valid after the write.
+      caches: the block's cache of each stream.
+      plans: where each stream's chunks go in it.
+      kv_lens: int32 [rows] tokens of each stream's cache that are valid after the write.
       prompts: cross-attention keys and values [1, P, N, D] of each row's prompt.
       conditioning: the rows' modulations.
       rope: cosines and sines of the rows' positions.
       frames: latent frames of the chunk.
       attention: see `attend`.
-      used: bool [] whether the block is there at all; where False, x and the cache come back as they were. None
-        is True, without a branch. A branch may read the cache and must not return it: that would copy it.
+      used: bool [] whether the block is there at all; where False, x and the caches come back as they were. None
+        is True, without a branch. A branch may read a cache and must not return it: that would copy it.
     """
     block = Block(cfg)
     modulation = conditioning.modulation
@@ -321,17 +341,21 @@ def run_block(
 
     def finish():
         k, v = (jnp.concatenate([prompt[i] for prompt in prompts]) for i in (0, 1))
-        return _apply(block, params, x, q, cache, kv_len_B, k, v, modulation, attention, method="finish")
+        return _apply(block, params, x, q, caches, kv_lens, k, v, modulation, attention, method="finish")
+
+    def written():
+        streams = zip(caches, plans, _over_streams(k, caches), _over_streams(v, caches), strict=True)
+        return tuple(kv_cache.write(stream, *one, frames) for one in streams)
 
     if used is None:
         q, k, v = project()
-        cache = kv_cache.write(stream, cache, plan, k, v, frames)
-        return finish(), cache
+        caches = written()
+        return finish(), caches
     heads = x.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
     q, k, v = jax.lax.cond(used, project, lambda: (heads, heads, heads))
-    plan = dataclasses.replace(plan, active=plan.active & used)
-    cache = kv_cache.write(stream, cache, plan, k, v, frames)
-    return jax.lax.cond(used, finish, lambda: x), cache
+    plans = [dataclasses.replace(plan, active=plan.active & used) for plan in plans]
+    caches = written()
+    return jax.lax.cond(used, finish, lambda: x), caches
 
 
 def head(

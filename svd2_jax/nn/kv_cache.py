@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from svd2_jax.config import DiTConfig, StreamConfig
+
+Cache = TypeVar("Cache")
 
 
 @register_dataclass
@@ -160,9 +163,13 @@ def write(
     return LayerCache(k, v, sink_means, queue, queue_len)
 
 
-def repeat_rows(cache: KVCache, rows: int) -> KVCache:
-    """Returns the one-row cache repeated for every row of a stream batch."""
-    return jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), cache)
+def resize_rows(cache: Cache, rows: int) -> Cache:
+    """Returns a cache, or a part of one, with the first `rows` rows; rows that were not there repeat the last one."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x[:rows], jnp.repeat(x[-1:], max(0, rows - x.shape[0]), axis=0)])
+
+    return jax.tree.map(one, cache)
 
 
 def _write_row(cache_BKND, new_BQND, row, first_token, active):

@@ -69,18 +69,18 @@ def encode_chunk(
 
 
 def decode_first_group(
-    cfg: DecoderConfig, params: Any, latents_BFHWC: jax.Array, pixels: str
+    cfg: DecoderConfig, params: Any, latents_FHWC: jax.Array, pixels: str
 ) -> tuple[Any, jax.Array]:
-    """Returns the decoder's state and the 1 + 4(F-1) frames of a stream's first clean latents, the last row."""
-    frames, state = _decoder(cfg).decode_first(cfg, params, latents_BFHWC[-1:].astype(_dtype(params)))
+    """Returns the decoder's state and the 1 + 4(F-1) frames of a stream's first clean latents."""
+    frames, state = _decoder(cfg).decode_first(cfg, params, latents_FHWC[None].astype(_dtype(params)))
     return state, to_output(frames[0], pixels)
 
 
 def decode_chunk(
-    cfg: DecoderConfig, params: Any, state: Any, latents_BFHWC: jax.Array, pixels: str
+    cfg: DecoderConfig, params: Any, state: Any, latents_FHWC: jax.Array, pixels: str
 ) -> tuple[Any, jax.Array]:
-    """Returns the decoder's state and the 4F frames of a later chunk's clean latents, which left in the last row."""
-    frames, state = _decoder(cfg).decode(cfg, params, state, latents_BFHWC[-1:].astype(_dtype(params)))
+    """Returns the decoder's state and the 4F frames of a later chunk's clean latents."""
+    frames, state = _decoder(cfg).decode(cfg, params, state, latents_FHWC[None].astype(_dtype(params)))
     return state, to_output(frames[0], pixels)
 
 

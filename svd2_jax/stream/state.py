@@ -59,15 +59,15 @@ class Entry:
 
     Attributes:
       latents: float32 [F, h, w, C] noisy latents of a new chunk.
-      fresh: bool [1] whether they are there. Where not, row 0 stays empty in a stream batch; a single chunk that
-        comes back from the last stage takes its next step.
+      open: bool [B] which rows take a chunk: row 0 the new one, the others what comes back from the last stage in
+        the row before. A single chunk that comes back takes its next step where `open` is False.
       conditioning: of the B rows' timesteps.
       noise: Gaussians [F, h, w, C] that re-noise the chunks which come back from the last stage: one for each of
         the rows 1 to B - 1, or one for a single chunk.
     """
 
     latents: jax.Array
-    fresh: jax.Array
+    open: jax.Array
     conditioning: Conditioning
     noise: tuple[jax.Array, ...]
 
@@ -110,7 +110,17 @@ def open_rows(dit: DiTConfig, cfg: StreamConfig, state: StreamState) -> StreamSt
     """Returns the state after the first group: a cache row for every row of the batch, no chunk under way."""
     dtype = state.message.hidden.dtype
     return StreamState(
-        cache=kv_cache.repeat_rows(state.cache, cfg.rows),
+        cache=kv_cache.resize_rows(state.cache, cfg.rows),
         start=state.start,
         message=empty_message(dit, cfg, dtype, cfg.rows, cfg.frames_per_block),
     )
+
+
+def resize_message(message: Message, rows: int) -> Message:
+    """Returns a micro-batch with its first `rows` rows, or with so many rows of which the new ones hold no chunk."""
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = max(0, rows - x.shape[0])
+        return jnp.concatenate([x[:rows], jnp.zeros((missing, *x.shape[1:]), x.dtype)])
+
+    return jax.tree.map(one, message)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,10 @@ from svd2_jax.nn.rope import rope_tables
 from svd2_jax.stream.state import Entry, Message, StreamState
 
 AXIS = "stage"
+Rows = tuple[jax.Array, ...]
+"""Something for each row of one stream."""
+Messages = TypeVar("Messages")
+"""A message, or a sequence of them."""
 
 
 @dataclass(frozen=True)
@@ -71,48 +75,56 @@ def tick(
     cfg: StreamConfig,
     ring: Ring,
     params: DiTParams,
-    prompts: Sequence[PromptKV],
+    prompts: Sequence[Sequence[PromptKV]],
     span: jax.Array,
-    state: StreamState,
-    entry: Entry,
+    states: Sequence[StreamState],
+    entries: Sequence[Entry],
     attention: AttentionImplementation = "auto",
-) -> tuple[StreamState, jax.Array]:
+) -> tuple[tuple[StreamState, ...], tuple[Rows, ...]]:
     """Runs one tick: every row under way on this stage passes through its blocks.
+
+    Several streams of one shape may share a tick, so that the blocks' parameters are read once for all of them. They
+    meet in matrix products over tokens only; each has its own cache, counters and prompts.
 
     Args:
       model: sizes of the DiT.
       cfg: what the stream computes.
       ring: layout over the stages.
       params: the stage's parameters.
-      prompts: cross-attention keys and values of each row's prompt.
+      prompts: for each stream the cross-attention keys and values of each row's prompt.
       span: int32 [2] first block and exclusive end of the blocks that the stage runs, counted from its own first.
-      state: the stage's state.
-      entry: what enters the first stage.
+      states: the stage's state of each stream.
+      entries: what enters the first stage, of each stream.
       attention: see `attend`.
 
     Returns:
-      The state, and the rows' clean predictions, float32 [B, F, h, w, C], which mean something on the last stage
-      only; rows without a chunk are zero. The last row's is finished.
+      The states, and for each stream the clean prediction of each row, float32 [F, h, w, C], which mean something
+      on the last stage only; rows without a chunk are zero. The last row's is finished.
     """
-    entered = _enter(model, cfg, ring, params, state, entry)
-    message = _where_stage(ring, 0, entered, state.message)
-    hidden, clean, cache = _run_blocks(
-        model, cfg, ring, params, prompts, span, state.cache, message, attention
-    )
-    if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
-        message = dataclasses.replace(
-            message, hidden=state.message.hidden, conditioning=state.message.conditioning, latents=clean
-        )
-    else:
-        passed = dataclasses.replace(message, hidden=hidden)
-        finished = dataclasses.replace(passed, latents=clean)
-        message = _where_stage(ring, ring.stages - 1, finished, passed)
+    messages = []
+    for state, entry in zip(states, entries, strict=True):
+        messages.append(_where_stage(ring, 0, _enter(model, cfg, ring, params, state, entry), state.message))
+    caches = [state.cache for state in states]
+    hidden, clean, caches = _run_blocks(model, cfg, ring, params, prompts, span, caches, messages, attention)
+    for i, (state, message) in enumerate(zip(states, messages, strict=True)):
+        if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
+            messages[i] = dataclasses.replace(
+                message,
+                hidden=state.message.hidden,
+                conditioning=state.message.conditioning,
+                latents=clean[i],
+            )
+        else:
+            passed = dataclasses.replace(message, hidden=hidden[i])
+            finished = dataclasses.replace(passed, latents=clean[i])
+            messages[i] = _where_stage(ring, ring.stages - 1, finished, passed)
     if ring.send:
         # All computing before the hand-over: then a GPU runs it as one graph.
-        message, clean, cache = jax.lax.optimization_barrier((message, clean, cache))
-        message = send(ring.stages, message)
-    start = jnp.where(entry.fresh, _next_start(cfg, state.start, entry.latents.shape[0]), state.start)
-    return StreamState(cache, start, message), clean
+        messages, clean, caches = jax.lax.optimization_barrier((messages, clean, caches))
+        messages = send(ring.stages, messages)
+    starts = [_next_start(cfg, state.start, entry) for state, entry in zip(states, entries, strict=True)]
+    after = tuple(StreamState(*one) for one in zip(caches, starts, messages, strict=True))
+    return after, tuple(tuple(rows) for rows in clean)
 
 
 def catch_up(
@@ -130,19 +142,19 @@ def catch_up(
     Blocks that are about to move to the stage before this one are run with it: the waiting micro-batch has left
     that stage already. See `tick` for the arguments.
     """
-    hidden, _, cache = _run_blocks(
-        model, cfg, ring, params, prompts, span, state.cache, state.message, attention
+    (hidden,), _, (cache,) = _run_blocks(
+        model, cfg, ring, params, [prompts], span, [state.cache], [state.message], attention
     )
     # The counters move on with the tick that runs the stage's other blocks on the same micro-batch.
     cache = KVCache(cache.layers, state.cache.filled, state.cache.held)
     return StreamState(cache, state.start, dataclasses.replace(state.message, hidden=hidden))
 
 
-def send(stages: int, message: Message) -> Message:
-    """Hands every stage's message to the next one, the last one's to the first: one collective in all."""
+def send(stages: int, messages: Messages) -> Messages:
+    """Hands every stage's messages to the next one, the last one's to the first: one collective in all."""
     if stages == 1:
-        return message
-    packed, unpack = _pack(message)
+        return messages
+    packed, unpack = _pack(messages)
     return unpack(jax.lax.ppermute(packed, AXIS, [(s, (s + 1) % stages) for s in range(stages)]))
 
 
@@ -152,22 +164,23 @@ def _enter(
     """Returns the micro-batch that the first stage starts with."""
     back = state.message
     if ring.batch == "rows":
-        latents, start, active = entry.latents[None], state.start, entry.fresh
+        latents, start, active = entry.latents[None], state.start, entry.open[:1]
         if entry.noise:
             again = flow_match.add_noise(
                 back.latents[:-1], jnp.stack(entry.noise), entry.conditioning.timestep[1:]
             )
-            again = jnp.where(_over_latents(back.active[:-1]), again, 0.0)
+            goes_on = back.active[:-1] & entry.open[1:]
+            again = jnp.where(_over_latents(goes_on), again, 0.0)
             latents = jnp.concatenate([latents, again])
             start = jnp.concatenate([start, back.start[:-1]])
-            active = jnp.concatenate([active, back.active[:-1]])
+            active = jnp.concatenate([active, goes_on])
     else:
         again = back.latents
         if entry.noise:
             again = flow_match.add_noise(again, entry.noise[0][None], entry.conditioning.timestep)
-        latents = jnp.where(_over_latents(entry.fresh), entry.latents[None], again)
-        start = jnp.where(entry.fresh, state.start, back.start)
-        active = entry.fresh | back.active
+        latents = jnp.where(_over_latents(entry.open), entry.latents[None], again)
+        start = jnp.where(entry.open, state.start, back.start)
+        active = entry.open | back.active
     hidden = dit.embed(model, params.patch, latents.astype(params.dtype))
     return Message(hidden, latents, entry.conditioning, start, active)
 
@@ -177,44 +190,55 @@ def _run_blocks(
     cfg: StreamConfig,
     ring: Ring,
     params: DiTParams,
-    prompts: Sequence[PromptKV],
+    prompts: Sequence[Sequence[PromptKV]],
     span: jax.Array,
-    cache: KVCache,
-    message: Message,
+    caches: Sequence[KVCache],
+    messages: Sequence[Message],
     attention: AttentionImplementation,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Returns the hidden states behind the stage's blocks, the clean prediction made of them, and the cache."""
-    frames, height, width = message.latents.shape[1:4]
+) -> tuple[list[jax.Array], list[jax.Array], list[KVCache]]:
+    """Returns each stream's hidden states behind the stage's blocks, clean predictions made of them, and cache."""
+    frames, height, width = messages[0].latents.shape[1:4]
     grid = (height // model.patch[1], width // model.patch[2])
-    plan, cache = kv_cache.plan_write(cfg, cache, message.start, message.active, frames)
-    kv_len_B = cache.filled * (grid[0] * grid[1])
+    planned = [
+        kv_cache.plan_write(cfg, cache, message.start, message.active, frames)
+        for cache, message in zip(caches, messages, strict=True)
+    ]
+    plans, caches = [plan for plan, _ in planned], [cache for _, cache in planned]
+    kv_lens = [cache.filled * (grid[0] * grid[1]) for cache in caches]
+    every = messages[0]
+    if len(messages) > 1:
+        every = jax.tree.map(lambda *rows: jnp.concatenate(rows), *messages)
     # The refresh keeps the time index of a chunk's first frame below `rope_refresh`.
-    rope = rope_tables(model.head_dim, message.start, frames, *grid, max_frame=cfg.rope_refresh + frames)
-    x, layers = message.hidden, []
-    busy = message.active.any()
-    for j, (block, layer) in enumerate(zip(params.blocks, cache.layers, strict=True)):
+    rope = rope_tables(model.head_dim, every.start, frames, *grid, max_frame=cfg.rope_refresh + frames)
+    x, layers = every.hidden, []
+    busy = every.active.any()
+    for j, block in enumerate(params.blocks):
         used = None if j < ring.always else busy & (span[0] <= j) & (j < span[1])
-        pairs = [(prompt.k[j], prompt.v[j]) for prompt in prompts]
+        pairs = [(prompt.k[j], prompt.v[j]) for rows in prompts for prompt in rows]
         x, layer = dit.run_block(
             model,
             cfg,
             block,
             x,
-            layer,
-            plan,
-            kv_len_B,
+            [cache.layers[j] for cache in caches],
+            plans,
+            kv_lens,
             pairs,
-            message.conditioning,
+            every.conditioning,
             rope,
             frames,
             attention,
             used,
         )
         layers.append(layer)
-    velocity = dit.head(model, params.head, x, message.conditioning.time, grid)
-    clean = flow_match.clean_prediction(message.latents, velocity, message.conditioning.timestep)
-    clean = jnp.where(_over_latents(message.active), clean, 0.0)
-    return x, clean, KVCache(tuple(layers), cache.filled, cache.held)
+    velocity = dit.head(model, params.head, x, every.conditioning.time, grid)
+    clean = flow_match.clean_prediction(every.latents, velocity, every.conditioning.timestep)
+    clean = jnp.where(_over_latents(every.active), clean, 0.0)
+    after = [
+        KVCache(of_stream, cache.filled, cache.held)
+        for of_stream, cache in zip(zip(*layers, strict=True), caches, strict=True)
+    ]
+    return jnp.split(x, len(messages)), jnp.split(clean, len(messages)), after
 
 
 def _where_stage(ring: Ring, stage: int, here: Message, elsewhere: Message) -> Message:
@@ -230,17 +254,21 @@ def _over_latents(flag_B: jax.Array) -> jax.Array:
     return flag_B[:, None, None, None, None]
 
 
-def _next_start(cfg: StreamConfig, start: jax.Array, frames: int) -> jax.Array:
-    """Moves the time index on; at the refresh it restarts so that an endless stream stays in trained range."""
-    following = start + frames
-    return jnp.where(following >= cfg.rope_refresh, cfg.cache_frames - 1, following)
+def _next_start(cfg: StreamConfig, start: jax.Array, entry: Entry) -> jax.Array:
+    """Moves the time index behind a new chunk.
+
+    At the refresh it restarts, so that an endless stream stays in trained range.
+    """
+    following = start + entry.latents.shape[0]
+    following = jnp.where(following >= cfg.rope_refresh, cfg.cache_frames - 1, following)
+    return jnp.where(entry.open[:1], following, start)
 
 
-def _pack(message: Message) -> tuple[jax.Array, Any]:
-    """Returns a message as one flat array of bits, and the function that makes a message of it again."""
-    leaves, structure = jax.tree.flatten(message)
+def _pack(messages: Any) -> tuple[jax.Array, Any]:
+    """Returns messages as one flat array of bits, and the function that makes messages of it again."""
+    leaves, structure = jax.tree.flatten(messages)
     # Integers: nothing on the way may round a float32, or quieten a NaN.
-    unit = jnp.uint16 if message.hidden.dtype.itemsize == 2 else jnp.uint32
+    unit = jnp.uint16 if min(x.dtype.itemsize for x in leaves if x.dtype != jnp.bool_) == 2 else jnp.uint32
 
     def to_bits(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x

@@ -86,7 +86,7 @@ def test_a_stages_weights_are_those_that_are_read(cfg):
 def test_a_stage_holds_what_its_tick_reads():
     (mesh,) = stage_meshes(1, 2)
     builder = Builder(TINY, SMALL_PICTURE, F32, mesh)
-    read = builder.ticks((3, 1)).tick.memory_analysis().argument_size_in_bytes  # by each device
+    read = builder.ticks((3, 1)).tick[1].memory_analysis().argument_size_in_bytes  # by each device
     stage = memory.stage_memory(TINY, SMALL_PICTURE, F32, (3, 1))[1]
     sizes = costs.costs(TINY, SMALL_PICTURE, F32).sizes
     # The second and third block of this stage are labels on its first. A tick reads the prompt's keys and values,

@@ -3,6 +3,7 @@
 Most tests work on latents, so that no VAE has to be compiled.
 """
 
+import dataclasses
 import functools
 import re
 import types
@@ -19,7 +20,7 @@ from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
 from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.pipeline import Pipeline
+from svd2_jax.engine.pipeline import Arrival, Pipeline
 from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.rebalance import INTERVAL, Rebalancer, Stopwatch
 from svd2_jax.errors import ConfigError
@@ -56,7 +57,11 @@ def pipeline(cfg, split, rebalance=None, stopwatch=None):
     mesh = stage_meshes(1, len(split))[0]
     builder = Builder(MODEL, cfg, DTYPE, mesh)
     weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
-    programs = builder.denoiser(split, movable=rebalance is not None)
+    movable = rebalance is not None
+
+    def programs(cfg):
+        return dataclasses.replace(builder, cfg=cfg).denoiser(split, movable)
+
     return Pipeline(builder, programs, weights, split, embedding(0), rebalance, stopwatch)
 
 
@@ -76,12 +81,11 @@ def stream(line, chunks=CHUNKS, moves=None, prompts=None):
             line.move(moves[tick])
         if prompts and tick in prompts:
             line.set_prompt(embedding(prompts[tick]))
-        lag = line.stages if cfg.mode == "stream" else 0
-        again = tuple(noise(tick - s * lag, s) for s in range(1, cfg.steps))
+        fresh = tick <= chunks
+        latents, *again = (noise(chunk or 0, s) for s, chunk in enumerate(line.entering(fresh)))
         timestep = put(np.int32(690 - 10 * (tick % 3)))  # follows the motion, chunk by chunk
-        clean = line.chunk(noise(tick, 0), timestep, again, fresh=tick <= chunks)
-        if tick >= line.depth:
-            done.append(np.asarray(line.mesh.part(clean, -1))[-1])
+        for finished in line.tick(Arrival(latents, timestep, again, fresh)):
+            done.append(np.asarray(line.mesh.part(finished.clean, -1)))
     line.close()
     return np.stack(done)
 
@@ -142,18 +146,18 @@ COLLECTIVES = r"\b(collective-permute|all-gather|all-reduce|all-to-all|reduce-sc
 
 @pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
 def test_a_tick_is_one_collective_permute_and_nothing_else_between_devices(split):
-    text = builder(4).ticks(split).tick.as_text()
+    text = builder(4).ticks(split).tick[1].as_text()
     assert re.findall(COLLECTIVES + r"(?:-start)?\(", text) == ["collective-permute"]
 
 
 def test_one_stage_needs_no_collective():
-    assert not re.findall(COLLECTIVES, builder(1).ticks((BLOCKS,)).tick.as_text())
+    assert not re.findall(COLLECTIVES, builder(1).ticks((BLOCKS,)).tick[1].as_text())
 
 
 @pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
 def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
     programs = builder(4).ticks(split, movable=True)
-    for program in (programs.tick, programs.tick_apart, programs.catch_up, programs.send):
+    for program in (programs.tick[1], programs.tick_apart, programs.catch_up, programs.send):
         donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
         size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated) // 4
         memory = program.memory_analysis()

@@ -55,10 +55,13 @@ def latents(seed, frames=1):
 
 def tick_once(cfg, batch, model, state, noisy, timestep, noise, fresh):
     conditioning = step.condition(model, cfg, batch, jnp.float32, conditioner(), timestep)
-    entry = Entry(noisy, jnp.full(1, fresh), conditioning, noise)
+    is_open = [fresh] + [True] * (cfg.rows - 1 if batch == "rows" else 0)
+    entry = Entry(noisy, jnp.array(is_open), conditioning, noise)
     ring = step.Ring(always=model.num_layers, batch=batch)
     prompts = prompt(model) * (cfg.rows if batch == "rows" else 1)
-    return step.tick(model, cfg, ring, params(model), prompts, jnp.zeros(2, jnp.int32), state, entry)
+    span = jnp.zeros(2, jnp.int32)
+    (state,), (rows,) = step.tick(model, cfg, ring, params(model), [prompts], span, [state], [entry])
+    return state, jnp.stack(rows)
 
 
 @functools.cache
