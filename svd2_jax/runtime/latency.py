@@ -1,0 +1,210 @@
+"""How long the device takes: learned from device times, robust to outliers, quick to believe a slower device.
+
+A *cell* is one kind of tick: (shape, batch, steps, first group or not). Each cell has a typical time, the median of
+its last device times; all cells share one *speed factor*, the median of the last few ratios of observed to typical
+time. So a device that halves its speed is believed after three ticks of any kind, and one tick that took much
+longer for another reason changes nothing. Device times are kept divided by the speed factor of their moment, so
+that cells measured in different moments stay comparable.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class LatencySample:
+    """What one tick took.
+
+    Attributes:
+      shape: of its streams.
+      batch: how many streams it took.
+      steps: their denoising steps.
+      duration_ns: device time, above 0.
+      first: whether it took a first group.
+    """
+
+    shape: Hashable
+    batch: int
+    steps: int
+    duration_ns: int
+    first: bool = False
+
+
+class Cell(NamedTuple):
+    """One kind of tick."""
+
+    shape: Hashable
+    batch: int
+    steps: int
+    first: bool
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """How device times are believed.
+
+    Attributes:
+      window: device times kept of each cell, and ratios kept for the margin, at least 1.
+      speed_window: ratios that the speed factor is the median of; odd, at least 1. One more than half of them make
+        a change believed; fewer change nothing.
+      quantile: share of ticks, 0 to 1, that should take no longer than the bound.
+      least_margin: the bound is at least this share above the expected time.
+      most_margin: and at most this share.
+      knee_gain: share by which a larger batch must raise the throughput to be worth its latency.
+    """
+
+    window: int = 64
+    speed_window: int = 5
+    quantile: float = 0.95
+    least_margin: float = 0.03
+    most_margin: float = 0.5
+    knee_gain: float = 0.1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What ticks of one shape and number of steps take, as believed at one moment.
+
+    Attributes:
+      sizes: allowed batch sizes, ascending, beginning with 1.
+      expected_ns: time of a tick of each size.
+      bound_ns: time that hardly any tick of that size exceeds.
+      first_expected_ns: time of a first group's tick.
+      first_bound_ns: time that hardly any of those exceeds.
+      knee: largest batch size that is worth its latency.
+      best: batch size of the highest throughput.
+    """
+
+    sizes: tuple[int, ...]
+    expected_ns: dict[int, int]
+    bound_ns: dict[int, int]
+    first_expected_ns: int
+    first_bound_ns: int
+    knee: int
+    best: int
+
+    def size(self, ready: int, most: int) -> int:
+        """Returns the largest allowed batch of at most `most` out of `ready` streams; both at least 1."""
+        limit = min(ready, most)
+        return max(size for size in self.sizes if size <= limit)
+
+    def share_ns(self, streams: int) -> float:
+        """Returns the device time of each of so many streams when all take one tick, in the best batches."""
+        left, total = streams, 0
+        while left:
+            size = self.size(left, self.best)
+            count = left // size
+            total += count * self.expected_ns[size]
+            left -= count * size
+        return total / streams
+
+
+class LatencyModel:
+    """Learns device times and predicts them. What nothing is known about takes no time at all."""
+
+    def __init__(self, batch_sizes: Sequence[int], config: LatencyConfig | None = None):
+        self.config = config or LatencyConfig()
+        self.sizes = tuple(sorted(set(batch_sizes)))
+        self.speed = 1.0  # above 1: the device takes longer than its typical times
+        self._times: dict[Cell, deque[float]] = {}
+        self._typical: dict[Cell, float] = {}
+        self._recent: deque[float] = deque(maxlen=self.config.speed_window)
+        self._misses: deque[float] = deque(maxlen=self.config.window)  # observed / predicted
+        self._costs: dict[tuple[Hashable, int], Costs] = {}
+
+    def observe(self, sample: LatencySample) -> None:
+        """Learns from one device time."""
+        cell = Cell(sample.shape, sample.batch, sample.steps, sample.first)
+        duration = max(1, sample.duration_ns)
+        typical = self._typical.get(cell)
+        if typical is not None:
+            self._misses.append(duration / (typical * self.speed))
+            self._recent.append(duration / typical)
+            self.speed = statistics.median(self._recent)
+        times = self._times.setdefault(cell, deque(maxlen=self.config.window))
+        times.append(duration / self.speed)
+        self._typical[cell] = statistics.median(times)
+        self._costs.clear()
+
+    def costs(self, shape: Hashable, steps: int) -> Costs:
+        """Returns what ticks of this shape and number of steps take, as far as is known now."""
+        found = self._costs.get((shape, steps))
+        if found is None:
+            found = self._costs[shape, steps] = self._predict(shape, steps)
+        return found
+
+    @property
+    def margin(self) -> float:
+        """Factor from an expected time to its bound."""
+        if not self._misses:
+            return 1 + self.config.least_margin
+        ordered = sorted(self._misses)
+        seen = ordered[min(len(ordered) - 1, int(self.config.quantile * len(ordered)))]
+        return 1 + min(max(seen - 1, self.config.least_margin), self.config.most_margin)
+
+    def _predict(self, shape: Hashable, steps: int) -> Costs:
+        margin = self.margin
+        expected = {size: round(self._cell_ns(Cell(shape, size, steps, False))) for size in self.sizes}
+        first = round(self._cell_ns(Cell(shape, 1, steps, True)))
+        knee = self.sizes[0]
+        for size in self.sizes[1:]:
+            if size * expected[knee] < knee * expected[size] * (1 + self.config.knee_gain):
+                break
+            knee = size
+        return Costs(
+            sizes=self.sizes,
+            expected_ns=expected,
+            bound_ns={size: math.ceil(time * margin) for size, time in expected.items()},
+            first_expected_ns=first,
+            first_bound_ns=math.ceil(first * margin),
+            knee=knee,
+            best=min(self.sizes, key=lambda size: expected[size] / size),
+        )
+
+    def _cell_ns(self, cell: Cell) -> float:
+        typical = self._typical.get(cell)
+        if typical is None:
+            typical = self._guess(cell)
+        return typical * self.speed
+
+    def _guess(self, cell: Cell) -> float:
+        """Predicts a cell without device times from the others of its shape, or of any shape if it has none."""
+        cells = [known for known in self._typical if known.shape == cell.shape] or list(self._typical)
+        if cell.first:
+            same = [self._typical[known] / known.steps for known in cells if known.first]
+            if same:
+                return cell.steps * max(same)
+        plain = [(known.batch * known.steps, self._typical[known]) for known in cells if not known.first]
+        if not plain:  # only first groups are known: a pass over two latent frames at once, one for each step
+            return (
+                max((self._typical[known] / known.steps for known in cells), default=0.0)
+                * cell.batch
+                * cell.steps
+            )
+        fixed, slope = fit_line(plain)
+        if cell.first:
+            return cell.steps * (fixed + 2 * slope)
+        return fixed + slope * cell.batch * cell.steps
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Returns (fixed, slope), both >= 0, of the line nearest to the points (x, y), x and y above 0.
+
+    Points of one x leave open how much is fixed; then all of it is slope.
+    """
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else math.inf
+    fixed = mean_y - slope * mean_x
+    if slope < 0:
+        return mean_y, 0.0
+    if fixed < 0:  # through the origin
+        return 0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points)
+    return fixed, slope

@@ -1,0 +1,440 @@
+"""The scheduler: keeps the streams' frames, runs the policy, and reports what became of every frame.
+
+It has no clock and no thread: whoever drives it, the live loop or a simulation, hands in the time with every call,
+and the time never goes back. One driver's cycle:
+
+    scheduler.arrive(stream, now)          when a frame comes; its pixels are kept by (stream, number)
+    work = scheduler.next(now)             when the device is free: a Tick to run, or a Wait
+    scheduler.done(finished, now)          when the tick is through
+    shows, again = scheduler.shows(now)    to show what is due
+
+and after any of these, `next` and `shows` may have something new. What to do is decided in deadline.py (the next
+tick), overload.py (denoising steps, admission), pacing.py (when to show) and ingest.py (what input to take).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from svd2_jax.errors import SessionError
+from svd2_jax.runtime import ingest, overload, pacing
+from svd2_jax.runtime.deadline import Choice, Drop, Flight, Group, PolicyConfig, View, decide
+from svd2_jax.runtime.latency import LatencyModel, LatencySample
+from svd2_jax.runtime.overload import Control, Load
+from svd2_jax.runtime.work import (
+    MS,
+    Event,
+    Fate,
+    FrameRecord,
+    Part,
+    Reason,
+    Show,
+    StepChange,
+    StreamId,
+    StreamSettings,
+    Tick,
+    TickRecord,
+    Wait,
+)
+
+__all__ = ["LatencySample", "PolicyConfig", "Refused", "Scheduler"]
+
+CONTROL_EVERY_NS = 20 * MS  # steps are looked at no more often than this
+
+
+class Refused(SessionError):
+    """A stream was not let in: its budget cannot be met, or the device is full."""
+
+
+@dataclass(slots=True)
+class _Frame:
+    """An input frame on its way."""
+
+    number: int
+    timestamp_ns: int | None
+    arrival_ns: int
+    media_ns: int
+    deadline_ns: int
+    started_ns: int | None = None
+    done_ns: int | None = None
+    steps: int | None = None
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A chunk under way: its frames, the steps that it takes, and the ticks of its stream that it still needs."""
+
+    frames: list[_Frame]
+    steps: int
+    left: int
+
+    @property
+    def deadline_ns(self) -> int:
+        return self.frames[0].deadline_ns
+
+
+@dataclass(slots=True)
+class _Stream:
+    """All that is known of one stream."""
+
+    id: StreamId
+    settings: StreamSettings
+    steps: int  # wanted from its next tick on
+    clock: ingest.SourceClock
+    playout: pacing.Playout
+    opened_ns: int
+    device_steps: int = 0  # that the device knows of
+    frames: int = 0  # arrived so far
+    queue: deque[_Frame] = field(default_factory=deque)
+    flight: deque[_Chunk] = field(default_factory=deque)
+    finished: dict[int, _Frame] = field(default_factory=dict)  # waiting to be shown, by number
+    started: bool = False  # whether its first group has entered
+    ended: bool = False
+    served_ns: int = 0
+    view: View | None = None  # None: to be made anew
+
+    @property
+    def need(self) -> int:
+        return self.settings.chunk_frames if self.started else self.settings.first_frames
+
+    @property
+    def over(self) -> bool:
+        return self.ended and not (self.queue or self.flight or self.finished)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The tick on the device."""
+
+    tick: Tick
+    started_ns: int
+    queued: int
+
+
+class Scheduler:
+    """Decides what the device does for several live streams, and when their finished frames are shown."""
+
+    def __init__(self, config: PolicyConfig, batch_sizes: Sequence[int], report: Callable[[Event], None]):
+        """Creates a scheduler without streams.
+
+        Args:
+          config: the policy's settings.
+          batch_sizes: how many streams a tick can take, beginning with 1.
+          report: is given every event as it happens; must not call the scheduler.
+
+        Raises:
+          ValueError: a batch size below 1, or no 1 among them.
+        """
+        if 1 not in batch_sizes or min(batch_sizes) < 1:
+            raise ValueError(f"expected batch sizes from 1 on, got {list(batch_sizes)}")
+        self.config = config
+        self.model = LatencyModel(batch_sizes, config.latency)
+        self._report = report
+        self._streams: dict[StreamId, _Stream] = {}
+        self._opened = 0
+        self._ticks = 0
+        self._running: _Running | None = None
+        self._due: list[tuple[int, StreamId, int]] = []  # heap of (when, stream, number)
+        self._control = Control()
+        self._controlled_ns: int | None = None  # None: at the next decision
+        self._at_risk = False
+
+    @property
+    def utilisation(self) -> float:
+        """Share of time for which the device is busy at the present steps, as predicted; above 1 in overload."""
+        return self._control.utilisation
+
+    def warm_up(self, sample: LatencySample) -> None:
+        """Learns from a device time measured before the streams open."""
+        self.model.observe(sample)
+
+    def open(self, settings: StreamSettings, now_ns: int) -> StreamId:
+        """Lets a stream in and returns its number.
+
+        Raises:
+          Refused: its budget cannot be met even at its floor steps, or the device is full.
+        """
+        others = [self._load(s) for s in self._streams.values() if not s.ended]
+        problem = overload.refusal(settings, others, self.model.costs, self.config)
+        if problem:
+            raise Refused(problem)
+        stream = self._opened
+        self._opened += 1
+        self._streams[stream] = _Stream(
+            id=stream,
+            settings=settings,
+            steps=settings.steps,
+            clock=ingest.SourceClock(gap_ns=settings.interval_ns),
+            playout=pacing.Playout(0, changed_ns=now_ns),
+            opened_ns=now_ns,
+            device_steps=settings.steps,
+            served_ns=now_ns,
+        )
+        self._controlled_ns = None
+        return stream
+
+    def arrive(self, stream: StreamId, now_ns: int, timestamp_ns: int | None = None) -> int:
+        """Takes note of an input frame and returns its number.
+
+        Raises:
+          SessionError: the stream has ended, or there is none of that number.
+        """
+        s = self._streams.get(stream)
+        if s is None or s.ended:
+            raise SessionError(f"stream {stream} takes no more frames: it has ended")
+        number, settings = s.frames, s.settings
+        s.frames += 1
+        s.clock, media = ingest.take(s.clock, now_ns, timestamp_ns, settings.interval_ns, settings.budget_ns)
+        refused = isinstance(media, Reason)
+        frame = _Frame(
+            number, timestamp_ns, now_ns, now_ns if refused else media, now_ns + settings.budget_ns
+        )
+        if refused:
+            self._drop(s, frame, media)
+            return number
+        s.queue.append(frame)
+        s.view = None
+        if len(s.queue) > self._most_queued(s):
+            self._drop(s, s.queue.popleft(), Reason.OVERLOAD)
+        return number
+
+    def end(self, stream: StreamId, now_ns: int) -> None:
+        """Notes that no more frames come; what is there is still finished and shown."""
+        s = self._streams.get(stream)
+        if s is None or s.ended:
+            return
+        s.ended, s.view = True, None
+        self._controlled_ns = None
+        self._forget_if_over(s)
+
+    def close(self, stream: StreamId, now_ns: int) -> None:
+        """Ends a stream at once: frames that are not shown are dropped. Safe while a tick runs."""
+        s = self._streams.pop(stream, None)
+        if s is None:
+            return
+        frames = [*s.finished.values(), *(f for c in s.flight for f in c.frames), *s.queue]
+        for frame in frames:
+            self._drop(s, frame, Reason.CLOSED)
+        self._controlled_ns = None
+
+    def next(self, now_ns: int) -> Tick | Wait:
+        """Returns the tick to run now, which counts as started, or how long to wait. Never a tick while one runs."""
+        if self._running is not None:
+            return Wait(None)
+        self._adapt_steps(now_ns)
+        views = [self._view(s) for s in self._streams.values() if s.queue or s.flight]
+        if not views:
+            return Wait(None)
+        costs = {view.group: self.model.costs(*view.group) for view in views}
+        decision = decide(now_ns, views, costs, self.config, self._control.utilisation > 1)
+        entering = {part.stream: self._frames_at(part.stream, part.enter) for part in decision.parts}
+        self._drop_all(decision.drops)
+        if not decision.parts:
+            return Wait(decision.until_ns)
+        queued = sum(len(s.queue) for s in self._streams.values())
+        parts = tuple(self._enter(part, entering[part.stream], now_ns) for part in decision.parts)
+        cost = costs[Group(self._streams[parts[0].stream].settings.shape, parts[0].steps)]
+        predicted = cost.first_expected_ns if parts[0].first else cost.expected_ns[len(parts)]
+        tick = Tick(self._ticks, parts, predicted)
+        self._ticks += 1
+        self._running = _Running(tick, now_ns, queued)
+        return tick
+
+    def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
+        """Notes that the running tick is through.
+
+        Args:
+          finished: how many chunks it finished, for each stream that took part.
+          now_ns: the time.
+
+        Raises:
+          SessionError: no tick runs.
+        """
+        if self._running is None:
+            raise SessionError("no tick is running; `next` starts one")
+        running, self._running = self._running, None
+        tick = running.tick
+        self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
+        shape = None
+        for part in tick.parts:
+            s = self._streams.get(part.stream)
+            if s is None:  # closed meanwhile
+                continue
+            shape = s.settings.shape
+            s.view = None
+            for chunk in s.flight:
+                chunk.left -= 1
+            for _ in range(min(finished.get(part.stream, 0), len(s.flight))):
+                self._finish(s, s.flight.popleft(), now_ns)
+            for (
+                chunk
+            ) in s.flight:  # what the device did not finish is told by the device, not by our arithmetic
+                chunk.left = max(chunk.left, 1)
+            self._forget_if_over(s)
+        if shape is not None or len(self._streams) == 0:
+            self.model.observe(
+                LatencySample(shape, len(tick.parts), tick.steps, now_ns - running.started_ns, tick.first)
+            )
+
+    def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
+        """Returns the frames to show now, and when to ask again (None: not before something else happens)."""
+        shows = []
+        while self._due and self._due[0][0] <= now_ns:
+            due, stream, number = heapq.heappop(self._due)
+            s = self._streams.get(stream)
+            if s is None:
+                continue
+            frame = s.finished.pop(number)
+            fate = Fate.SHOWN if now_ns <= frame.deadline_ns else Fate.LATE
+            self._record(s, frame, fate, shown_ns=now_ns)
+            shows.append(Show(stream, number, due))
+            self._forget_if_over(s)
+        while self._due and self._due[0][1] not in self._streams:
+            heapq.heappop(self._due)
+        return shows, self._due[0][0] if self._due else None
+
+    def is_over(self, stream: StreamId) -> bool:
+        """Whether a stream has ended or was closed, and nothing of it is left to show or report."""
+        return stream not in self._streams
+
+    def _adapt_steps(self, now_ns: int) -> None:
+        if self._controlled_ns is not None and now_ns - self._controlled_ns < CONTROL_EVERY_NS:
+            return
+        self._controlled_ns = now_ns
+        loads = [self._load(s) for s in self._streams.values()]
+        self._control, steps = overload.control(
+            self._control, loads, self.model.costs, self.config, now_ns, self._at_risk
+        )
+        self._at_risk = False
+        for s in self._streams.values():
+            if s.steps != steps[s.id]:
+                s.steps, s.view = steps[s.id], None
+
+    def _load(self, s: _Stream) -> Load:
+        return Load(s.id, s.settings, s.steps, s.clock.gap_ns)
+
+    def _most_queued(self, s: _Stream) -> int:
+        in_budget = math.ceil(s.settings.budget_ns / s.settings.interval_ns)
+        return min(self.config.most_queued, in_budget + s.settings.first_frames + s.settings.chunk_frames)
+
+    def _view(self, s: _Stream) -> View:
+        if s.view is None:
+            settings, gap = s.settings, round(s.clock.gap_ns)
+            gap = max(gap, settings.interval_ns // 2)
+            missing = max(0, s.need - len(s.queue))
+            change = (s.steps - s.device_steps) * settings.stages
+            s.view = View(
+                stream=s.id,
+                group=Group(settings.shape, s.steps),
+                queue=tuple(frame.deadline_ns for frame in s.queue),
+                need=s.need,
+                first=not s.started,
+                ticks=s.steps * settings.stages,
+                flight=tuple(Flight(c.deadline_ns, max(1, c.left + change)) for c in s.flight),
+                next_ns=s.clock.arrival_ns + missing * gap,
+                overdue_ns=s.clock.arrival_ns
+                + round(self.config.stall_intervals * max(gap, settings.interval_ns)),
+                period_ns=settings.chunk_frames * gap,
+                ended=s.ended,
+                served_ns=s.served_ns,
+            )
+        return s.view
+
+    def _frames_at(self, stream: StreamId, positions: Sequence[int]) -> list[_Frame]:
+        queue = self._streams[stream].queue
+        return [queue[i] for i in positions]
+
+    def _drop_all(self, drops: Sequence[Drop]) -> None:
+        gone: dict[StreamId, dict[int, Reason]] = {}
+        for drop in drops:
+            self._at_risk |= drop.reason is Reason.HOPELESS
+            gone.setdefault(drop.stream, {}).update(dict.fromkeys(drop.positions, drop.reason))
+        for stream, reasons in gone.items():
+            s = self._streams[stream]
+            for i, frame in enumerate(s.queue):
+                if i in reasons:
+                    self._drop(s, frame, reasons[i])
+            s.queue = deque(frame for i, frame in enumerate(s.queue) if i not in reasons)
+            s.view = None
+
+    def _enter(self, choice: Choice, frames: list[_Frame], now_ns: int) -> Part:
+        """Moves frames from the queue into the device, and returns the stream's part of the tick."""
+        s = self._streams[choice.stream]
+        s.view = None
+        self._change_steps(s, now_ns)
+        fill = 0
+        if frames:
+            fill = s.need - len(frames)
+            entered = {frame.number for frame in frames}
+            s.queue = deque(frame for frame in s.queue if frame.number not in entered)
+            for frame in frames:
+                frame.started_ns = now_ns
+            s.flight.append(_Chunk(frames, s.steps, 1 if choice.first else s.steps * s.settings.stages))
+            s.started = True
+            s.served_ns = now_ns
+        return Part(s.id, tuple(frame.number for frame in frames), fill, s.steps, choice.first)
+
+    def _change_steps(self, s: _Stream, now_ns: int) -> None:
+        """Brings the device to the steps that are wanted of a stream, and its chunks under way with it."""
+        before, after = s.device_steps, s.steps
+        if before == after:
+            return
+        stages = s.settings.stages
+        for chunk in s.flight:
+            taken = before * stages - chunk.left
+            chunk.steps = max(after, taken // stages)
+            chunk.left = max(1, chunk.left + (after - before) * stages)
+        s.device_steps = after
+        self._report(StepChange(s.id, now_ns, before, after))
+
+    def _finish(self, s: _Stream, chunk: _Chunk, now_ns: int) -> None:
+        """Gives the frames of a finished chunk the times at which they are shown."""
+        settings, guard = s.settings, self.config.guard_ns
+        streams = len(self._streams)
+        nominal = overload.nominal_ns(settings, streams, self.model.costs, guard)
+        s.playout = pacing.chunk_finished(
+            s.playout, nominal, chunk.frames[0].media_ns, now_ns, settings.budget_ns
+        )
+        for frame in chunk.frames:
+            frame.done_ns, frame.steps = now_ns, chunk.steps
+            s.playout, due = pacing.show_time(
+                s.playout, frame.media_ns, now_ns, frame.deadline_ns, settings.interval_ns, guard
+            )
+            s.finished[frame.number] = frame
+            heapq.heappush(self._due, (due, s.id, frame.number))
+
+    def _drop(self, s: _Stream, frame: _Frame, reason: Reason) -> None:
+        self._record(s, frame, Fate.DROPPED, reason=reason)
+
+    def _record(
+        self,
+        s: _Stream,
+        frame: _Frame,
+        fate: Fate,
+        shown_ns: int | None = None,
+        reason: Reason | None = None,
+    ) -> None:
+        self._report(
+            FrameRecord(
+                stream=s.id,
+                number=frame.number,
+                timestamp_ns=frame.timestamp_ns,
+                arrival_ns=frame.arrival_ns,
+                deadline_ns=frame.deadline_ns,
+                fate=fate,
+                started_ns=frame.started_ns,
+                done_ns=frame.done_ns,
+                shown_ns=shown_ns,
+                steps=frame.steps,
+                reason=reason,
+            )
+        )
+
+    def _forget_if_over(self, s: _Stream) -> None:
+        if s.over:
+            self._streams.pop(s.id, None)
+            self._controlled_ns = None
