@@ -114,7 +114,7 @@ class LatencyModel:
         self.speed = 1.0  # above 1: the device takes longer than its typical times
         self._times: dict[Cell, deque[float]] = {}
         self._typical: dict[Cell, float] = {}
-        self._recent: deque[float] = deque(maxlen=self.config.speed_window)
+        self._recent: deque[tuple[Cell, int, float]] = deque(maxlen=self.config.speed_window)
         self._misses: deque[float] = deque(maxlen=self.config.window)  # observed / predicted
         self._costs: dict[tuple[Hashable, int], Costs] = {}
 
@@ -123,14 +123,23 @@ class LatencyModel:
         cell = Cell(sample.shape, sample.batch, sample.steps, sample.first)
         duration = max(1, sample.duration_ns)
         typical = self._typical.get(cell)
-        if typical is not None:
+        if typical is None:
+            self._learn(cell, duration)
+        else:
             self._misses.append(duration / (typical * self.speed))
-            self._recent.append(duration / typical)
-            self.speed = statistics.median(self._recent)
-        times = self._times.setdefault(cell, deque(maxlen=self.config.window))
-        times.append(duration / self.speed)
-        self._typical[cell] = statistics.median(times)
+            self._recent.append((cell, duration, duration / typical))
+            self.speed = statistics.median(ratio for *_, ratio in self._recent)
+            # The speed now known is that of the ratio in the middle: by it, that one is learned. Learned at once,
+            # the first slow ticks after a change would pass for the typical time of their cell.
+            middle = len(self._recent) // 2
+            if len(self._recent) == self.config.speed_window:
+                self._learn(*self._recent[middle][:2])
         self._costs.clear()
+
+    def _learn(self, cell: Cell, duration_ns: int) -> None:
+        times = self._times.setdefault(cell, deque(maxlen=self.config.window))
+        times.append(duration_ns / self.speed)
+        self._typical[cell] = statistics.median(times)
 
     def costs(self, shape: Hashable, steps: int) -> Costs:
         """Returns what ticks of this shape and number of steps take, as far as is known now."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from svd2_jax.errors import SessionError
@@ -111,6 +111,7 @@ class _Running:
     """The tick on the device."""
 
     tick: Tick
+    shape: Hashable
     started_ns: int
     queued: int
 
@@ -237,11 +238,12 @@ class Scheduler:
             return Wait(decision.until_ns)
         queued = sum(len(s.queue) for s in self._streams.values())
         parts = tuple(self._enter(part, entering[part.stream], now_ns) for part in decision.parts)
-        cost = costs[Group(self._streams[parts[0].stream].settings.shape, parts[0].steps)]
+        shape = self._streams[parts[0].stream].settings.shape
+        cost = costs[Group(shape, parts[0].steps)]
         predicted = cost.first_expected_ns if parts[0].first else cost.expected_ns[len(parts)]
         tick = Tick(self._ticks, parts, predicted)
         self._ticks += 1
-        self._running = _Running(tick, now_ns, queued)
+        self._running = _Running(tick, shape, now_ns, queued)
         return tick
 
     def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
@@ -259,12 +261,12 @@ class Scheduler:
         running, self._running = self._running, None
         tick = running.tick
         self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
-        shape = None
+        took = now_ns - running.started_ns
+        self.model.observe(LatencySample(running.shape, len(tick.parts), tick.steps, took, tick.first))
         for part in tick.parts:
             s = self._streams.get(part.stream)
             if s is None:  # closed meanwhile
                 continue
-            shape = s.settings.shape
             s.view = None
             for chunk in s.flight:
                 chunk.left -= 1
@@ -275,10 +277,6 @@ class Scheduler:
             ) in s.flight:  # what the device did not finish is told by the device, not by our arithmetic
                 chunk.left = max(chunk.left, 1)
             self._forget_if_over(s)
-        if shape is not None or len(self._streams) == 0:
-            self.model.observe(
-                LatencySample(shape, len(tick.parts), tick.steps, now_ns - running.started_ns, tick.first)
-            )
 
     def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
         """Returns the frames to show now, and when to ask again (None: not before something else happens)."""
