@@ -1,4 +1,4 @@
-"""The command line: `svd2 run | convert | verify | plan | demo`."""
+"""The command line: `svd2 run | convert | verify | plan | simulate | demo`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,7 @@ def entry_point() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from convert import cli as convert_cli
+    from svd2_jax.simulate import cli as simulate_cli
 
     parser = argparse.ArgumentParser(
         prog="svd2",
@@ -143,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(command("verify", _verify, "check the numbers against the reference's", VERIFY_EXAMPLES))
     _add_plan(
         command("plan", _plan, "say what a pipeline needs and how fast it can be, without one", PLAN_EXAMPLES)
+    )
+    simulate_cli.add_arguments(
+        command("simulate", simulate_cli.run, "try the scheduler on recorded loads, without a model", None)
     )
     _add_demo(command("demo", _demo, "see it work in a minute, without any weights", DEMO_EXAMPLES))
     return parser

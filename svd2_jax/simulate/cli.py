@@ -1,0 +1,135 @@
+"""The command line of the simulation, for `svd2 simulate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from svd2_jax.errors import MediaError
+
+if TYPE_CHECKING:
+    from svd2_jax.simulate.report import Row
+    from svd2_jax.simulate.simulator import MakePolicy, Outcome
+    from svd2_jax.simulate.trace import Trace
+
+DEADLINE = "deadline"
+POLICIES = (DEADLINE, "fifo", "reference")
+EXIT_MISSED = 1
+
+EXAMPLES = """\
+examples:
+  svd2 simulate traces/steady_16.json
+  svd2 simulate traces/*.json --policy all --json simulate.json --picture simulate.png
+  svd2 simulate traces/hour.json --policy fifo
+
+Runs the scheduler of live streams under a virtual clock: no model, no device, an hour in seconds, and the same numbers
+every time. A trace says how frames come and how fast the device is. `python scripts/make_traces.py` writes those in
+traces/, docs/scheduling.md explains them. Policies: deadline is ours; fifo has an unbounded queue; reference is the
+automatic mode of StreamDiffusionV2's demo. Exit code 1 if the deadline policy misses a goal.
+
+columns:
+  load         the most frames demanded at any time, as a share of what the device can do at the fewest steps allowed
+  misses       late frames as a share of those shown
+  p50 p95 p99  ms from a frame's arrival until it is shown; `budget` is the most that was asked for
+  FPS          frames shown per second, mean of the streams; `busy`: share of the time that the device ran
+  of capacity  frames finished under overload, as a share of what the device could do then
+  recovery     from an overload's end until a whole second of frames has all its steps and is in time
+  goals        those of the deadline policy that were missed, or ok
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the simulation's options to a parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON files, as in traces/")
+    parser.add_argument(
+        "--policy", choices=(*POLICIES, "all"), default=DEADLINE, help="what schedules (default %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw latencies over time there")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Simulates as the parsed options say and returns the exit code; raises Svd2Error on bad input."""
+    from svd2_jax.simulate.report import ratios, summarise, table
+    from svd2_jax.simulate.trace import read_trace
+
+    for path in (args.json, args.picture):
+        _check_writable(path)
+    traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
+    names = POLICIES if args.policy == "all" else [args.policy]
+    rows: list[Row] = []
+    sketches: list[Any] = []
+    for trace in traces:
+        for name in names:
+            outcome = _simulate(trace, name, not args.no_progress)
+            rows.append(summarise(outcome))
+            if args.picture:
+                from svd2_jax.simulate.picture import sketch
+
+                sketches.append(sketch(outcome))
+    if args.json:
+        _write(args.json, lambda p: p.write_text(json.dumps([r.to_dict() for r in rows], indent=1) + "\n"))
+    if args.picture:
+        from svd2_jax.simulate.picture import draw
+
+        _write(args.picture, lambda path: draw(path, sketches))
+    print(table(rows))
+    if compared := ratios(rows, DEADLINE):
+        print(f"\n{compared}")
+    ours = [row for row in rows if row.policy == DEADLINE]
+    return EXIT_MISSED if any(row.missed_goals for row in ours) else 0
+
+
+def _simulate(trace: Trace, name: str, progress: bool) -> Outcome:
+    """Runs one trace, with a bar that counts the seconds simulated."""
+    from svd2_jax.simulate.simulator import simulate
+
+    with tqdm(
+        total=round(trace.duration_s), desc=f"{trace.name}, {name}", unit=" s", disable=not progress, leave=False,
+        file=sys.stderr,
+    ) as bar:  # fmt: skip
+
+        def show(at_s: float) -> None:
+            if at_s >= bar.n + 1:
+                bar.update(min(int(at_s), bar.total) - bar.n)
+
+        return simulate(trace, name, _maker(name), show)
+
+
+def _maker(name: str) -> MakePolicy:
+    """Returns what makes a policy of this name."""
+    from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
+    from svd2_jax.simulate import baselines
+
+    if name == DEADLINE:
+        return lambda sizes, report: Scheduler(PolicyConfig(), sizes, report)
+    return baselines.Fifo if name == "fifo" else baselines.Reference
+
+
+def _check_writable(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise MediaError(f"{path}: the folder {path.parent} does not exist")
+    if path is not None and path.is_dir():
+        raise MediaError(f"{path}: is a folder; give a file's name")
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside its place and moves it there when it is whole."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        write(part)
+        part.replace(path)
+    except OSError as e:
+        raise MediaError(f"{path}: cannot be written ({os.strerror(e.errno or 0)})") from e
+    finally:
+        part.unlink(missing_ok=True)

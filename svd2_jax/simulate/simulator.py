@@ -1,0 +1,313 @@
+"""The loop of a live system, with events in order of time instead of threads and a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from svd2_jax.errors import SessionError
+from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.work import (
+    MS,
+    SECOND,
+    Event,
+    Fate,
+    FrameRecord,
+    Show,
+    StepChange,
+    StreamId,
+    StreamSettings,
+    Tick,
+    TickRecord,
+    Wait,
+)
+from svd2_jax.simulate.device import SimulatedDevice
+from svd2_jax.simulate.trace import Trace, merged
+
+WARM_UP_TICKS = 5  # of each kind, measured before the streams open
+MOST_CALLS_AT_ONCE = 10_000  # at one moment; more is a policy that never waits
+
+
+class PolicyFault(AssertionError):
+    """A policy did what no device could run or no viewer could see."""
+
+
+class Policy(Protocol):
+    """What decides: `runtime.scheduler.Scheduler`, or a baseline."""
+
+    def warm_up(self, sample: LatencySample) -> None:
+        """Takes a device time measured before the streams open."""
+        ...
+
+    def open(self, settings: StreamSettings, now_ns: int) -> StreamId:
+        """Lets a stream join; raises SessionError to refuse it."""
+        ...
+
+    def arrive(self, stream: StreamId, now_ns: int, timestamp_ns: int | None = None) -> int:
+        """Takes a frame; returns its number."""
+        ...
+
+    def end(self, stream: StreamId, now_ns: int) -> None:
+        """Takes note that no more frames will come."""
+        ...
+
+    def close(self, stream: StreamId, now_ns: int) -> None:
+        """Drops a stream with all that is not shown."""
+        ...
+
+    def next(self, now_ns: int) -> Tick | Wait:
+        """Returns what the free device is to do."""
+        ...
+
+    def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
+        """Takes note that the running tick is through, and how many chunks it finished."""
+        ...
+
+    def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
+        """Returns the frames to show now, and when to ask again."""
+        ...
+
+    def is_over(self, stream: StreamId) -> bool:
+        """Returns whether nothing of a stream is left."""
+        ...
+
+
+MakePolicy = Callable[[Sequence[int], Callable[[Event], None]], Policy]
+"""Takes the device's batch sizes and where to report; returns a policy."""
+
+
+@dataclass
+class Outcome:
+    """All that a policy reported of a trace.
+
+    Attributes:
+      trace: what was run.
+      policy: by which policy.
+      events: in order.
+      refused: one line for each stream that was not admitted.
+      ended_s: when the last frame was accounted for.
+      busy_s: how long the device ran.
+    """
+
+    trace: Trace
+    policy: str
+    events: list[Event] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    ended_s: float = 0.0
+    busy_s: float = 0.0
+
+    @property
+    def frames(self) -> list[FrameRecord]:
+        """What became of each frame."""
+        return [e for e in self.events if isinstance(e, FrameRecord)]
+
+    @property
+    def ticks(self) -> list[TickRecord]:
+        """What the device did."""
+        return [e for e in self.events if isinstance(e, TickRecord)]
+
+    @property
+    def changes(self) -> list[StepChange]:
+        """Changes of steps."""
+        return [e for e in self.events if isinstance(e, StepChange)]
+
+
+@dataclass
+class _Stream:
+    """What the simulator knows of a stream, to check the policy's word against.
+
+    Attributes:
+      settings: as opened.
+      arrived: frames so far.
+      entered: the highest frame that entered a tick.
+      finished: frames that the device is through with and that were not shown.
+      shown: the highest frame shown.
+      reported: frames accounted for.
+      begun: whether the first group is through.
+      gone: closed.
+    """
+
+    settings: StreamSettings
+    arrived: int = 0
+    entered: int = -1
+    finished: set[int] = field(default_factory=set)
+    shown: int = -1
+    reported: set[int] = field(default_factory=set)
+    begun: bool = False
+    gone: bool = False
+
+
+def simulate(
+    trace: Trace,
+    name: str,
+    make_policy: MakePolicy,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Outcome:
+    """Runs a trace to its end and returns all that the policy reported.
+
+    Args:
+      trace: what happens.
+      name: of the policy, for the outcome.
+      make_policy: makes it.
+      progress: is given the second that was reached.
+
+    Raises:
+      PolicyFault: the policy broke a rule: it asked for a tick that cannot be, showed what was not there, or lost a
+        frame.
+    """
+    return _Run(trace, name, make_policy).run(progress)
+
+
+class _Run:
+    def __init__(self, trace: Trace, name: str, make_policy: MakePolicy):
+        self.trace, self.outcome = trace, Outcome(trace, name)
+        self.device = SimulatedDevice(trace.device, trace.seed)
+        self.policy = make_policy(trace.device.batch_sizes, self._report)
+        # A policy that may give a stream that runs already a first group again; its rows are lost then.
+        self.restarts = getattr(self.policy, "restarts", False)
+        self.streams: dict[StreamId, _Stream] = {}
+        self.ids: dict[int, StreamId] = {}  # by source; a refused one has none
+        self.ticks = 0
+        self.running: Tick | None = None
+
+    def run(self, progress: Callable[[float], None]) -> Outcome:
+        """Plays all events in order of time."""
+        self._warm_up()
+        inputs = merged(self.trace)
+        upcoming = next(inputs, None)
+        wake_ns = show_ns = None
+        now_ns, calls = 0, 0
+        while True:
+            times = (upcoming and upcoming[0], self.device.done_ns, wake_ns, show_ns)
+            at_ns = min((t for t in times if t is not None), default=None)
+            if at_ns is None:
+                break
+            calls = calls + 1 if at_ns <= now_ns else 0
+            if calls > MOST_CALLS_AT_ONCE:
+                raise PolicyFault(f"at {now_ns / SECOND:.3f} s the policy wants to be asked again and again")
+            now_ns = max(now_ns, at_ns)
+            if self.device.done_ns is not None and self.device.done_ns <= now_ns:
+                self._done(now_ns)
+            while upcoming is not None and upcoming[0] <= now_ns:
+                self._input(now_ns, *upcoming[1:])
+                upcoming = next(inputs, None)
+            if self.running is None:
+                wake_ns = self._next(now_ns)
+            show_ns = self._shows(now_ns)
+            progress(now_ns / SECOND)
+        self._check_end()
+        self.outcome.ended_s, self.outcome.busy_s = now_ns / SECOND, self.device.busy_ns / SECOND
+        return self.outcome
+
+    def _warm_up(self) -> None:
+        sizes = self.trace.device.batch_sizes
+        kinds = {(s.shape, s.stages, s.first_frames, s.chunk_frames): s for s in self.trace.sources}
+        for source in kinds.values():
+            settings = source.settings()
+            steps = range(1, max(s.steps for s in self.trace.sources) + 1)
+            cells = [(1, s, True) for s in steps] + [(b, s, False) for b in sizes for s in steps]
+            for batch, count, first in cells:
+                for _ in range(WARM_UP_TICKS):
+                    took_ns = round(self.device.sample_ms(settings, batch, count, first) * MS)
+                    self.policy.warm_up(LatencySample(settings.shape, batch, count, took_ns, first))
+
+    def _input(self, now_ns: int, rank: int, source: int, arrival) -> None:
+        if rank == 0:
+            settings = self.trace.sources[source].settings()
+            try:
+                stream = self.policy.open(settings, now_ns)
+            except SessionError as e:
+                self.outcome.refused.append(str(e))
+                return
+            self.ids[source] = stream
+            self.streams[stream] = _Stream(settings)
+            self.device.open(stream, settings)
+        elif source in self.ids:
+            stream = self.ids[source]
+            if rank == 1:
+                number = self.policy.arrive(stream, now_ns, arrival.timestamp_ns)
+                self._require(number == self.streams[stream].arrived, f"frame numbered {number}")
+                self.streams[stream].arrived += 1
+            elif self.trace.sources[source].leaves == "closes":
+                self.policy.close(stream, now_ns)
+                self.streams[stream].gone = True
+            else:
+                self.policy.end(stream, now_ns)
+
+    def _next(self, now_ns: int) -> int | None:
+        decision = self.policy.next(now_ns)
+        if isinstance(decision, Wait):
+            return decision.until_ns
+        self._check_tick(decision)
+        self.ticks += 1
+        self.running = decision
+        self.device.start(decision, now_ns)
+        return None
+
+    def _done(self, now_ns: int) -> None:
+        self.running = None
+        finished = self.device.finish()
+        for stream, chunks in finished.items():
+            if not self.streams[stream].gone:
+                self.streams[stream].finished.update(n for chunk in chunks for n in chunk)
+        self.policy.done({stream: len(chunks) for stream, chunks in finished.items()}, now_ns)
+
+    def _shows(self, now_ns: int) -> int | None:
+        shows, again_ns = self.policy.shows(now_ns)
+        for show in shows:
+            stream = self.streams[show.stream]
+            self._require(show.number in stream.finished, f"shows frame {show.number}, which is not finished")
+            self._require(show.number > stream.shown, f"shows frame {show.number} behind {stream.shown}")
+            stream.finished.remove(show.number)
+            stream.shown = show.number
+        return again_ns
+
+    def _report(self, event: Event) -> None:
+        self.outcome.events.append(event)
+        if isinstance(event, FrameRecord):
+            stream = self.streams[event.stream]
+            self._require(event.number not in stream.reported, f"reports frame {event.number} twice")
+            stream.reported.add(event.number)
+
+    def _check_tick(self, tick: Tick) -> None:
+        sizes, parts = self.trace.device.batch_sizes, tick.parts
+        self._require(tick.number == self.ticks, f"tick numbered {tick.number}, not {self.ticks}")
+        self._require(len(parts) in sizes, f"{len(parts)} streams in a tick; the device takes {sizes}")
+        self._require(len({p.stream for p in parts}) == len(parts), "a stream twice in a tick")
+        self._require(len({p.steps for p in parts}) == 1, "different steps in a tick")
+        self._require(len({self.streams[p.stream].settings.shape for p in parts}) == 1, "different shapes")
+        for part in parts:
+            stream, settings = self.streams[part.stream], self.streams[part.stream].settings
+            self._require(not stream.gone, "a closed stream in a tick")
+            self._require(settings.floor_steps <= part.steps <= settings.steps, f"{part.steps} steps")
+            frames = part.frames
+            ordered = all(a < b for a, b in zip((stream.entered, *frames), frames, strict=False))
+            self._require(ordered and all(n < stream.arrived for n in frames), f"takes frames {frames}")
+            self._require(not any(n in stream.reported for n in frames), "takes frames that it dropped")
+            if part.first:
+                self._require(len(parts) == 1 and bool(frames), "a first group that shares its tick")
+                self._require(self.restarts or not stream.begun, "a second first group")
+                self.device.drop_rows(part.stream)
+            else:
+                self._require(stream.begun, "a chunk before the first group")
+                self._require(bool(frames or self.device.under_way(part.stream)), "a part that does nothing")
+            whole = settings.chunk_frames if stream.begun else settings.first_frames
+            self._require(not frames or len(frames) + part.fill == whole, f"a chunk of {frames}+{part.fill}")
+            stream.begun = True
+            stream.entered = max(stream.entered, *frames) if frames else stream.entered
+
+    def _check_end(self) -> None:
+        for stream, state in self.streams.items():
+            missing = sorted(set(range(state.arrived)) - state.reported)
+            self._require(not missing, f"never reports frames {missing[:5]} of stream {stream}")
+            self._require(self.policy.is_over(stream), f"stream {stream} is never over")
+
+    def _require(self, true: bool, fault: str) -> None:
+        if not true:
+            raise PolicyFault(f"{self.outcome.policy}, tick {self.ticks}: {fault}")
+
+
+def accounted(frames: Sequence[FrameRecord], fate: Fate) -> int:
+    """Returns how many frames had a fate."""
+    return sum(frame.fate is fate for frame in frames)
