@@ -237,7 +237,11 @@ def decide(
         saved = rescue(jobs.values(), now_ns, costs)
 
     busy = _longest_tick(views, costs) if len(views) > 1 else 0
-    round_ns = sum(costs[v.group].share_ns(len(views)) for v in views if len(v.queue) >= v.need)
+    ready: dict[Group, int] = {}
+    for view in views:
+        if len(view.queue) >= view.need:
+            ready[view.group] = ready.get(view.group, 0) + 1
+    round_ns = sum(count * costs[group].share_ns(count) for group, count in ready.items())
     for view in views:
         cost = costs[view.group]
         one = cost.bound_ns[1]
@@ -247,7 +251,8 @@ def decide(
             hopeless += 1
         if hopeless:
             drops.append(Drop(view.stream, tuple(range(hopeless)), Reason.HOPELESS))
-        enter, given_up = _entering(view, hopeless, now_ns, lone, one, round_ns, guard, busy, overloaded)
+        tick = cost.bound_ns[cost.size(ready.get(view.group, 1), cost.best if overloaded else cost.knee)]
+        enter, given_up = _entering(view, hopeless, now_ns, lone, tick, round_ns, guard, busy, overloaded)
         if enter:
             urgent = view.queue[enter[0]] - lone
             if view.flight:
@@ -302,12 +307,12 @@ def _entering(
     if waiting == need:
         return everything, ()
     if overloaded:
-        # Frames that need no ticks of their own to be finished in time, if there are enough of them.
+        # Frames that still have the time to share a batch, and to wait for the stream's next turns, if there are enough.
         natural = now_ns + guard_ns + tick_ns + round((view.ticks - 1) * max(round_ns, tick_ns))
         start = hopeless
-        while start < len(queue) and queue[start] < natural:
+        while start < len(queue) - need and queue[start] < natural:
             start += 1
-        kept = everything[start - hopeless :] if len(queue) - start >= need else everything
+        kept = everything[start - hopeless :]
         enter = evenly(kept, need)
     else:
         chunks = waiting // need
@@ -324,6 +329,28 @@ def _entering(
         if len(kept) > need:
             return enter, tuple(i for i in everything if i not in set(kept))
     return enter, tuple(i for i in everything if i not in set(enter) and (i < enter[-1]))
+
+
+def backlog_spare_ns(now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs]) -> int:
+    """Returns the least time to spare if all whole chunks that wait now are done, most urgent first.
+
+    Below 0, some would be lost. Counts shares of the best batches, so it errs on the hopeful side.
+    """
+    ready = sum(len(view.queue) >= view.need for view in views)
+    work = []
+    for view in views:
+        if len(view.queue) < view.need:
+            continue
+        cost = costs[view.group]
+        share = cost.first_expected_ns if view.first else cost.share_ns(ready)
+        tail = 0 if view.first else (view.ticks - 1) * cost.expected_ns[1]
+        for i in range(0, len(view.queue) - view.need + 1, view.need):
+            work.append((view.queue[i] - tail, share))
+    spare, end = NEVER_NS, now_ns
+    for latest, share in sorted(work):
+        end += share
+        spare = min(spare, latest - end)
+    return round(spare)
 
 
 def evenly(items: Sequence[int], count: int) -> tuple[int, ...]:

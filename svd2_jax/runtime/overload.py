@@ -182,7 +182,9 @@ def control(
     steps = {load.stream: load.steps for load in loads}
     now = utilisation(loads, steps, costs_of, guard)
     if now > config.lower_above or at_risk:
-        fewer, value = lowered(loads, steps, costs_of, guard, config.lower_above, int(at_risk))
+        fewer, value = lowered(
+            loads, steps, costs_of, guard, config.lower_above, len(loads) if at_risk else 0
+        )
         held = state.held_ns
         if now <= config.lower_above and fewer != steps:
             held = now_ns + round(config.risk_hold_ms * MS)

@@ -22,8 +22,19 @@ from dataclasses import dataclass, field
 
 from svd2_jax.errors import SessionError
 from svd2_jax.runtime import ingest, overload, pacing
-from svd2_jax.runtime.deadline import Choice, Drop, Flight, Group, PolicyConfig, View, decide
-from svd2_jax.runtime.latency import LatencyModel, LatencySample
+from svd2_jax.runtime.deadline import (
+    Choice,
+    Drop,
+    Flight,
+    Group,
+    Job,
+    PolicyConfig,
+    View,
+    backlog_spare_ns,
+    decide,
+    rescue,
+)
+from svd2_jax.runtime.latency import Costs, LatencyModel, LatencySample
 from svd2_jax.runtime.overload import Control, Load
 from svd2_jax.runtime.work import (
     MS,
@@ -227,10 +238,15 @@ class Scheduler:
         if self._running is not None:
             return Wait(None)
         self._adapt_steps(now_ns)
-        views = [self._view(s) for s in self._streams.values() if s.queue or s.flight]
+        views, costs = self._look()
         if not views:
             return Wait(None)
-        costs = {view.group: self.model.costs(*view.group) for view in views}
+        if backlog_spare_ns(now_ns, views, costs) < 0 and any(
+            s.steps > s.settings.floor_steps for s in self._streams.values()
+        ):
+            self._at_risk, self._controlled_ns = True, None
+            self._adapt_steps(now_ns)
+            views, costs = self._look()
         decision = decide(now_ns, views, costs, self.config, self._control.utilisation > 1)
         entering = {part.stream: self._frames_at(part.stream, part.enter) for part in decision.parts}
         self._drop_all(decision.drops)
@@ -299,6 +315,11 @@ class Scheduler:
         """Whether a stream has ended or was closed, and nothing of it is left to show or report."""
         return stream not in self._streams
 
+    def _look(self) -> tuple[list[View], dict[Group, Costs]]:
+        """Returns what the policy looks at: streams with anything to do, and what ticks take."""
+        views = [self._view(s) for s in self._streams.values() if s.queue or s.flight]
+        return views, {view.group: self.model.costs(*view.group) for view in views}
+
     def _adapt_steps(self, now_ns: int) -> None:
         if self._controlled_ns is not None and now_ns - self._controlled_ns < CONTROL_EVERY_NS:
             return
@@ -308,9 +329,24 @@ class Scheduler:
             self._control, loads, self.model.costs, self.config, now_ns, self._at_risk
         )
         self._at_risk = False
-        for s in self._streams.values():
-            if s.steps != steps[s.id]:
-                s.steps, s.view = steps[s.id], None
+        changed = [s for s in self._streams.values() if s.steps != steps[s.id]]
+        if not changed:
+            return
+        before = {s.id: s.steps for s in changed}
+        spare = self._spare_ns(now_ns)
+        for s in changed:
+            s.steps, s.view = steps[s.id], None
+        # Chunks under way may need more ticks then, or lose the company in their batches: not at their cost.
+        if self._spare_ns(now_ns) < min(spare, self.config.guard_ns):
+            for s in changed:
+                s.steps, s.view = before[s.id], None
+            self._controlled_ns = None
+
+    def _spare_ns(self, now_ns: int) -> int:
+        """Returns the time to spare for the chunks under way."""
+        views = [self._view(s) for s in self._streams.values() if s.flight]
+        costs = {view.group: self.model.costs(*view.group) for view in views}
+        return rescue((Job(view.stream, view.group, view.flight) for view in views), now_ns, costs).spare_ns
 
     def _load(self, s: _Stream) -> Load:
         return Load(s.id, s.settings, s.steps, s.clock.gap_ns)
