@@ -20,10 +20,10 @@ SEED = 2511  # of what is drawn here, and of every trace
 
 # Times like those of a model that keeps one to eight live streams busy. Ticks wobble by 1 %, and one in a thousand
 # takes three times as long.
-OUTLIERS = {"outlier_share": 0.001, "outlier_factor": 3.0}
-FOR_ONE = DeviceTrace(fixed_ms=60, row_ms=20, knee_rows=1, **OUTLIERS)
-FOR_SEVERAL = DeviceTrace(fixed_ms=30, row_ms=20, knee_rows=1, **OUTLIERS)
-FOR_MANY = DeviceTrace(fixed_ms=30, row_ms=10, knee_rows=2, batch_sizes=(1, 2, 4, 8), **OUTLIERS)
+OUTLIERS = 0.001
+FOR_ONE = DeviceTrace(fixed_ms=60, row_ms=20, knee_rows=1, outlier_share=OUTLIERS)
+FOR_SEVERAL = DeviceTrace(fixed_ms=30, row_ms=20, knee_rows=1, outlier_share=OUTLIERS)
+FOR_MANY = DeviceTrace(fixed_ms=30, row_ms=10, knee_rows=2, batch_sizes=(1, 2, 4, 8), outlier_share=OUTLIERS)
 
 
 def traces() -> list[Trace]:
@@ -59,7 +59,7 @@ def traces() -> list[Trace]:
         ),
         Trace(
             "faults", "Sources whose timestamps are missing, repeated, swapped or much too old; clocks are far off.",
-            180, FOR_SEVERAL,
+            180, FOR_MANY,
             (
                 dataclasses.replace(camera, clock_s=5e5, missing_share=0.05, duplicate_share=0.02),
                 dataclasses.replace(fast, clock_s=-40, stale_share=0.01, stale_ms=900, start_s=0.3),
@@ -89,7 +89,7 @@ def traces() -> list[Trace]:
         ),
         Trace(
             "overload_endless", "One camera at 60 on a device that can do 30 at one step, and never more.", 120,
-            DeviceTrace(fixed_ms=1000 / 7.5, row_ms=40, knee_rows=1, **OUTLIERS),
+            DeviceTrace(fixed_ms=1000 / 7.5, row_ms=40, knee_rows=1, outlier_share=OUTLIERS),
             (dataclasses.replace(fast, rate_hz=60, budget_ms=900),),
         ),
         Trace(

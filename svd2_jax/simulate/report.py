@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svd2_jax.runtime.work import MS, SECOND, Fate, FrameRecord, Reason
+from svd2_jax.runtime.metrics import Metrics
+from svd2_jax.runtime.work import SECOND, Fate, FrameRecord, Reason
 from svd2_jax.simulate.simulator import Outcome
 
 OWN_DROPS = (Reason.OVERLOAD, Reason.HOPELESS)  # the scheduler's doing; others are the source's
@@ -35,8 +37,9 @@ class Row:
       dropped: by reason.
       latency_ms: from arrival to display of all frames shown: p50, p95, p99.
       budget_ms: (least, most) of the streams.
-      of_budget: p99 as a share of the budget, of the stream where that is largest.
-      fps: frames shown in a second of a stream's time, mean of the streams.
+      jitter_ms: by how much the time between two frames shown differs from that in the source, mean.
+      worst_miss_rate: late frames as a share of those shown, of the stream where that is largest.
+      fps: frames shown per second, mean of the streams.
       busy: share of the time that the device ran.
       throughput: frames finished under overload, as a share of what the device could do then; None without overload.
       mean_steps: of the frames shown.
@@ -56,7 +59,8 @@ class Row:
     dropped: dict[str, int]
     latency_ms: tuple[float, float, float]
     budget_ms: tuple[float, float]
-    of_budget: float
+    jitter_ms: float
+    worst_miss_rate: float
     fps: float
     busy: float
     throughput: float | None
@@ -76,7 +80,7 @@ class Row:
         most = MOST_MISSED_OVERLOADED if overloaded else MOST_MISSED
         checks = {
             "misses": self.miss_rate < most,
-            "latency": self.of_budget <= 1,
+            "latency": self.worst_miss_rate <= 0.01,  # that is, its p99 is within the budget
             "drops": overloaded or not any(self.dropped.get(reason.value) for reason in OWN_DROPS),
             "refusals": overloaded or not self.refused,
             "throughput": self.throughput is None or self.throughput >= LEAST_THROUGHPUT,
@@ -93,14 +97,11 @@ class Row:
 
 def summarise(outcome: Outcome) -> Row:
     """Returns the row of a run."""
-    trace, frames = outcome.trace, outcome.frames
-    by_stream: dict[int, list[FrameRecord]] = collections.defaultdict(list)
-    for frame in frames:
-        by_stream[frame.stream].append(frame)
-    shown = [f for f in frames if f.shown_ns is not None]
-    drops = collections.Counter(f.reason.value for f in frames if f.fate is Fate.DROPPED and f.reason)
-    times_s = sum((trace.end_s(s) - s.start_s) for s in trace.sources)
-    overloads = trace.overloads
+    trace, overloads = outcome.trace, outcome.trace.overloads
+    metrics = Metrics(kept_streams=len(trace.sources))
+    for event in outcome.events:
+        metrics(event)
+    total, streams = metrics.summary(), [metrics.summary(stream) for stream in metrics.streams]
     budgets = [source.budget_ms for source in trace.sources]
     return Row(
         trace=trace.name,
@@ -108,41 +109,21 @@ def summarise(outcome: Outcome) -> Row:
         load=trace.peak_load,
         streams=len(trace.sources) - len(outcome.refused),
         refused=len(outcome.refused),
-        frames=len(frames),
-        shown=sum(f.fate is Fate.SHOWN for f in frames),
-        late=sum(f.fate is Fate.LATE for f in frames),
-        dropped=dict(sorted(drops.items())),
-        latency_ms=_percentiles([latency_ms(f) for f in shown]),
+        frames=total.frames_in,
+        shown=total.shown,
+        late=total.late,
+        dropped=dict(total.dropped),
+        latency_ms=(total.latency_p50_ms or 0.0, total.latency_p95_ms or 0.0, total.latency_p99_ms or 0.0),
         budget_ms=(min(budgets), max(budgets)),
-        of_budget=max((_worst_share(fs) for fs in by_stream.values()), default=0.0),
-        fps=len(shown) / times_s,
+        jitter_ms=total.jitter_ms or 0.0,
+        worst_miss_rate=max((s.miss_rate for s in streams), default=0.0),
+        fps=sum(s.fps_shown for s in streams) / max(1, len(streams)),
         busy=outcome.busy_s / max(outcome.ended_s, 1e-9),
         throughput=_throughput(outcome) if overloads else None,
-        mean_steps=sum(f.steps or 0 for f in shown) / max(1, len(shown)),
+        mean_steps=total.steps_mean,
         recovery_s=_recovery_s(outcome),
-        gap_s=max(_gap_s(fs, span) for fs in by_stream.values() for span in overloads) if overloads else None,
+        gap_s=_gap_s(outcome) if overloads else None,
     )
-
-
-def latency_ms(frame: FrameRecord) -> float:
-    """Returns the time from a shown frame's arrival until it was shown."""
-    assert frame.shown_ns is not None
-    return (frame.shown_ns - frame.arrival_ns) / MS
-
-
-def _percentiles(values: Iterable[float]) -> tuple[float, float, float]:
-    ordered = sorted(values)
-    if not ordered:
-        return 0.0, 0.0, 0.0
-    p50, p95, p99 = (ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.95, 0.99))
-    return p50, p95, p99
-
-
-def _worst_share(frames: Sequence[FrameRecord]) -> float:
-    """Returns a stream's p99 latency as a share of its budget."""
-    shown = [f for f in frames if f.shown_ns is not None]
-    budget_ms = (frames[0].deadline_ns - frames[0].arrival_ns) / MS
-    return _percentiles([latency_ms(f) for f in shown])[2] / budget_ms
 
 
 def _throughput(outcome: Outcome) -> float:
@@ -153,13 +134,22 @@ def _throughput(outcome: Outcome) -> float:
     return sum(any(a <= at < b for a, b in spans) for at in done) / possible
 
 
-def _gap_s(frames: Sequence[FrameRecord], span: tuple[float, float]) -> float:
-    """Returns the longest time in a span of seconds in which no frame of a stream was shown."""
-    begin, end = (round(at * SECOND) for at in span)
-    begin = max(begin, frames[0].deadline_ns)  # the first one may take its time
-    times = sorted(f.shown_ns for f in frames if f.shown_ns is not None and begin <= f.shown_ns <= end)
-    cuts = [begin, *times, end]
-    return max((b - a for a, b in zip(cuts, cuts[1:], strict=False)), default=0) / SECOND
+def _gap_s(outcome: Outcome) -> float:
+    """Returns the longest time under overload in which a stream that takes part shows no frame."""
+    by_stream: dict[int, list[FrameRecord]] = collections.defaultdict(list)
+    for frame in outcome.frames:
+        by_stream[frame.stream].append(frame)
+    longest_ns = 0
+    for frames, (begin_s, end_s) in itertools.product(by_stream.values(), outcome.trace.overloads):
+        first_ns = min(f.arrival_ns for f in frames)
+        last_ns = max(f.arrival_ns for f in frames)
+        begin_ns = max(
+            round(begin_s * SECOND), min(f.deadline_ns for f in frames if f.arrival_ns == first_ns)
+        )
+        end_ns = min(round(end_s * SECOND), last_ns)
+        shown = sorted(f.shown_ns for f in frames if f.shown_ns and begin_ns <= f.shown_ns <= end_ns)
+        longest_ns = max([longest_ns, *(b - a for a, b in itertools.pairwise([begin_ns, *shown, end_ns]))])
+    return longest_ns / SECOND
 
 
 def _recovery_s(outcome: Outcome) -> float | None:
@@ -168,11 +158,9 @@ def _recovery_s(outcome: Outcome) -> float | None:
     ends = [end for _, end in trace.overloads if end < trace.duration_s]
     if not ends:
         return None
-    steps = {f.stream: f.steps for f in outcome.frames if f.steps is not None}  # those at the very end
-    preferred = {
-        stream: max((f.steps for f in outcome.frames if f.stream == stream and f.steps), default=0)
-        for stream in steps
-    }
+    preferred: dict[int, int] = collections.defaultdict(int)  # steps by stream
+    for frame in outcome.frames:
+        preferred[frame.stream] = max(preferred[frame.stream], frame.steps or 0)
     frames = sorted(outcome.frames, key=lambda f: f.arrival_ns)
     longest = 0.0
     for end_s in ends:
@@ -182,7 +170,7 @@ def _recovery_s(outcome: Outcome) -> float | None:
                 continue
             if frame.arrival_ns > well_ns + SETTLED_NS:
                 break
-            if frame.fate is not Fate.SHOWN or (frame.steps or 0) < preferred.get(frame.stream, 0):
+            if frame.fate is not Fate.SHOWN or (frame.steps or 0) < preferred[frame.stream]:
                 well_ns = frame.arrival_ns
         else:
             return float("inf")
@@ -195,15 +183,16 @@ def _recovery_s(outcome: Outcome) -> float | None:
 
 COLUMNS = (
     "trace", "policy", "load", "frames", "shown", "late", "dropped", "misses", "p50", "p95", "p99", "budget",
-    "FPS", "busy", "of capacity", "steps", "recovery", "goals",
+    "ratio", "jitter", "FPS", "busy", "of capacity", "steps", "recovery", "goals",
 )  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as aligned text, one line each, and under it what the columns mean and the ratios."""
-    lines = [COLUMNS, *(_cells(row) for row in rows)]
+def table(rows: Sequence[Row], policy: str) -> str:
+    """Returns the rows as aligned text, one line each; ratios are to the rows of this policy."""
+    p99_ms = {row.trace: row.latency_ms[2] for row in rows if row.policy == policy}
+    lines = [COLUMNS, *(_cells(row, p99_ms.get(row.trace)) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    left = {0, 1, 6, 17}
+    left = {0, 1, 6, len(COLUMNS) - 1}
     text = [
         "  ".join(
             c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
@@ -213,7 +202,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in text)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, p99_ms: float | None) -> tuple[str, ...]:
     def percent(value: float | None, digits: int = 0) -> str:
         return "" if value is None else f"{100 * value:.{digits}f} %"
 
@@ -230,6 +219,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         percent(row.miss_rate, 2),
         *(f"{value:.0f}" for value in row.latency_ms),
         f"{least:.0f}" if least == most else f"{least:.0f}-{most:.0f}",
+        f"{row.latency_ms[2] / p99_ms:.1f}" if p99_ms else "",
+        f"{row.jitter_ms:.1f}",
         f"{row.fps:.1f}",
         percent(row.busy),
         percent(row.throughput),
@@ -237,19 +228,3 @@ def _cells(row: Row) -> tuple[str, ...]:
         "never" if recovery.startswith("inf") else recovery,
         ", ".join(row.missed_goals) or "ok",
     )
-
-
-def ratios(rows: Sequence[Row], policy: str) -> str:
-    """Returns, for each trace, how much higher the other policies' p99 latencies are and what they miss; or ""."""
-    lines = []
-    ours = {row.trace: row for row in rows if row.policy == policy}
-    for row in rows:
-        if row.policy == policy or row.trace not in ours:
-            continue
-        own = ours[row.trace]
-        lines.append(
-            f"{row.trace}: {row.policy} has {row.latency_ms[2] / max(own.latency_ms[2], 1e-9):.1f} times the p99 "
-            f"latency, {100 * row.miss_rate:.2f} % late frames against {100 * own.miss_rate:.2f} %, "
-            f"{row.shown / max(own.shown, 1):.2f} times the frames in time"
-        )
-    return "\n".join(lines)

@@ -12,7 +12,6 @@ from svd2_jax.runtime.work import (
     MS,
     SECOND,
     Event,
-    Fate,
     FrameRecord,
     Show,
     StepChange,
@@ -23,7 +22,7 @@ from svd2_jax.runtime.work import (
     Wait,
 )
 from svd2_jax.simulate.device import SimulatedDevice
-from svd2_jax.simulate.trace import Trace, merged
+from svd2_jax.simulate.trace import Arrival, Trace, merged
 
 WARM_UP_TICKS = 5  # of each kind, measured before the streams open
 MOST_CALLS_AT_ONCE = 10_000  # at one moment; more is a policy that never waits
@@ -212,7 +211,7 @@ class _Run:
                     took_ns = round(self.device.sample_ms(settings, batch, count, first) * MS)
                     self.policy.warm_up(LatencySample(settings.shape, batch, count, took_ns, first))
 
-    def _input(self, now_ns: int, rank: int, source: int, arrival) -> None:
+    def _input(self, now_ns: int, rank: int, source: int, arrival: Arrival | None) -> None:
         if rank == 0:
             settings = self.trace.sources[source].settings()
             try:
@@ -225,7 +224,7 @@ class _Run:
             self.device.open(stream, settings)
         elif source in self.ids:
             stream = self.ids[source]
-            if rank == 1:
+            if arrival is not None:
                 number = self.policy.arrive(stream, now_ns, arrival.timestamp_ns)
                 self._require(number == self.streams[stream].arrived, f"frame numbered {number}")
                 self.streams[stream].arrived += 1
@@ -306,8 +305,3 @@ class _Run:
     def _require(self, true: bool, fault: str) -> None:
         if not true:
             raise PolicyFault(f"{self.outcome.policy}, tick {self.ticks}: {fault}")
-
-
-def accounted(frames: Sequence[FrameRecord], fate: Fate) -> int:
-    """Returns how many frames had a fate."""
-    return sum(frame.fate is fate for frame in frames)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import heapq
+import itertools
 import json
 import math
 import random
@@ -67,7 +68,7 @@ class DeviceTrace:
         if not sizes or sizes[0] != 1 or list(sizes) != sorted(set(sizes)) or sizes[-1] > 1024:
             raise ConfigError(f"batch_sizes must ascend from 1, for example [1, 2, 4]; got {list(sizes)}")
         _check_spans("speed", self.speed, 0.001, 1000)
-        if any(a >= b for (a, _), (b, _) in zip(self.speed, self.speed[1:], strict=False)):
+        if any(a >= b for (a, _), (b, _) in itertools.pairwise(self.speed)):
             raise ConfigError(f"speed must be in order of time, got {[list(pair) for pair in self.speed]}")
 
     def tick_ms(self, batch: int, steps: int) -> float:
@@ -245,7 +246,7 @@ class Trace:
         cuts = {0.0, self.duration_s, *(at for at, _ in self.device.speed)}
         cuts |= {s.start_s for s in self.sources} | {self.end_s(s) for s in self.sources}
         times = sorted(at for at in cuts if 0 <= at <= self.duration_s)
-        return tuple(self._segment(a, b) for a, b in zip(times, times[1:], strict=False))
+        return tuple(self._segment(a, b) for a, b in itertools.pairwise(times))
 
     def _segment(self, begin_s: float, end_s: float) -> Segment:
         active = [s for s in self.sources if s.start_s <= begin_s and self.end_s(s) >= end_s]
