@@ -1,0 +1,302 @@
+"""A fake engine whose output is worked out by hand, and a clock that goes on when all threads have nothing to do.
+
+A finished frame is the input frame, changed so that one sees what happened to it:
+  channel 0: the input's, plus the length of the prompt, modulo 256;
+  channel 1: denoising steps that its chunk has taken;
+  channel 2: the input's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from svd2_jax.api import SessionSpec, Work
+from svd2_jax.config import StreamConfig
+from svd2_jax.errors import SessionError
+from svd2_jax.runtime.work import MS, SECOND
+
+SMALL = StreamConfig(height=16, width=16)
+ROUNDS = 3  # of the polling below: a thread that wakes another one that wakes a third is seen through
+
+
+class FakeClock:
+    """A clock for threads that wait with `wait` only; see `svd2_jax.runtime.loop.Clock`.
+
+    It stands still until `run` or `run_until`, and then jumps from one moment that somebody waits for to the next,
+    once all threads whose names begin with "svd2-" have come to wait.
+    """
+
+    def __init__(self, start_ns: int = 1000 * SECOND):
+        self._now_ns = start_ns
+        self._lock = threading.Lock()
+        self._waiting: dict[threading.Thread, tuple[int, int | None]] = {}  # times waited, until when
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def wait(self, condition: threading.Condition, until_ns: int | None) -> None:
+        thread = threading.current_thread()
+        with self._lock:
+            count, _ = self._waiting.get(thread, (0, None))
+            self._waiting[thread] = (count + 1, until_ns)
+        condition.wait(0.001)  # everybody looks again and again, as the time may have come
+
+    def settle(self) -> None:
+        """Returns when all threads wait, and nothing that one of them did wakes another."""
+        goal: dict[threading.Thread, int] = {}
+        late: list[str] = []
+        for _ in range(20_000):
+            alive = [t for t in threading.enumerate() if t.name.startswith("svd2-")]
+            with self._lock:
+                self._waiting = {t: w for t, w in self._waiting.items() if t.is_alive()}
+                counts = {t: self._waiting.get(t, (0, None))[0] for t in alive}
+            for thread, count in counts.items():
+                goal.setdefault(thread, count + ROUNDS)
+            late = [thread.name for thread, count in counts.items() if count < goal[thread]]
+            if not late:
+                return
+            time.sleep(0.0005)
+        raise AssertionError(f"threads do not come to rest: {late}")
+
+    def run_until(self, is_so: Callable[[], object], limit_s: float = 60.0) -> None:
+        """Lets the time go on until something is so."""
+        end_ns = self._now_ns + round(limit_s * SECOND)
+        self.settle()
+        while not is_so():
+            with self._lock:
+                times = [until for _, until in self._waiting.values() if until is not None]
+            times = [t for t in times if t > self._now_ns]
+            assert times, "nobody waits for a time"
+            assert self._now_ns < end_ns, f"not so after {limit_s} s"
+            self._now_ns = min(times)
+            self.settle()
+
+    def run(self, seconds: float) -> None:
+        """Lets the time go on for so long."""
+        end_ns = self._now_ns + round(seconds * SECOND)
+        self.settle()
+        while self._now_ns < end_ns:
+            with self._lock:
+                times = [until for _, until in self._waiting.values() if until is not None]
+            self._now_ns = min([t for t in times if t > self._now_ns] + [end_ns])
+            self.settle()
+
+    def sleep_until(self, until_ns: int) -> None:
+        """Waits, in a thread of a test."""
+        condition = threading.Condition()
+        with condition:
+            while self._now_ns < until_ns:
+                self.wait(condition, until_ns)
+
+
+def picture(value: int, cfg: StreamConfig = SMALL) -> np.ndarray:
+    """A frame that can be told from others."""
+    return np.full((cfg.height, cfg.width, 3), value % 256, np.uint8)
+
+
+def camera(
+    clock: FakeClock, count: int, rate_hz: float = 16.0, first: int = 0, stamped: bool = True
+) -> Iterator[tuple[int | None, np.ndarray]]:
+    """A source that gives pictures of first, first + 1, ... at a rate, from now on."""
+    start_ns = clock.now_ns()
+    for i in range(count):
+        at_ns = start_ns + round(i * SECOND / rate_hz)
+        clock.sleep_until(at_ns)
+        yield at_ns if stamped else None, picture(first + i)
+
+
+@dataclass(frozen=True)
+class FakeChunk:
+    """Finished frames."""
+
+    first_frame: int
+    pixels: np.ndarray
+    error: Exception | None = None
+
+    @property
+    def frame_count(self) -> int:
+        return len(self.pixels)
+
+    def frames(self) -> np.ndarray:
+        if self.error is not None:
+            raise self.error
+        return self.pixels
+
+
+@dataclass
+class _Row:
+    """A chunk under way."""
+
+    frames: np.ndarray
+    prompt: int
+    taken: int = 0
+    finished: bool = False
+
+
+class FakeSession:
+    """A stream whose chunk is finished by its (steps)-th tick; see `svd2_jax.api.Session`."""
+
+    def __init__(self, engine: FakeEngine, spec: SessionSpec):
+        self.spec, self.steps = spec, spec.stream.steps
+        self._engine = engine
+        self._rows: list[_Row] = []
+        self._prompts = [len(spec.prompt)]  # of the next chunks, the last one staying
+        self._given = 0
+        self.started = self.closed = False
+
+    def set_steps(self, steps: int) -> None:
+        self._check_open()
+        if steps in self._engine.forbidden_steps:
+            raise SessionError(f"no programs for {steps} steps")
+        for row in self._rows:
+            row.finished |= row.taken >= steps
+        self.steps = steps
+
+    def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
+        self._check_open()
+        assert prompt in self._engine.prepared_prompts, "the stream would wait for the text encoder"
+        before, after, count = self._prompts[0], len(prompt), max(1, blend_chunks)
+        self._prompts = [before + (after - before) * i // count for i in range(1, count + 1)]
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._engine.open_sessions -= 1
+
+    def tick(self, frames: np.ndarray | None) -> list[FakeChunk]:
+        """Moves the rows on, with or without a new chunk."""
+        self._check_open()
+        expected = self.spec.stream.chunk_frames if self.started else self.spec.stream.first_frames
+        if frames is not None and len(frames) != expected:
+            raise SessionError(f"expected {expected} frames, got {len(frames)}")
+        if not self.started and frames is None:
+            raise SessionError("nothing has started")
+        if frames is not None:
+            self._rows.append(_Row(frames, self._prompts[0]))
+            self._prompts = self._prompts[1:] or self._prompts
+        for row in self._rows:
+            if not row.finished:
+                row.taken = row.taken + 1 if self.started else self.steps
+                row.finished = row.taken >= self.steps
+        self.started = True
+        done = [row for row in self._rows if row.finished]
+        assert done == self._rows[: len(done)], "chunks finish in order"
+        self._rows = self._rows[len(done) :]
+        return [self._chunk(row) for row in done]
+
+    def _chunk(self, row: _Row) -> FakeChunk:
+        pixels = row.frames.copy()
+        pixels[..., 0] += np.uint8(row.prompt % 256)
+        pixels[..., 1] = row.taken
+        self._given += len(pixels)
+        return FakeChunk(self._given - len(pixels), pixels, self._engine.read_error)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise SessionError("the session is closed")
+
+    # Not used by anything that shares ticks.
+
+    def push(self, frames: np.ndarray) -> list[FakeChunk]:
+        raise NotImplementedError
+
+    def advance(self) -> list[FakeChunk]:
+        raise NotImplementedError
+
+    def finish(self) -> list[FakeChunk]:
+        raise NotImplementedError
+
+    def run(self, *_: object, **__: object) -> Iterator[np.ndarray]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FakeTicket:
+    """A tick under way."""
+
+    chunks: Sequence[Sequence[FakeChunk]]
+    wait: Callable[[], None]
+
+
+class FakeEngine:
+    """An engine without a model; see `svd2_jax.api.Engine`.
+
+    Attributes:
+      device_ms: duration of a tick, from the number of streams, their steps, and whether it is a first group.
+      fault: is called with the number of each tick and its sessions, and may raise.
+      hang: numbers of ticks that never come back.
+      forbidden_steps: set_steps raises for these.
+      read_error: reading a chunk that was made while this is set raises it.
+      prompt_error: encoding a prompt raises it.
+      ticks: (streams, steps) of each tick so far.
+    """
+
+    def __init__(
+        self,
+        clock: FakeClock | None = None,
+        device_ms: Callable[[int, int, bool], float] = lambda streams, steps, first: 20.0,
+        batch_sizes: Sequence[int] = (1, 2, 4),
+    ):
+        self._clock, self.device_ms, self.batch_sizes = clock, device_ms, tuple(batch_sizes)
+        self.fault: Callable[[int, Sequence[FakeSession]], None] = lambda number, sessions: None
+        self.hang: set[int] = set()
+        self.forbidden_steps: set[int] = set()
+        self.read_error: Exception | None = None
+        self.prompt_error: Exception | None = None
+        self.open_error: Exception | None = None
+        self.ticks: list[tuple[int, int]] = []
+        self.prepared: set[int] = set()
+        self.prepared_prompts: set[str] = set()
+        self.sessions: list[FakeSession] = []
+        self.open_sessions = 0
+
+    def open(self, spec: SessionSpec) -> FakeSession:
+        if self.open_error is not None:
+            raise self.open_error
+        self.open_sessions += 1
+        return FakeSession(self, spec)
+
+    def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:
+        self.prepared |= set(steps)
+
+    def prepare_prompt(self, prompt: str) -> None:
+        if self.prompt_error is not None:
+            raise self.prompt_error
+        self.prepared_prompts.add(prompt)
+
+    def tick(self, work: Sequence[Work]) -> FakeTicket:
+        sessions = [part.session for part in work if isinstance(part.session, FakeSession)]
+        assert len(sessions) == len(work)
+        assert len({session.steps for session in sessions}) == 1, "one tick has one number of steps"
+        number, first, steps = len(self.ticks), not sessions[0].started, sessions[0].steps
+        assert len(sessions) in self.batch_sizes
+        assert len(sessions) == 1 or not first, "a first group has its tick for itself"
+        self.ticks.append((len(sessions), steps))
+        self.fault(number, sessions)
+        duration_ns = round(self.device_ms(len(sessions), steps, first) * MS)
+        chunks = [session.tick(part.frames) for session, part in zip(sessions, work, strict=True)]
+        return FakeTicket(chunks, lambda: self._wait(number, duration_ns))
+
+    def _wait(self, number: int, duration_ns: int) -> None:
+        if self._clock is None:
+            time.sleep(3600 if number in self.hang else duration_ns / SECOND)
+        else:
+            self._clock.sleep_until(self._clock.now_ns() + (10**18 if number in self.hang else duration_ns))
+
+
+def spec(prompt: str = "a red house", steps: int = 2, **settings: object) -> SessionSpec:
+    """What a small stream computes."""
+    return SessionSpec(prompt, stream=dataclasses.replace(SMALL, **settings).with_steps(steps))
+
+
+def expected(
+    values: Iterable[int], prompt: str = "a red house", steps: int = 2
+) -> list[tuple[int, int, int]]:
+    """What the fake engine makes of pictures of these values, as pixels."""
+    return [((v + len(prompt)) % 256, steps, v % 256) for v in values]

@@ -1,0 +1,615 @@
+"""The live loop: real threads, a fake engine, and time that goes on when all of them wait."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
+
+from svd2_jax.errors import ConfigError, EngineError, SessionError
+from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig, measure, settings_for, shape_of
+from svd2_jax.runtime.work import (
+    MS,
+    SECOND,
+    Fate,
+    FrameRecord,
+    Reason,
+    StepChange,
+    StreamSettings,
+    TickRecord,
+)
+
+LIVE = StreamSettings(rate_hz=16, budget_ms=1000)
+
+
+class Bench:
+    """A loop with a fake engine and clock, and what came out of each stream."""
+
+    def __init__(self, clock=None, engine=None, **loop):
+        self.clock = clock or FakeClock()
+        self.engine = engine or FakeEngine(self.clock)
+        self.events = []
+        self.hangs = []
+        self.shown = {}
+        self.loop = LiveLoop(
+            self.engine, clock=self.clock, observers=[self.events.append], on_hang=self.hangs.append, **loop
+        )
+
+    def sink(self, name):
+        taken = self.shown.setdefault(name, [])
+        return lambda frame, record: taken.append((record, tuple(int(x) for x in frame[0, 0])))
+
+    def open(self, name="a", settings=LIVE, source=None, sink=None, **made):
+        return self.loop.open(spec(steps=settings.steps, **made), settings, sink or self.sink(name), source)
+
+    def pixels(self, name="a"):
+        return [pixel for _, pixel in self.shown[name]]
+
+    def over(self, *streams):
+        return lambda: not set(streams) & set(self.loop.streams)
+
+    @property
+    def frames(self):
+        return [event for event in self.events if isinstance(event, FrameRecord)]
+
+
+@contextmanager
+def bench(**loop):
+    """Runs a loop; ends it while the time goes on, and checks that nothing is left."""
+    before = set(threading.enumerate())
+    made = Bench(**loop)
+    made.loop.start()
+    try:
+        yield made
+    finally:
+        left = []
+        stopper = threading.Thread(target=lambda: left.append(made.loop.stop()))
+        stopper.start()
+        while stopper.is_alive():
+            made.clock.run(0.1)
+        stopper.join()
+    assert left == [()]
+    assert set(threading.enumerate()) == before
+    assert made.engine.open_sessions == 0
+    summary = made.loop.metrics.summary()
+    assert summary.is_balanced
+    assert summary.inside == 0
+    assert not made.loop.observer_errors
+
+
+def test_every_frame_of_a_camera_is_shown_once_in_order_and_in_time():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 33))
+        b.clock.run_until(b.over(stream))
+        assert b.pixels() == expected(range(33))
+        assert [record.number for record, _ in b.shown["a"]] == list(range(33))
+        assert {event.fate for event in b.frames} == {Fate.SHOWN}
+        assert b.loop.stream_result(stream) is None
+
+
+def test_frames_leave_at_the_rate_they_came_in():
+    with bench() as b:
+        b.clock.run_until(b.over(b.open(source=camera(b.clock, 65))))
+        times = [record.shown_ns for record, _ in b.shown["a"]]
+        gaps_ms = np.diff(times) / MS
+        assert gaps_ms[20:].min() > 50  # of 62.5; a burst would show 0
+        assert b.loop.metrics.summary().jitter_p95_ms < 15
+
+
+def test_a_record_tells_when_its_frame_was_where():
+    with bench() as b:
+        b.clock.run_until(b.over(b.open(source=camera(b.clock, 9))))
+        for record, _ in b.shown["a"]:
+            assert (
+                record.arrival_ns
+                <= record.started_ns
+                < record.done_ns
+                <= record.shown_ns
+                <= record.deadline_ns
+            )
+            assert record.done_ns - record.started_ns >= 20 * MS
+            assert record.timestamp_ns == record.arrival_ns
+
+
+def test_a_last_chunk_that_is_not_full_comes_out_without_what_filled_it():
+    with bench() as b:
+        b.clock.run_until(b.over(b.open(source=camera(b.clock, 5 + 4 + 2))))
+        assert b.pixels() == expected(range(11))
+
+
+def test_several_streams_share_ticks_and_keep_apart():
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 40.0)
+    with bench(clock=clock, engine=engine) as b:
+        b.loop.warm_up(measured(engine, clock))
+        engine.ticks.clear()
+        names = "abcd"
+        streams = [
+            b.open(n, source=camera(b.clock, 33, first=50 * i), prompt=n * (i + 1))
+            for i, n in enumerate(names)
+        ]
+        b.clock.run_until(b.over(*streams))
+        for i, name in enumerate(names):
+            assert b.pixels(name) == expected(range(50 * i, 50 * i + 33), name * (i + 1))
+        assert max(size for size, _ in b.engine.ticks) > 1
+
+
+def test_frames_may_be_offered_by_hand_and_the_buffer_used_again():
+    with bench() as b:
+        stream, buffer = b.open(), picture(0)
+        for i in range(9):
+            buffer[:] = i
+            assert b.loop.offer(stream, buffer) == i
+            b.clock.run(1 / 16)
+        b.loop.end(stream)
+        b.clock.run_until(b.over(stream))
+        assert b.pixels() == expected(range(9))
+
+
+def test_timestamps_that_come_twice_or_out_of_order_drop_those_frames_only():
+    with bench() as b:
+        stream, step = b.open(), round(SECOND / 16)
+        stamps = [0, 1, 2, 3, 4, 5, 5, 7, 6, 8, 9, 10, 11, 12]
+        for i, stamp in enumerate(stamps):
+            b.loop.offer(stream, picture(i), stamp * step)
+            b.clock.run(1 / 16)
+        b.loop.end(stream)
+        b.clock.run_until(b.over(stream))
+        fates = {event.number: event.reason for event in b.frames}
+        assert {n: reason for n, reason in fates.items() if reason} == {
+            6: Reason.DUPLICATE,
+            8: Reason.DISORDER,
+        }
+        assert b.pixels() == expected([0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 12, 13])
+
+
+def test_a_new_prompt_holds_from_a_chunk_on_and_no_frame_is_lost():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 49))
+        b.clock.run(1.5)
+        b.loop.set_prompt(stream, "green")
+        b.clock.run_until(b.over(stream))
+        lengths = [(pixel[0] - pixel[2]) % 256 for pixel in b.pixels()]
+        assert len(lengths) == 49
+        changed = lengths.index(len("green"))
+        assert (changed - 5) % 4 == 0
+        assert lengths == [11] * changed + [5] * (49 - changed)
+
+
+def test_a_prompt_may_be_blended_in_over_chunks():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 49))
+        b.clock.run(1.0)
+        b.loop.set_prompt(stream, "x" * 19, blend_chunks=4)
+        b.clock.run_until(b.over(stream))
+        lengths = [(pixel[0] - pixel[2]) % 256 for pixel in b.pixels()]
+        assert sorted(set(lengths)) == [11, 13, 15, 17, 19]
+        assert lengths == sorted(lengths)
+
+
+def test_a_prompt_that_is_no_prompt_is_refused_and_the_stream_goes_on():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 9))
+        with pytest.raises(ConfigError, match="empty"):
+            b.loop.set_prompt(stream, "  ")
+        with pytest.raises(ConfigError, match="blend_chunks"):
+            b.loop.set_prompt(stream, "green", -1)
+        b.clock.run_until(b.over(stream))
+        assert b.pixels() == expected(range(9))
+
+
+def test_overload_lowers_the_steps_and_the_device_follows():
+    clock = FakeClock()
+    engine = FakeEngine(
+        clock, lambda streams, steps, first: 150.0 * steps
+    )  # 250 ms a chunk: 1 step fits, 2 do not
+    with bench(clock=clock, engine=engine) as b:
+        b.loop.warm_up(measured(engine, clock))
+        stream = b.open(source=camera(b.clock, 97))
+        b.clock.run_until(b.over(stream))
+        changes = [event for event in b.events if isinstance(event, StepChange)]
+        assert (changes[0].before, changes[0].after) == (2, 1)
+        assert 1 in {pixel[1] for pixel in b.pixels()}
+        for record, pixel in b.shown["a"]:
+            assert pixel[2] == record.number  # every frame is itself, also across the change
+            assert pixel[1] == record.steps  # what the scheduler says it took is what the device did
+        assert b.loop.metrics.summary().miss_rate == 0
+
+
+def measured(engine, clock):
+    """Device times of the fake engine, in a thread, as they take time of the fake clock."""
+    samples = []
+    thread = threading.Thread(
+        target=lambda: samples.extend(measure(engine, spec(), (1, 2), now_ns=clock.now_ns)),
+        name="svd2-measure",
+    )
+    thread.start()
+    clock.run_until(lambda: not thread.is_alive())
+    thread.join()
+    return samples
+
+
+def test_measuring_gives_a_time_for_every_kind_of_tick():
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 10.0 * streams + steps + 100 * first)
+    samples = measured(engine, clock)
+    assert {s.shape for s in samples} == {shape_of(spec().stream)}
+    times = {(s.batch, s.steps, s.first): s.duration_ns for s in samples}
+    wanted = {(b, s, False): (10 * b + s) * MS for b in (1, 2, 4) for s in (1, 2)}
+    wanted |= {(1, s, True): (110 + s) * MS for s in (1, 2)}
+    assert times == wanted
+    assert engine.open_sessions == 0
+    assert engine.prepared == {1, 2}
+
+
+def test_measuring_leaves_out_batches_that_do_not_fit():
+    engine = FakeEngine(device_ms=lambda streams, steps, first: 0.0)
+    opened = engine.open
+
+    def open_two(made):
+        if engine.open_sessions == 2:
+            raise ConfigError("no memory for a third session")
+        return opened(made)
+
+    engine.open = open_two
+    assert {s.batch for s in measure(engine, spec(), (2,))} == {1, 2}
+
+
+def test_a_source_that_raises_ends_its_stream_and_no_other():
+    def broken(clock):
+        yield from camera(clock, 20)
+        raise OSError("the camera was pulled out")
+
+    with bench() as b:
+        bad, good = b.open("bad", source=broken(b.clock)), b.open("good", source=camera(b.clock, 41))
+        b.clock.run_until(b.over(bad, good))
+        assert str(b.loop.stream_result(bad)) == "the camera was pulled out"
+        assert b.loop.stream_result(good) is None
+        assert b.pixels("good") == expected(range(41))
+
+
+def test_a_sink_that_raises_ends_its_stream_and_no_other():
+    def broken(frame, record):
+        if record.number == 7:
+            raise OSError("the disk is full")
+
+    with bench() as b:
+        bad, good = (
+            b.open(sink=broken, source=camera(b.clock, 41)),
+            b.open("good", source=camera(b.clock, 41)),
+        )
+        b.clock.run_until(b.over(bad, good))
+        assert str(b.loop.stream_result(bad)) == "the disk is full"
+        assert b.pixels("good") == expected(range(41))
+
+
+def test_a_frame_of_the_wrong_shape_ends_its_stream_and_no_other():
+    with bench() as b:
+        bad, good = b.open("bad"), b.open("good", source=camera(b.clock, 21))
+        b.clock.run(0.1)
+        with pytest.raises(SessionError, match=r"uint8 \(16, 16, 3\), got float32 \(8, 8\)"):
+            b.loop.offer(bad, np.zeros((8, 8), np.float32))
+        with pytest.raises(SessionError, match="it ended with: a frame must be"):
+            b.loop.offer(bad, picture(0))
+        b.clock.run_until(b.over(bad, good))
+        assert isinstance(b.loop.stream_result(bad), SessionError)
+        assert b.pixels("good") == expected(range(21))
+
+
+def test_a_prompt_that_cannot_be_encoded_ends_its_stream_and_no_other():
+    with bench() as b:
+        bad, good = b.open("bad", source=camera(b.clock, 41)), b.open("good", source=camera(b.clock, 41))
+        b.clock.run(0.5)
+        b.engine.prompt_error = RuntimeError("out of memory")
+        with pytest.raises(RuntimeError, match="out of memory"):
+            b.loop.set_prompt(bad, "green")
+        b.clock.run_until(b.over(bad, good))
+        assert str(b.loop.stream_result(bad)) == "out of memory"
+        assert b.pixels("good") == expected(range(41))
+
+
+def test_steps_that_cannot_be_set_end_their_stream_and_no_other():
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 150.0 * steps)
+    engine.forbidden_steps = {1}
+    with bench(clock=clock, engine=engine) as b:
+        b.loop.warm_up(measured(engine, clock))
+        bad = b.open(source=camera(b.clock, 97))
+        b.clock.run_until(b.over(bad))
+        assert "no programs for 1 steps" in str(b.loop.stream_result(bad))
+        engine.forbidden_steps = set()
+        b.clock.run_until(b.over(b.open("next", source=camera(b.clock, 9))))
+        assert len(b.pixels("next")) == 9
+
+
+def test_frames_that_cannot_be_read_end_their_stream_and_no_other():
+    with bench() as b:
+        bad = b.open("bad", source=camera(b.clock, 21))
+        b.clock.run(0.5)
+        b.engine.read_error = RuntimeError("the copy failed")
+        b.clock.run_until(b.over(bad))
+        b.engine.read_error = None
+        assert str(b.loop.stream_result(bad)) == "the copy failed"
+        good = b.open("good", source=camera(b.clock, 9))
+        b.clock.run_until(b.over(good))
+        assert b.pixels("good") == expected(range(9))
+
+
+def test_a_tick_that_fails_ends_its_streams_and_the_loop_goes_on():
+    def fault(number, sessions):
+        if number == 5:
+            raise RuntimeError("the device said no")
+
+    with bench() as b:
+        b.engine.fault = fault
+        bad = b.open("bad", source=camera(b.clock, 97))
+        b.clock.run_until(b.over(bad))
+        assert str(b.loop.stream_result(bad)) == "the device said no"
+        assert b.loop.error is None
+        good = b.open("good", source=camera(b.clock, 9))
+        b.clock.run_until(b.over(good))
+        assert b.pixels("good") == expected(range(9))
+
+
+def test_ticks_that_fail_again_and_again_end_the_loop():
+    def fault(number, sessions):
+        raise RuntimeError("the device is gone")
+
+    with bench() as b:
+        b.engine.fault = fault
+        streams = [b.open(str(i), source=camera(b.clock, 41)) for i in range(5)]
+        b.clock.run_until(lambda: b.loop.error)
+        assert "3 ticks failed one after another: the device is gone" in str(b.loop.error)
+        b.clock.run_until(b.over(*streams))
+        assert all(b.loop.stream_result(stream) is not None for stream in streams)
+        with pytest.raises(EngineError, match="the device is gone"):
+            b.loop.wait()
+        with pytest.raises(EngineError, match="does not run"):
+            b.open("late")
+
+
+def test_a_slow_sink_ends_with_its_reason_and_holds_up_nobody():
+    free = threading.Event()
+
+    with bench(config=LoopConfig(sink_frames=8)) as b:
+        slow = b.open(sink=lambda frame, record: free.wait(), source=camera(b.clock, 97))
+        good = b.open("good", source=camera(b.clock, 41))
+        # The slow sink's thread never comes to wait for the clock: it does not count as one that has work to do.
+        [stuck] = [t for t in threading.enumerate() if t.name == f"svd2-outlet-{slow}"]
+        stuck.name = "stuck"
+        b.clock.run_until(b.over(slow, good))
+        assert "too slow: 8 frames wait" in str(b.loop.stream_result(slow))
+        assert b.pixels("good") == expected(range(41))
+        free.set()
+        stuck.join()
+
+
+def test_closing_in_the_middle_of_a_tick_drops_what_is_inside_and_nothing_else():
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 100.0)
+    with bench(clock=clock, engine=engine) as b:
+        gone, stays = b.open("gone", source=camera(b.clock, 97)), b.open("stays", source=camera(b.clock, 41))
+        b.clock.run_until(lambda: len(engine.ticks) == 6)
+        assert b.loop._call is not None  # the device works
+        b.loop.close(gone)
+        assert gone in b.loop.streams  # its session is held until the tick is through
+        b.clock.run_until(b.over(gone, stays))
+        assert b.loop.stream_result(gone) is None
+        assert {e.reason for e in b.frames if e.stream == gone and e.reason} == {Reason.CLOSED}
+        assert b.pixels("stays") == expected(range(41))
+        with pytest.raises(SessionError, match="it is over"):
+            b.loop.offer(gone, picture(0))
+
+
+def test_ending_a_stream_by_hand_shows_what_came_until_then():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 1000))
+        b.clock.run(2.0)
+        b.loop.end(stream)
+        b.clock.run_until(b.over(stream))
+        count = len(b.pixels())
+        assert 30 <= count <= 34
+        assert b.pixels() == expected(range(count))
+        assert b.loop.stream_result(stream) is None
+
+
+def test_a_stream_that_cannot_be_opened_leaves_nothing():
+    with bench() as b:
+        b.engine.open_error = ConfigError("no memory for it")
+        with pytest.raises(ConfigError, match="no memory"):
+            b.open()
+        b.clock.run_until(lambda: not b.loop.streams)
+        with pytest.raises(SessionError, match="budget"):
+            b.open(settings=StreamSettings(rate_hz=16, budget_ms=10))
+        assert not b.loop.streams
+
+
+def test_only_streams_that_can_share_ticks_are_taken():
+    with pytest.raises(ConfigError, match="sequential"):
+        settings_for(spec(mode="sequential"), LIVE)
+    made = settings_for(spec(), LIVE)
+    assert (made.first_frames, made.chunk_frames, made.shape) == (5, 4, spec(steps=1).stream)
+
+
+def test_a_device_that_hangs_is_reported_once_and_ends_the_loop():
+    clock = FakeClock()
+    engine = FakeEngine(clock)
+    engine.hang = {4}
+    b = Bench(clock=clock, engine=engine, config=LoopConfig(stop_s=0.05))
+    b.loop.start()
+    stream = b.open(source=camera(clock, 2000))
+    clock.run_until(lambda: b.hangs, limit_s=30)
+    clock.run(5)
+    [report] = b.hangs
+    assert isinstance(report, HangReport)
+    assert 10 < report.seconds <= 11.5
+    assert report.limit_s == 10
+    assert f"tick 4 (stream {stream})" in str(report)
+    with pytest.raises(EngineError, match="hangs"):
+        b.loop.wait()
+    assert "svd2-device" in b.loop.stop()
+    assert b.loop.metrics.summary().inside == 0
+    clock.run(2e9)  # even this device comes back at last, and the loop's threads end
+    for thread in threading.enumerate():
+        if thread.name.startswith("svd2-"):
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_slow_tick_that_was_expected_to_be_slow_does_not_hang():
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 800.0)
+    with bench(clock=clock, engine=engine, config=LoopConfig(hang_s=0.5)) as b:
+        b.loop.warm_up(measured(engine, clock))
+        stream = b.open(settings=StreamSettings(rate_hz=16, budget_ms=5000), source=camera(clock, 41))
+        b.clock.run_until(b.over(stream))
+        assert not b.hangs
+
+
+def test_a_hanging_device_ends_the_process_with_a_line_and_code_3():
+    script = """
+import itertools, time
+from fakes import FakeEngine, picture, spec
+from svd2_jax.runtime.loop import LiveLoop, LoopConfig
+from svd2_jax.runtime.work import StreamSettings
+
+def source():
+    for i in itertools.count():
+        yield None, picture(i)
+        time.sleep(0.01)
+
+engine = FakeEngine(device_ms=lambda streams, steps, first: 1.0)
+engine.hang = {3}
+with LiveLoop(engine, config=LoopConfig(hang_s=0.2)) as loop:
+    loop.open(spec(), StreamSettings(rate_hz=100, budget_ms=500), lambda frame, record: None, source())
+    loop.wait()
+"""
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=tests,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: the device hangs: tick 3 (stream 0) takes ")
+
+
+def test_a_thread_of_the_loop_that_dies_ends_the_loop_with_the_reason():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 97))
+        b.clock.run(0.5)
+
+        def broken(now_ns):
+            raise ZeroDivisionError("a bug")
+
+        b.loop._scheduler.shows = broken
+        b.clock.run_until(lambda: b.loop.error)
+        assert "delivery thread failed: ZeroDivisionError: a bug" in str(b.loop.error)
+        b.clock.run_until(b.over(stream))
+        assert b.loop.stream_result(stream) is b.loop.error
+
+
+def test_an_observer_that_raises_is_left_out_and_told_of():
+    clock = FakeClock()
+    seen = []
+
+    def broken(event):
+        raise OSError("no disk")
+
+    loop = LiveLoop(FakeEngine(clock), observers=[broken, seen.append], clock=clock)
+    loop.start()
+    stream = loop.open(spec(), LIVE, lambda frame, record: None, camera(clock, 9))
+    clock.run_until(lambda: stream not in loop.streams)
+    loop.stop()
+    assert [str(e) for e in loop.observer_errors] == ["no disk"]
+    assert sum(isinstance(event, FrameRecord) for event in seen) == 9
+    assert any(isinstance(event, TickRecord) for event in seen)
+
+
+def test_stopping_drops_what_is_inside_and_ends_all_threads():
+    with bench() as b:
+        for i in range(3):
+            b.open(str(i), source=camera(b.clock, 1000))
+        b.clock.run(1.0)
+    assert all(b.loop.stream_result(i) is None for i in range(3))
+    assert not b.loop._events
+    assert {e.reason for e in b.frames if e.reason} == {Reason.CLOSED}
+
+
+def test_streams_that_come_and_go_leave_nothing_behind():
+    with bench() as b:
+        held = []
+        for i in range(100):
+            source = camera(b.clock, 6, rate_hz=100)
+            frames = []
+            stream = b.loop.open(
+                spec(prompt="x" * (i + 1)), StreamSettings(rate_hz=100, budget_ms=1000),
+                lambda frame, record, frames=frames: frames.append(frame), source,
+            )  # fmt: skip
+            held.append(weakref.ref(b.loop._streams[stream]))
+            if i % 3 == 0:
+                b.clock.run(0.05)
+                b.loop.close(stream)
+            b.clock.run_until(b.over(stream))
+        b.clock.settle()
+        gc.collect()
+        assert sum(ref() is not None for ref in held) == 0
+        loop = b.loop
+        for store in (
+            loop._streams,
+            loop._orders,
+            loop._finished,
+            loop._due,
+            loop._events,
+            loop._stream_threads,
+        ):
+            assert not store
+        assert b.engine.open_sessions == 0
+
+
+def test_pixels_are_freed_when_their_fate_is_known():
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 200))
+        live = b.loop._streams[stream]
+        for _ in range(20):
+            b.clock.run(0.5)
+            assert len(live.inputs) <= 8
+            assert len(live.outlet._pixels) <= 16
+        b.clock.run_until(b.over(stream))
+        assert not live.inputs
+        assert not live.outlet._pixels
+
+
+def test_it_runs_on_the_real_clock():
+    engine = FakeEngine(device_ms=lambda streams, steps, first: 1.0)
+    shown = []
+
+    def source():
+        for i in range(29):
+            yield None, picture(i)
+            time.sleep(0.005)
+
+    before = set(threading.enumerate())
+    with LiveLoop(engine) as loop:
+        settings = StreamSettings(rate_hz=200, budget_ms=30_000)
+        stream = loop.open(spec(), settings, lambda frame, record: shown.append(record.number), source())
+        assert loop.wait(stream, timeout_s=60)
+        assert loop.wait()
+    assert shown == sorted(shown)
+    summary = loop.metrics.summary(stream)
+    assert summary.is_balanced
+    assert len(shown) + summary.frames_dropped == summary.frames_in == 29
+    assert set(threading.enumerate()) == before
+    with pytest.raises(EngineError, match="stopped"):
+        loop.open(spec(), LIVE, lambda frame, record: None)
