@@ -97,7 +97,8 @@ class Row:
 
 def summarise(outcome: Outcome) -> Row:
     """Returns the row of a run."""
-    trace, overloads = outcome.trace, outcome.trace.overloads
+    trace = outcome.admitted
+    overloads = trace.overloads
     metrics = Metrics(kept_streams=len(trace.sources))
     for event in outcome.events:
         metrics(event)
@@ -106,8 +107,8 @@ def summarise(outcome: Outcome) -> Row:
     return Row(
         trace=trace.name,
         policy=outcome.policy,
-        load=trace.peak_load,
-        streams=len(trace.sources) - len(outcome.refused),
+        load=outcome.trace.peak_load,
+        streams=len(outcome.trace.sources) - len(outcome.refused),
         refused=len(outcome.refused),
         frames=total.frames_in,
         shown=total.shown,
@@ -128,8 +129,8 @@ def summarise(outcome: Outcome) -> Row:
 
 def _throughput(outcome: Outcome) -> float:
     """Returns the frames finished under overload as a share of what the device can finish at best."""
-    possible = sum((s.end_s - s.begin_s) * s.capacity_hz for s in outcome.trace.segments if s.load > 1)
-    spans = [(round(a * SECOND), round(b * SECOND)) for a, b in outcome.trace.overloads]
+    possible = sum((s.end_s - s.begin_s) * s.capacity_hz for s in outcome.admitted.segments if s.load > 1)
+    spans = [(round(a * SECOND), round(b * SECOND)) for a, b in outcome.admitted.overloads]
     done = [f.done_ns for f in outcome.frames if f.done_ns is not None]
     return sum(any(a <= at < b for a, b in spans) for at in done) / possible
 
@@ -140,7 +141,7 @@ def _gap_s(outcome: Outcome) -> float:
     for frame in outcome.frames:
         by_stream[frame.stream].append(frame)
     longest_ns = 0
-    for frames, (begin_s, end_s) in itertools.product(by_stream.values(), outcome.trace.overloads):
+    for frames, (begin_s, end_s) in itertools.product(by_stream.values(), outcome.admitted.overloads):
         first_ns = min(f.arrival_ns for f in frames)
         last_ns = max(f.arrival_ns for f in frames)
         begin_ns = max(
@@ -154,7 +155,7 @@ def _gap_s(outcome: Outcome) -> float:
 
 def _recovery_s(outcome: Outcome) -> float | None:
     """Returns how long after an overload's end all is as it should be, for the longest; None if none ends."""
-    trace = outcome.trace
+    trace = outcome.admitted
     ends = [end for _, end in trace.overloads if end < trace.duration_s]
     if not ends:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -84,7 +85,7 @@ class Outcome:
       trace: what was run.
       policy: by which policy.
       events: in order.
-      refused: one line for each stream that was not admitted.
+      refused: why each source that was not admitted was not, by its index.
       ended_s: when the last frame was accounted for.
       busy_s: how long the device ran.
     """
@@ -92,9 +93,15 @@ class Outcome:
     trace: Trace
     policy: str
     events: list[Event] = field(default_factory=list)
-    refused: list[str] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
     ended_s: float = 0.0
     busy_s: float = 0.0
+
+    @property
+    def admitted(self) -> Trace:
+        """The trace without the sources that were not admitted; all of it where none was."""
+        sources = tuple(s for i, s in enumerate(self.trace.sources) if i not in self.refused)
+        return dataclasses.replace(self.trace, streams=sources) if sources else self.trace
 
     @property
     def frames(self) -> list[FrameRecord]:
@@ -217,7 +224,7 @@ class _Run:
             try:
                 stream = self.policy.open(settings, now_ns)
             except SessionError as e:
-                self.outcome.refused.append(str(e))
+                self.outcome.refused[source] = str(e)
                 return
             self.ids[source] = stream
             self.streams[stream] = _Stream(settings)

@@ -414,14 +414,14 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _check(owner: Any, name: str, least: float, most: float) -> None:
     value = getattr(owner, name)
     if not least <= value <= most:  # NaN is not either
-        raise ConfigError(f"{name} must be {least:g} to {most:g}, got {value!r}")
+        raise ConfigError(f"{name} must be {least:.9g} to {most:.9g}, got {value!r}")
 
 
 def _check_spans(name: str, spans: Sequence[tuple[float, float]], least: float, most: float) -> None:
     for at_s, value in spans:
         if not 0 <= at_s <= LONGEST_S or not least <= value <= most:
             raise ConfigError(
-                f"{name} must be pairs of a second and a value from {least:g} to {most:g}, got [{at_s}, {value}]"
+                f"{name} must be pairs of a second and a value from {least:.9g} to {most:.9g}, got [{at_s}, {value}]"
             )
 
 
