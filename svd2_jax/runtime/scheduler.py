@@ -394,6 +394,7 @@ class Scheduler:
                     self._drop(s, frame, reasons[i])
             s.queue = deque(frame for i, frame in enumerate(s.queue) if i not in reasons)
             s.view = None
+            self._forget_if_over(s)
 
     def _enter(self, choice: Choice, frames: list[_Frame], now_ns: int) -> Part:
         """Moves frames from the queue into the device, and returns the stream's part of the tick."""
