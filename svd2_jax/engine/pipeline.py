@@ -239,7 +239,7 @@ class Pipeline:
             self._span = self._spans([(0, count) for count in self.split])
         if watched is not None:
             for stage in self.mesh.local_stages:
-                watched.lap(stage, "blocks", self.mesh.part(self.came_back[-1], stage), given_ns)
+                watched.lap(stage, "blocks", self.mesh.part(self.came_back, stage), given_ns)
         return finished
 
     def decoded(self, pixels: jax.Array) -> None:

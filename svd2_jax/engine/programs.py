@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
-from svd2_jax.config import ModelConfig, StreamConfig
+from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
 from svd2_jax.engine import noise, rebalance
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
@@ -262,9 +262,7 @@ class Builder:
         """Returns the shapes of what enters the first stage."""
         rows = self.cfg.rows if batch == "rows" else 1
         again = rows - 1 if batch == "rows" else min(1, self.cfg.steps - 1)
-        message = jax.eval_shape(
-            lambda: state.empty_message(self.model.dit, self.cfg, self.dtype, rows, frames)
-        )
+        message = _shapes(state.empty_message, self.model.dit, self.cfg, self.dtype, rows, frames)
         latents = self._latents(frames)
         return Entry(latents, _array((rows,), jnp.bool_), message.conditioning, (latents,) * again)
 
@@ -300,16 +298,14 @@ class Builder:
         layers = (kv,) * max(split)
         return (dit.PromptKV(layers, layers),) * rows
 
-    def _start(self, positions: int) -> state.StreamState:
-        return state.init_stream_state(self.model.dit, self.cfg, self.dtype, positions)
-
     def _one_row(self, positions: int) -> Any:
-        return self.mesh.abstract(jax.eval_shape(lambda: self._start(positions)))
+        return self.mesh.abstract(
+            _shapes(state.init_stream_state, self.model.dit, self.cfg, self.dtype, positions)
+        )
 
     def _rows(self, split: Sequence[int]) -> Any:
         """Returns the shapes of a state behind the first group."""
-        opened = functools.partial(state.open_rows, self.model.dit, self.cfg)
-        return self.mesh.abstract(jax.eval_shape(lambda: opened(self._start(max(split)))))
+        return self.mesh.abstract(_shapes(_opened, self.model.dit, self.cfg, self.dtype, max(split)))
 
     def _tick(self, split: Sequence[int], ring: Ring, state_: Any, frames: int, streams: int) -> Program:
         prompts = self._prompts(split, self.cfg.rows if ring.batch == "rows" else 1)
@@ -391,6 +387,17 @@ def _compile_once(static, structure, shapes, donate, out_sharding, layout, preci
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
     )
     return lowered.compile(), results
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns the shapes of what a function makes; remembered, because tracing takes longer than a tick may."""
+    return jax.eval_shape(lambda: function(*args))
+
+
+def _opened(model: DiTConfig, cfg: StreamConfig, dtype: jnp.dtype, layers: int) -> state.StreamState:
+    """Returns a state behind the first group."""
+    return state.open_rows(model, cfg, state.init_stream_state(model, cfg, dtype, layers))
 
 
 def _resize_rest(rest: Any, rows: int) -> Any:

@@ -49,14 +49,12 @@ class Stopwatch:
         self._queues: dict[Any, queue.SimpleQueue] = {}
         weakref.finalize(self, _end_watching, self._queues)  # where nobody calls `close`
 
-    def lap(
-        self, device: Any, result: jax.Array, given_ns: int, note: Callable[[float], None] | None
-    ) -> None:
+    def lap(self, device: Any, result: Any, given_ns: int, note: Callable[[float], None] | None) -> None:
         """Calls `note` with the seconds of a lap when it is over; without one the lap only marks a start.
 
         Args:
           device: where the result comes from; laps of one device are in order.
-          result: on this device alone.
+          result: array or arrays on this device alone.
           given_ns: `time.monotonic_ns` when the work was handed over.
           note: called in another thread.
         """
@@ -92,7 +90,7 @@ def _watch(waiting: queue.SimpleQueue) -> None:
             continue
         result, given_ns, note = lap
         try:
-            result.block_until_ready()
+            jax.block_until_ready(result)
         except Exception:  # the stream itself meets the same failure, and says so
             del lap, result
             continue
@@ -185,7 +183,7 @@ class Rebalancer:
         if split != self._target:
             self._approach()
 
-    def lap(self, stage: int, what: str, result: jax.Array, given_ns: int) -> None:
+    def lap(self, stage: int, what: str, result: Any, given_ns: int) -> None:
         """Tells what a local stage was given to do, in order: "blocks", "encode" or "decode", and its result."""
         if self.measuring and self._laps is not None:
             laps = self._laps

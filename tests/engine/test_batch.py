@@ -1,0 +1,249 @@
+"""Several streams in one tick, ticks without a chunk, and steps that change in mid-stream."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from svd2_jax import media
+from svd2_jax.api import SessionSpec, Work
+from svd2_jax.config import StreamConfig
+from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.mesh import stage_meshes
+from svd2_jax.errors import ConfigError, SessionError
+
+HEIGHT, WIDTH = 32, 48
+CONFIG = StreamConfig(height=HEIGHT, width=WIDTH)
+THREE_STEPS = CONFIG.with_steps(3)
+SEQUENTIAL = dataclasses.replace(CONFIG, mode="sequential")
+TOLERANCE = 2e-4  # pixels in [0, 1]; programs for more streams round their products differently, by some 1e-5
+BATCHES = PipelineOptions(batch_sizes=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def engine(golden_checkpoint):
+    return DeviceEngine.from_checkpoint(golden_checkpoint, options=BATCHES)
+
+
+@pytest.fixture(scope="module")
+def staged(golden_checkpoint):
+    """The golden model, which has two blocks, on two devices."""
+    return DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2), options=BATCHES)
+
+
+def clip(frames, seed=0):
+    return np.stack(list(media.synthetic_clip(frames, HEIGHT, WIDTH, seed)))
+
+
+def spec(seed=0, cfg=CONFIG):
+    return SessionSpec(f"a dog number {seed}", cfg, seed=seed, pixels="float32")
+
+
+def groups(chunks, seed=0):
+    """The first group and so many chunks of a clip."""
+    frames = clip(5 + 4 * chunks, seed)
+    return [frames[:5], *(frames[5 + 4 * i : 9 + 4 * i] for i in range(chunks))]
+
+
+def drive(engine, spec, chunks, steps=None, idle=()):
+    """One stream alone; changes the steps before some chunks, and takes ticks without a chunk before some."""
+    with engine.open(spec) as session:
+        out = []
+        for n, group in enumerate(groups(chunks, spec.seed)):
+            if steps and n in steps:
+                session.set_steps(steps[n])
+            for _ in range(idle.count(n)):
+                out += engine.tick([Work(session)]).chunks[0]
+            out += session.push(group)
+        out += session.finish()
+        firsts = [chunk.first_frame for chunk in out]
+        assert firsts == [0, *(5 + 4 * i for i in range(chunks))]
+        return np.concatenate([chunk.frames() for chunk in out])
+
+
+@pytest.mark.parametrize("cfg", [CONFIG, SEQUENTIAL], ids=["stream", "sequential"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_streams_that_share_ticks_give_what_each_gives_alone(engine, staged, stages, cfg):
+    """They join and leave at any chunk, and take part in some ticks without a chunk."""
+    engine = engine if stages == 1 else staged
+    with engine.open(spec(1, cfg)) as a, engine.open(spec(2, cfg)) as b:
+        inputs, out = {a: groups(7, 1), b: groups(4, 2)}, {a: [], b: []}
+
+        def tick(*sessions, idle=()):
+            work = [Work(s, inputs[s].pop(0)) for s in sessions] + [Work(s) for s in idle]
+            ticket = engine.tick(work)
+            ticket.wait()
+            for part, chunks in zip(work, ticket.chunks, strict=True):
+                out[part.session] += chunks
+
+        tick(a)
+        tick(a)
+        tick(b)  # joins
+        tick(a, b)
+        tick(b, a)
+        if cfg.mode == "stream":
+            tick(a, idle=(b,))
+            tick(b, idle=(a,))
+        else:
+            tick(a)
+            tick(b)
+        tick(a)
+        tick(a, b)
+        out[b] += b.finish()
+        b.close()  # leaves
+        tick(a)
+        out[a] += a.finish()
+        for session, chunks in ((a, 7), (b, 4)):
+            got = np.concatenate([chunk.frames() for chunk in out[session]])
+            np.testing.assert_allclose(
+                got, drive(engine, session.spec, chunks), atol=TOLERANCE, err_msg=session.spec.prompt
+            )
+
+
+def test_what_a_stream_holds_never_changes_another_s_output(engine):
+    def beside(neighbour):
+        with engine.open(spec(1)) as session, engine.open(neighbour) as other:
+            session.push(groups(0, 1)[0])
+            other.push(groups(0, neighbour.seed)[0])
+            out = []
+            for mine, theirs in zip(groups(5, 1)[1:], groups(5, neighbour.seed)[1:], strict=True):
+                chunks = engine.tick([Work(session, mine), Work(other, theirs)]).chunks
+                out += [chunk.frames() for chunk in chunks[0]]
+        return np.concatenate(out)
+
+    np.testing.assert_array_equal(beside(spec(2)), beside(spec(3)))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_ticks_without_a_chunk_change_nothing_but_when_chunks_come_out(engine, staged, stages):
+    engine = engine if stages == 1 else staged
+    np.testing.assert_array_equal(
+        drive(engine, spec(), 7, idle=(2, 3, 3, 3, 3, 6, 6)), drive(engine, spec(), 7)
+    )
+
+
+def test_with_fewer_steps_the_rows_that_stay_go_on_as_if_there_had_never_been_more(engine):
+    def first_predictions(steps):
+        with engine.open(spec(cfg=THREE_STEPS)) as session:
+            seen = []
+            for n, group in enumerate(groups(10)):
+                if n in steps:
+                    session.set_steps(steps[n])
+                session.push(group)
+                if n:
+                    seen.append(np.asarray(session.pipeline.came_back[0]))
+        return np.stack(seen)
+
+    plain = first_predictions({})
+    for steps in ({6: 1}, {3: 2, 7: 1}, {2: 1, 6: 3}):
+        # Programs for other numbers of rows round their products differently.
+        np.testing.assert_allclose(first_predictions(steps), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [CONFIG, SEQUENTIAL], ids=["stream", "sequential"])
+def test_fewer_steps_change_the_chunks_from_those_under_way_on(engine, cfg):
+    before, after = drive(engine, spec(cfg=cfg), 8), drive(engine, spec(cfg=cfg), 8, steps={6: 1})
+    unchanged = 5 + 4 * (4 if cfg.mode == "stream" else 5)
+    np.testing.assert_array_equal(after[:unchanged], before[:unchanged])
+    assert (after[unchanged:] != before[unchanged:]).any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize(
+    "steps",
+    [{3: 1}, {3: 2, 8: 1}, {2: 1, 6: 3}, {2: 1, 3: 3, 4: 1, 5: 2}, {1: 3, 2: 2, 3: 3}, {6: 1, 7: 2, 8: 3}],
+)
+def test_any_change_of_steps_loses_no_chunk_and_keeps_their_order(engine, staged, stages, steps):
+    engine = engine if stages == 1 else staged
+    frames = drive(engine, spec(cfg=THREE_STEPS), 9, steps=steps, idle=(4, 7, 7))
+    assert len(frames) == 5 + 4 * 9
+    assert np.isfinite(frames).all()
+
+
+def test_a_change_of_steps_shows_no_larger_jump_than_an_ordinary_chunk_boundary(engine):
+    chunks = 30
+
+    def jumps(frames):
+        """Mean absolute difference between the last frame of a chunk and the first of the next."""
+        return np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2, 3))[4::4]
+
+    plain = [drive(engine, spec(cfg=CONFIG.with_steps(n)), chunks) for n in (1, 2, 3)]
+    ordinary = max(jumps(frames)[4:].max() for frames in plain)
+    for steps in ({12: 1}, {12: 2}, {6: 1, 15: 3}, {6: 2, 15: 3}):
+        changed = jumps(drive(engine, spec(cfg=THREE_STEPS), chunks, steps=steps))
+        for at in steps:  # chunks that were under way may have taken fewer than those before
+            into = slice(at - 3, at)  # the boundaries into chunks `at - 2` to `at`
+            assert changed[into].max() <= ordinary
+
+
+def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(engine):
+    engine.prepare(spec(), [1, 2])
+    compiled = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if "compile" in event or "trace" in event:
+            compiled.append(event)
+
+    def life(a_seed, b_seed):
+        with engine.open(spec(a_seed)) as a, engine.open(spec(b_seed)) as b:
+            a.push(groups(0)[0])
+            b.push(groups(0)[0])
+            for steps in (2, 1, 2):
+                for session in (a, b):
+                    session.set_steps(steps)
+                    session.set_prompt(f"prompt {steps}", blend_chunks=2)
+                for group in groups(3)[1:]:
+                    engine.tick([Work(a, group), Work(b, group)]).wait()
+                    engine.tick([Work(a)]).wait()
+
+    engine.prepare_prompt("prompt 1")
+    engine.prepare_prompt("prompt 2")
+    for seed in (11, 12, 13, 14):
+        engine.prepare_prompt(f"a dog number {seed}")
+    life(11, 12)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        life(13, 14)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
+    with engine.open(spec(1)) as a, engine.open(spec(2)) as b:
+        first, chunk, *_ = groups(2)
+        for work, message in (
+            ([Work(a)], "starts with its first group"),
+            ([Work(a, first[:4])], "takes 5 frames, got 4"),
+            ([Work(a, first), Work(a, first)], "one part of a tick only"),
+            ([Work(b, first), Work(a, chunk)], "takes 5 frames, got 4"),
+            ([Work(a, first[:, :16])], r"uint8 \[T, 32, 48, 3\]"),
+        ):
+            with pytest.raises(SessionError, match=message):
+                engine.tick(work)
+        tickets = engine.tick([Work(a, first), Work(b, first)])  # one after the other
+        assert [len(chunks) for chunks in tickets.chunks] == [1, 1]
+        with pytest.raises(ConfigError, match="steps must be 1 to 4, got 5"):
+            a.set_steps(5)
+        a.set_steps(1)
+        tickets = engine.tick([Work(a, chunk), Work(b, chunk)])  # of different steps: likewise
+        assert [len(chunks) for chunks in tickets.chunks] == [1, 0]
+        b.close()
+        with pytest.raises(SessionError, match="closed"):
+            engine.tick([Work(b, chunk)])
+        a.push(first[:1])
+        with pytest.raises(SessionError, match="left by push"):
+            engine.tick([Work(a, chunk)])
+
+
+def test_steps_cannot_change_while_blocks_may_move(golden_checkpoint):
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2))
+    with engine.open(spec()) as session, pytest.raises(SessionError, match="without rebalancing"):
+        session.set_steps(1)
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 4), (1, 4, 2), (1, 1)])
+def test_batch_sizes_have_to_ascend_from_one(sizes):
+    with pytest.raises(ConfigError, match="batch_sizes must ascend from 1"):
+        PipelineOptions(batch_sizes=sizes)
