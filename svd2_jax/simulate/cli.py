@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
     for path in (args.json, args.picture):
         _check_writable(path)
+    if args.picture and args.picture.suffix.lower() != ".png":
+        raise MediaError(f"{args.picture}: a picture's name ends in .png")
     traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
     names = POLICIES if args.policy == "all" else [args.policy]
     rows: list[Row] = []

@@ -344,8 +344,8 @@ def read_trace(path: Path) -> Trace:
         raise ConfigError(f"{path}: is not JSON (not even text)") from e
     except json.JSONDecodeError as e:
         raise ConfigError(f"{path}: is not JSON (line {e.lineno}: {e.msg})") from e
-    except RecursionError as e:
-        raise ConfigError(f"{path}: is nested too deeply") from e
+    except (RecursionError, ValueError) as e:  # ValueError: a number of thousands of digits
+        raise ConfigError(f"{path}: is nested too deeply, or holds a number that is too long") from e
     try:
         return trace_from_dict(values)
     except ConfigError as e:

@@ -220,7 +220,12 @@ def test_what_a_trace_cannot_be_is_said(change, message):
 
 
 def test_a_file_that_is_no_trace_is_named(tmp_path):
-    cases = {"{": "is not JSON (line 1", "[]": "expected an object", "[" * 100_000: "is nested too deeply"}
+    cases = {
+        "{": "is not JSON (line 1",
+        "[]": "expected an object",
+        "[" * 100_000: "is nested too deeply",
+        "9" * 5000: "too long",
+    }
     for text, message in cases.items():
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(ConfigError, match=r"t\.json: ") as e:
