@@ -1,0 +1,108 @@
+"""The picture of a live run: it is written, as large as it says, whatever happened."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from svd2_jax.runtime.metrics import Metrics
+from svd2_jax.runtime.picture import _bins, _broken, timeline
+from svd2_jax.runtime.work import (
+    MS,
+    SECOND,
+    Fate,
+    FrameRecord,
+    Part,
+    Reason,
+    StepChange,
+    StreamSettings,
+    Tick,
+    TickRecord,
+)
+
+
+def made_up(streams=3, seconds=60.0, rate_hz=16.0, budget_ms=800):
+    """A run with an overload in its middle third, a stall, and a few frames of each kind of fault."""
+    metrics, budget, ticks = Metrics(), budget_ms * MS, 0
+    start = 5000 * SECOND
+    for stream in range(streams):
+        metrics.opened(
+            stream,
+            StreamSettings(rate_hz, budget_ms),
+            ("camera", "screen", "file")[stream % 3] + f" {stream}",
+        )
+    for number in range(round(seconds * rate_hz)):
+        at = start + round(number * SECOND / rate_hz)
+        share = number / (seconds * rate_hz)
+        busy = 1 / 3 < share < 2 / 3
+        for stream in range(streams):
+            if stream == 1 and 0.75 < share < 0.85:
+                continue
+            wave = math.sin(number / 40 + stream) * 30 + (number * 7919 % 53)
+            latency = (420 + 60 * stream + wave + (180 if busy else 0)) * MS
+            dropped = (Reason.OVERLOAD if busy and number % (2 + stream) == 0 else None) or (
+                Reason.DUPLICATE if number % 211 == 5 else Reason.STALE if number % 307 == 9 else None
+            )
+            if dropped:
+                metrics(FrameRecord(stream, number, at, at, at + budget, Fate.DROPPED, reason=dropped))
+                continue
+            if busy and number % 97 == 0:
+                latency += 250 * MS
+            end = at + round(latency)
+            fate = Fate.SHOWN if end <= at + budget else Fate.LATE
+            metrics(FrameRecord(stream, number, at, at, at + budget, fate, at, end, end, 1 if busy else 2))
+        if number % 4 == 0:
+            steps = 1 if busy else 2
+            sizes = [streams] if number % 3 else [1, max(1, streams - 1)]
+            for size in sizes:
+                parts = tuple(Part(s, (), steps=steps) for s in range(size))
+                took = round(90 * MS / len(sizes) * (2 if busy else 1))
+                metrics(TickRecord(Tick(ticks, parts, took), at, at + took, size * 3 + number % 5))
+                ticks += 1
+        if number == round(seconds * rate_hz / 3) + 1:
+            for stream in range(streams):
+                metrics(StepChange(stream, at, 2, 1))
+    return metrics
+
+
+@pytest.mark.parametrize("streams", [1, 3, 12])
+def test_a_picture_is_1600_pixels_wide(tmp_path, streams):
+    path = tmp_path / "run.png"
+    timeline(made_up(streams, seconds=6), path)
+    with Image.open(path) as image:
+        assert image.width == 1600
+        assert 300 < image.height < 3000
+        assert len(image.convert("RGB").getcolors(2**24) or []) > 50
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    timeline(Metrics(), tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 0
+
+
+def test_one_dropped_frame_can_be_drawn(tmp_path):
+    metrics = Metrics()
+    metrics(FrameRecord(0, 0, None, 0, 1, Fate.DROPPED, reason=Reason.CLOSED))
+    timeline(metrics, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 0
+
+
+def test_bins_hold_every_frame_and_are_wide_enough_to_see():
+    metrics = made_up(1, seconds=120)
+    bins = _bins(metrics.timeline(0), 5000 * SECOND)
+    summary = metrics.summary(0)
+    assert len(bins) <= 321
+    assert sum(tally.displayed for _, tally in bins) == summary.shown + summary.late
+    assert 0 <= bins[0][0] < bins[-1][0] <= 121
+
+
+def test_a_line_breaks_where_a_stream_paused():
+    bins = _bins(made_up(2, seconds=60).timeline(1), 5000 * SECOND)
+    assert sum(tally is None for _, tally in _broken([(at, t) for at, t in bins if t.latency.count])) == 1
+
+
+def test_the_module_loads_no_matplotlib_by_itself():
+    script = "import sys, svd2_jax.runtime.picture; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

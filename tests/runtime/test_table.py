@@ -1,0 +1,107 @@
+"""The table of a live run, as it looks in a terminal and in a file."""
+
+import io
+import re
+import threading
+
+from rich.console import Console
+from test_metrics import dropped, shown, tick
+
+from svd2_jax.runtime.metrics import Metrics
+from svd2_jax.runtime.table import LiveTable, device_line, summary_table
+from svd2_jax.runtime.work import Reason, StreamSettings
+
+
+def run(streams=2):
+    metrics = Metrics()
+    for stream in range(streams):
+        metrics.opened(stream, StreamSettings(rate_hz=25, budget_ms=500), f"camera {stream}")
+        for number in range(100):
+            if number % 10 == 9:
+                metrics(dropped(number, 40 * number, Reason.OVERLOAD, stream))
+            else:
+                metrics(shown(number, 40 * number, 600 if number == 50 else 300, stream))
+        metrics(tick(stream, 0, 1000, (stream,), queued=3))
+    return metrics
+
+
+def text(*things, width=140):
+    console = Console(file=io.StringIO(), width=width)
+    for thing in things:
+        console.print(thing)
+    return console.file.getvalue()
+
+
+def test_each_stream_has_a_row_and_all_together():
+    metrics = run(2)
+    lines = text(summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())).splitlines()
+    assert lines[0].split()[:6] == ["stream", "in", "shown", "late", "dropped", "FPS"]
+    rows = {re.sub(r"\s+", " ", line).strip() for line in lines}
+    assert {r.split(" 500 ")[0] for r in rows} >= {
+        "camera 0 100 90 1.1 % 10 % 22.7 300 300 300",
+        "camera 1 100 90 1.1 % 10 % 22.7 300 300 300",
+        "all 200 180 1.1 % 10 % 45.7 300 300 300",
+    }
+
+
+def test_the_table_fits_into_eighty_columns_after_hours():
+    metrics = run(3)
+    for number in range(100, 110_000, 10_000):
+        metrics(shown(number, 40 * number, 300))
+    table = summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())
+    assert "…" not in text(table, width=80)
+
+
+def test_one_stream_needs_no_row_for_all():
+    metrics = run(1)
+    assert "all" not in text(summary_table([metrics.summary(0)], metrics.summary()))
+
+
+def test_a_run_without_frames_has_a_table():
+    metrics = Metrics()
+    metrics.opened(0, StreamSettings(rate_hz=25, budget_ms=500))
+    assert "stream 0" in text(summary_table([metrics.summary(0)], metrics.summary()))
+
+
+def test_the_device_has_a_line_that_says_why_frames_were_dropped():
+    words = text(device_line(run(1).summary()))
+    assert "1 ticks of 1.00 streams" in words
+    assert "queue 3.0 (at most 3)" in words
+    assert "first frame after 300 ms" in words
+    assert "late: 1 · dropped: 10 overload" in words
+
+
+def test_a_frame_that_was_reported_twice_is_told_of():
+    metrics = run(1)
+    metrics(shown(99, 4000, 300))
+    assert "reported twice" in text(device_line(metrics.summary()))
+
+
+def test_outside_a_terminal_the_table_comes_once():
+    console = Console(file=io.StringIO(), width=140)
+    with LiveTable(run(2), console, refresh_hz=1000):
+        assert console.file.getvalue() == ""
+    assert console.file.getvalue().count("camera 1") == 1
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_on_a_terminal_the_table_is_renewed_in_place_and_its_thread_ends():
+    before = set(threading.enumerate())
+    written = threading.Event()
+
+    class Screen(io.StringIO):
+        count = 0
+
+        def write(self, words):
+            self.count += "camera 0" in words
+            if self.count >= 3:
+                written.set()
+            return super().write(words)
+
+    screen = Screen()
+    console = Console(file=screen, width=140, force_terminal=True, _environ={"TERM": "xterm"})
+    with LiveTable(run(2), console, refresh_hz=1000) as table:
+        table.note = "type a prompt"
+        assert written.wait(30)
+    assert "\x1b[" in screen.getvalue()
+    assert set(threading.enumerate()) == before
