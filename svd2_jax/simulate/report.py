@@ -162,7 +162,8 @@ def _recovery_s(outcome: Outcome) -> float | None:
     preferred: dict[int, int] = collections.defaultdict(int)  # steps by stream
     for frame in outcome.frames:
         preferred[frame.stream] = max(preferred[frame.stream], frame.steps or 0)
-    frames = sorted(outcome.frames, key=lambda f: f.arrival_ns)
+    judged = [f for f in outcome.frames if f.fate is not Fate.DROPPED or f.reason in OWN_DROPS]
+    frames = sorted(judged, key=lambda f: f.arrival_ns)
     longest = 0.0
     for end_s in ends:
         end_ns = well_ns = round(end_s * SECOND)

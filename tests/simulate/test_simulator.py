@@ -253,6 +253,10 @@ def test_recovery_lasts_until_a_whole_second_is_in_time_with_all_steps():
     for late, recovery in (({65}, 0.5), ({65, 72}, 1.2), ({65, 90}, 0.5)):
         some = [dataclasses.replace(f, fate=Fate.LATE) if f.number in late else f for f in well]
         assert overloaded(*some).recovery_s == pytest.approx(recovery)
+    repeated = [frame(200, 6.5, None, fate=Fate.DROPPED), frame(201, 7.5, None, fate=Fate.DROPPED)]
+    sources_fault = dataclasses.replace(repeated[1], reason=Reason.DUPLICATE)
+    assert overloaded(*well, *repeated).recovery_s == pytest.approx(1.5)
+    assert overloaded(*well, repeated[0], sources_fault).recovery_s == pytest.approx(0.5)
     fewer = [dataclasses.replace(f, steps=1) if 60 <= f.number <= 90 else f for f in well]
     assert overloaded(*fewer).recovery_s == pytest.approx(3.0)
     assert "recovery" in overloaded(*fewer).missed_goals
