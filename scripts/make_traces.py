@@ -74,6 +74,16 @@ def traces() -> list[Trace]:
             (dataclasses.replace(fast, count=2, stagger_s=0.4, budget_ms=700),),
         ),
         Trace(
+            "pipeline",
+            "Two cameras at 30 with four steps, two at least, on two stages; for 50 s the device is too slow for four.",
+            150, dataclasses.replace(FOR_MANY, speed=((50.0, 0.6), (100.0, 1.0))),
+            (
+                dataclasses.replace(
+                    fast, count=2, stagger_s=0.2, steps=4, floor_steps=2, stages=2, budget_ms=1600
+                ),
+            ),
+        ),
+        Trace(
             "come_and_go", "One to eight streams join and leave; most end, some are closed with frames under way.",
             300, FOR_MANY, guests(),
         ),

@@ -9,6 +9,7 @@ is there, and takes the oldest. The *queue wait* is the age of the chunk's oldes
 stood idle for it, whichever is longer. Below 0.5 s the chunk enters the stream batch, as ours; from 0.5 s on it is
 taken through all steps at once, one pass after another. Going there leaves behind the chunks that are in the stream
 batch's rows: they never come out. Coming back starts with empty rows. When the source ends, rows are not flushed.
+On a pipeline it always batches.
 Here several viewers take turns, one tick each; that is kinder than several workers on one device would be.
 """
 
@@ -219,7 +220,7 @@ class Reference(Fifo):
 
     def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> Part:
         waited_ns = max(ready_ns - state.free_ns, now_ns - state.queue[0].arrival_ns)
-        sequential = state.begun and waited_ns >= SWITCH_NS
+        sequential = state.begun and waited_ns >= SWITCH_NS and state.settings.stages == 1
         if sequential:
             for frame in (f for row in state.rows for f in row):
                 self._report(replace(frame, reason=Reason.OVERLOAD))

@@ -101,6 +101,12 @@ def test_the_reference_loses_what_is_in_its_rows_when_it_leaves_the_batch():
     assert sequential == [(0, 1, 2, 3, 4), (9, 10, 11, 12)]
 
 
+def test_the_reference_always_batches_on_a_pipeline():
+    outcome = run(Reference, duration_s=2.6, rate_hz=5, stages=2)
+    assert [t.tick.first for t in outcome.ticks] == [True, False, False]
+    assert reasons(outcome) == {None: 5, Reason.CLOSED: 8}
+
+
 def test_the_reference_serves_streams_in_turn():
     source = StreamTrace(rate_hz=100, budget_ms=600, delay_ms=0, count=3)
     outcome = simulate(Trace("t", "", 2, EXACT, (source,)), "p", Reference)

@@ -14,7 +14,17 @@ from svd2_jax.simulate.simulator import Outcome, PolicyFault, simulate
 from svd2_jax.simulate.trace import DeviceTrace, StreamTrace, Trace, read_trace
 
 FOLDER = Path(__file__).parents[2] / "traces"
-BELOW = ("bursts", "come_and_go", "device_half", "faults", "jitter", "stalls", "steady_16", "steady_30")
+BELOW = (
+    "bursts",
+    "come_and_go",
+    "device_half",
+    "faults",
+    "jitter",
+    "pipeline",
+    "stalls",
+    "steady_16",
+    "steady_30",
+)
 ABOVE = ("overload_endless", "overload_four", "overload_one")
 SHARE = 0.3  # of a trace's length that is run here
 EXACT = DeviceTrace(fixed_ms=100, row_ms=0, noise=0)
