@@ -22,14 +22,16 @@ BATCHES = PipelineOptions(batch_sizes=(1, 2))
 
 
 @pytest.fixture(scope="module")
-def engine(golden_checkpoint):
+def batched(golden_checkpoint):
+    """The golden model, for up to two streams in a tick."""
     return DeviceEngine.from_checkpoint(golden_checkpoint, options=BATCHES)
 
 
 @pytest.fixture(scope="module")
 def staged(golden_checkpoint):
     """The golden model, which has two blocks, on two devices."""
-    return DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2), options=BATCHES)
+    options = PipelineOptions(rebalance=None)
+    return DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2), options=options)
 
 
 def clip(frames, seed=0):
@@ -64,9 +66,12 @@ def drive(engine, spec, chunks, steps=None, idle=()):
 
 @pytest.mark.parametrize("cfg", [CONFIG, SEQUENTIAL], ids=["stream", "sequential"])
 @pytest.mark.parametrize("stages", [1, 2])
-def test_streams_that_share_ticks_give_what_each_gives_alone(engine, staged, stages, cfg):
+def test_streams_that_share_ticks_give_what_each_gives_alone(batched, golden_checkpoint, stages, cfg):
     """They join and leave at any chunk, and take part in some ticks without a chunk."""
-    engine = engine if stages == 1 else staged
+    engine = batched
+    if stages == 2:
+        meshes = stage_meshes(1, 2)
+        engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=meshes, options=BATCHES)
     with engine.open(spec(1, cfg)) as a, engine.open(spec(2, cfg)) as b:
         inputs, out = {a: groups(7, 1), b: groups(4, 2)}, {a: [], b: []}
 
@@ -101,14 +106,14 @@ def test_streams_that_share_ticks_give_what_each_gives_alone(engine, staged, sta
             )
 
 
-def test_what_a_stream_holds_never_changes_another_s_output(engine):
+def test_what_a_stream_holds_never_changes_another_s_output(batched):
     def beside(neighbour):
-        with engine.open(spec(1)) as session, engine.open(neighbour) as other:
+        with batched.open(spec(1)) as session, batched.open(neighbour) as other:
             session.push(groups(0, 1)[0])
             other.push(groups(0, neighbour.seed)[0])
             out = []
             for mine, theirs in zip(groups(5, 1)[1:], groups(5, neighbour.seed)[1:], strict=True):
-                chunks = engine.tick([Work(session, mine), Work(other, theirs)]).chunks
+                chunks = batched.tick([Work(session, mine), Work(other, theirs)]).chunks
                 out += [chunk.frames() for chunk in chunks[0]]
         return np.concatenate(out)
 
@@ -182,8 +187,8 @@ def test_a_change_of_steps_shows_no_larger_jump_than_an_ordinary_chunk_boundary(
         assert max(changed[chunk - 1] for chunk in others) <= ordinary
 
 
-def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(engine):
-    engine.prepare(spec(), [1, 2])
+def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(batched):
+    batched.prepare(spec(), [1, 2])
     compiled = []
 
     def listen(event: str, duration: float, **_: object) -> None:
@@ -191,7 +196,7 @@ def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(engine):
             compiled.append(event)
 
     def life(a_seed, b_seed):
-        with engine.open(spec(a_seed)) as a, engine.open(spec(b_seed)) as b:
+        with batched.open(spec(a_seed)) as a, batched.open(spec(b_seed)) as b:
             a.push(groups(0)[0])
             b.push(groups(0)[0])
             for steps in (2, 1, 2):
@@ -199,13 +204,13 @@ def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(engine):
                     session.set_steps(steps)
                     session.set_prompt(f"prompt {steps}", blend_chunks=2)
                 for group in groups(3)[1:]:
-                    engine.tick([Work(a, group), Work(b, group)]).wait()
-                    engine.tick([Work(a)]).wait()
+                    batched.tick([Work(a, group), Work(b, group)]).wait()
+                    batched.tick([Work(a)]).wait()
 
-    engine.prepare_prompt("prompt 1")
-    engine.prepare_prompt("prompt 2")
+    batched.prepare_prompt("prompt 1")
+    batched.prepare_prompt("prompt 2")
     for seed in (11, 12, 13, 14):
-        engine.prepare_prompt(f"a dog number {seed}")
+        batched.prepare_prompt(f"a dog number {seed}")
     life(11, 12)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
