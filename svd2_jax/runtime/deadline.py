@@ -18,6 +18,7 @@ from svd2_jax.runtime.latency import Costs, LatencyConfig
 from svd2_jax.runtime.work import MS, Reason, StreamId
 
 NEVER_NS = 1 << 62  # later than any deadline
+MOST_TRIES = 8  # of possible ticks in one decision; what fails so often waits for the next one
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Rescue(NamedTuple):
     Attributes:
       spare_ns: least time between a chunk's end and its deadline; below 0 if one is lost; NEVER_NS without chunks.
       first: streams of the first tick.
-      lost: deadlines of the chunks that end behind them, by stream.
+      lost: positions of the chunks that end behind their deadlines, by stream.
     """
 
     spare_ns: int
@@ -157,178 +158,62 @@ class Rescue(NamedTuple):
     lost: dict[StreamId, list[int]]
 
 
-def rescue(jobs: Iterable[Job], start_ns: int, costs: Mapping[Group, Costs]) -> Rescue:
+def rescue(
+    jobs: Iterable[Job], start_ns: int, costs: Mapping[Group, Costs], stop_lost: bool = False
+) -> Rescue:
     """Plays through the ticks that finish all chunks under way, from `start_ns` on, at bound times.
 
     The group with the most urgent chunk goes first, in the largest batch worth its latency, its most urgent streams
     in it. The order does not depend on the start, so starting later by d leaves d less to spare; and what remains
     after the first tick is played through as here.
+
+    Args:
+      jobs: chunks under way, by stream.
+      start_ns: when the device is free.
+      costs: what ticks take, by group.
+      stop_lost: return as soon as one chunk is found lost.
     """
-    heaps: dict[Group, list] = {}
-    for job in jobs:
-        one = costs[job.group].bound_ns[1]
-        heaps.setdefault(job.group, []).append((_latest(job.flight, 0, one), job.stream, 0, 0, job.flight))
+    heaps: dict[Group, list[tuple]] = {}
+    for stream, group, flight in jobs:
+        latest = _latest(flight, costs[group].bound_ns[1])
+        heaps.setdefault(group, []).append((latest[0], stream, 0, 0, flight, latest))
     for heap in heaps.values():
         heapq.heapify(heap)
     spare, first, lost, now = NEVER_NS, (), {}, start_ns
     while heaps:
         group = min(heaps, key=lambda g: heaps[g][0][0]) if len(heaps) > 1 else next(iter(heaps))
         heap, cost = heaps[group], costs[group]
-        size = cost.size(len(heap), cost.knee)
+        size, one = cost.size(len(heap), cost.knee), cost.bound_ns[1]
         now += cost.bound_ns[size]
         taken = [heapq.heappop(heap) for _ in range(size)]
         if not first:
-            first = tuple(stream for _, stream, *_ in taken)
-        for _, stream, ticks, head, flight in taken:
+            first = tuple(entry[1] for entry in taken)
+        for _, stream, ticks, head, flight, latest in taken:
             ticks += 1
-            while head < len(flight) and flight[head].left <= ticks:
-                over = flight[head].deadline_ns - now
-                spare = min(spare, over)
+            while head < len(flight) and flight[head][1] <= ticks:
+                over = flight[head][0] - now
+                if over < spare:
+                    spare = over
                 if over < 0:
                     lost.setdefault(stream, []).append(head)
+                    if stop_lost:
+                        return Rescue(spare, first, lost)
                 head += 1
             if head < len(flight):
-                key = _latest(flight[head:], ticks, cost.bound_ns[1])
-                heapq.heappush(heap, (key, stream, ticks, head, flight))
+                heapq.heappush(heap, (latest[head] + ticks * one, stream, ticks, head, flight, latest))
         if not heap:
             del heaps[group]
     return Rescue(spare, first, lost)
 
 
-def _latest(flight: Sequence[Flight], ticks: int, tick_ns: int) -> int:
-    """Returns when the stream's next tick must start so that each chunk can be finished in time, after `ticks`."""
-    return min(chunk.deadline_ns - (chunk.left - ticks) * tick_ns for chunk in flight)
-
-
-class _Offer(NamedTuple):
-    """What a stream could do in the next tick; the least key goes first."""
-
-    key: float
-    view: View
-    enter: tuple[int, ...]
-    drops: tuple[int, ...]  # given up if this is run
-
-
-def decide(
-    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], config: PolicyConfig, overloaded: bool
-) -> Decision:
-    """Returns what an idle device does now.
-
-    Args:
-      now_ns: the time.
-      views: all streams that have frames waiting or chunks under way.
-      costs: what ticks take, for each group among the views.
-      config: the policy's settings.
-      overloaded: more chunks come than the device can do: the stream that waited longest goes first, and each takes
-        what is newest, evenly spaced; otherwise the most urgent goes first, and each takes its oldest frames.
-    """
-    guard = config.guard_ns
-    drops, offers, wakes = [], [], []
-    jobs = {view.stream: Job(view.stream, view.group, view.flight) for view in views if view.flight}
-    saved = rescue(jobs.values(), now_ns, costs)
-    for stream, heads in saved.lost.items():  # too late for these: they must not hold up the others
-        job = jobs[stream]
-        flight = tuple(
-            chunk._replace(deadline_ns=NEVER_NS) if i in heads else chunk
-            for i, chunk in enumerate(job.flight)
-        )
-        jobs[stream] = job._replace(flight=flight)
-    if saved.lost:
-        saved = rescue(jobs.values(), now_ns, costs)
-
-    busy = _longest_tick(views, costs) if len(views) > 1 else 0
-    ready: dict[Group, int] = {}
-    for view in views:
-        if len(view.queue) >= view.need:
-            ready[view.group] = ready.get(view.group, 0) + 1
-    round_ns = sum(count * costs[group].share_ns(count) for group, count in ready.items())
-    for view in views:
-        cost = costs[view.group]
-        one = cost.bound_ns[1]
-        lone = cost.first_bound_ns if view.first else view.ticks * one
-        hopeless = 0
-        while hopeless < len(view.queue) and view.queue[hopeless] - guard < now_ns + lone:
-            hopeless += 1
-        if hopeless:
-            drops.append(Drop(view.stream, tuple(range(hopeless)), Reason.HOPELESS))
-        tick = cost.bound_ns[cost.size(ready.get(view.group, 1), cost.best if overloaded else cost.knee)]
-        enter, given_up = _entering(view, hopeless, now_ns, lone, tick, round_ns, guard, busy, overloaded)
-        if enter:
-            urgent = view.queue[enter[0]] - lone
-            if view.flight:
-                urgent = min(urgent, _latest(view.flight, 0, one))
-            key = (view.served_ns - now_ns) / view.period_ns if overloaded else urgent
-            offers.append(_Offer(key, view, enter, given_up))
-            continue
-        if len(view.queue) > hopeless and not view.ended:
-            wakes.append(view.queue[hopeless] - lone - guard - busy)
-        if view.flight:
-            if _must_flush(view, now_ns, one, guard + busy):
-                key = -NEVER_NS if overloaded else _latest(view.flight, 0, one)
-                offers.append(_Offer(key, view, (), ()))
-            elif view.overdue_ns > now_ns:
-                wakes.append(view.overdue_ns)
-
-    offers.sort(key=lambda offer: (offer.key, offer.view.stream))
-    if saved.spare_ns > guard:
-        for i, head in enumerate(offers):
-            chosen = _batch(offers, i, head, now_ns, jobs, costs, guard, overloaded)
-            if chosen:
-                given = [Drop(o.view.stream, o.drops, Reason.OVERLOAD) for o in chosen if o.drops]
-                parts = tuple(Choice(o.view.stream, o.enter, bool(o.enter) and o.view.first) for o in chosen)
-                return Decision((*drops, *given), parts, None)
-    if jobs and (offers or saved.spare_ns <= guard):
-        return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
-    if jobs:
-        wakes.append(now_ns + saved.spare_ns - guard)
-    return Decision(tuple(drops), (), max(min(wakes), now_ns + 1) if wakes else None)
-
-
-def _entering(
-    view: View,
-    hopeless: int,
-    now_ns: int,
-    lone_ns: int,
-    tick_ns: int,
-    round_ns: float,
-    guard_ns: int,
-    busy_ns: int,
-    overloaded: bool,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns which queued frames would enter now, and which would be given up for them."""
-    queue, need = view.queue, view.need
-    waiting = len(queue) - hopeless
-    everything = tuple(range(hopeless, len(queue)))
-    if waiting < need:
-        # Part of a chunk: only when nothing more comes, or the oldest frame would be lost by waiting for more.
-        if waiting and (view.ended or queue[hopeless] - lone_ns - guard_ns - busy_ns <= now_ns):
-            return everything, ()
-        return (), ()
-    if waiting == need:
-        return everything, ()
-    if overloaded:
-        # Frames that still have the time to share a batch, and to wait for the stream's next turns, if there are enough.
-        natural = now_ns + guard_ns + tick_ns + round((view.ticks - 1) * max(round_ns, tick_ns))
-        start = hopeless
-        while start < len(queue) - need and queue[start] < natural:
-            start += 1
-        kept = everything[start - hopeless :]
-        enter = evenly(kept, need)
-    else:
-        chunks = waiting // need
-        kept = everything
-        step = max(round_ns, tick_ns)
-        while chunks > 1:
-            kept = everything if chunks == waiting // need else evenly(everything, chunks * need)
-            if all(queue[kept[i * need]] >= now_ns + guard_ns + lone_ns + i * step for i in range(chunks)):
-                break
-            chunks -= 1
-        if chunks == 1 and waiting >= 2 * need:
-            kept = evenly(everything, need)
-        enter = kept[:need]
-        if len(kept) > need:
-            return enter, tuple(i for i in everything if i not in set(kept))
-    return enter, tuple(i for i in everything if i not in set(enter) and (i < enter[-1]))
+def _latest(flight: Sequence[Flight], tick_ns: int) -> list[int]:
+    """Returns when the stream's next tick must start to finish in time each chunk and all behind it."""
+    least, latest = NEVER_NS, []
+    for deadline_ns, left in reversed(flight):
+        least = min(least, deadline_ns - left * tick_ns)
+        latest.append(least)
+    latest.reverse()
+    return latest
 
 
 def backlog_spare_ns(now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs]) -> int:
@@ -353,50 +238,202 @@ def backlog_spare_ns(now_ns: int, views: Sequence[View], costs: Mapping[Group, C
     return round(spare)
 
 
+class Offer(NamedTuple):
+    """What a stream could do in the next tick.
+
+    Attributes:
+      key: the least goes first.
+      view: of the stream.
+      enter: positions of the queued frames that would enter; empty: what is under way is pushed on.
+      drops: positions that would be given up for them.
+    """
+
+    key: float
+    view: View
+    enter: tuple[int, ...]
+    drops: tuple[int, ...]
+
+    @property
+    def first(self) -> bool:
+        """Whether a first group would enter."""
+        return bool(self.enter) and self.view.first
+
+
+class _Times(NamedTuple):
+    """What ticks of a group take, at their bounds: alone, as a first group, in the batch at hand; and all's round."""
+
+    one_ns: int
+    first_ns: int
+    batch_ns: int
+    round_ns: int
+
+
+def decide(
+    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], config: PolicyConfig, overloaded: bool
+) -> Decision:
+    """Returns what an idle device does now.
+
+    Args:
+      now_ns: the time.
+      views: all streams that have frames waiting or chunks under way.
+      costs: what ticks take, for each group among the views.
+      config: the policy's settings.
+      overloaded: more chunks come than the device can do: the stream that waited longest goes first, and each takes
+        what is newest, evenly spaced; otherwise the most urgent goes first, and each takes its oldest frames.
+    """
+    guard = config.guard_ns
+    drops, offers, wakes = _offers(now_ns, views, costs, guard, overloaded)
+    jobs = {view.stream: Job(view.stream, view.group, view.flight) for view in views if view.flight}
+    chosen = _choose(offers, now_ns, jobs, costs, guard, overloaded)
+    if not chosen and jobs:
+        saved = rescue(jobs.values(), now_ns, costs)
+        if saved.lost:  # too late for these: they must not hold up the others
+            for stream, positions in saved.lost.items():
+                jobs[stream] = _without_deadlines(jobs[stream], positions)
+            saved = rescue(jobs.values(), now_ns, costs)
+            chosen = _choose(offers, now_ns, jobs, costs, guard, overloaded)
+        if not chosen:
+            if offers or saved.spare_ns <= guard:
+                return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
+            wakes.append(now_ns + saved.spare_ns - guard)
+    if chosen:
+        drops += [Drop(o.view.stream, o.drops, Reason.OVERLOAD) for o in chosen if o.drops]
+        return Decision(tuple(drops), tuple(Choice(o.view.stream, o.enter, o.first) for o in chosen), None)
+    return Decision(tuple(drops), (), max(min(wakes), now_ns + 1) if wakes else None)
+
+
+def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
+    flight = tuple(
+        chunk._replace(deadline_ns=NEVER_NS) if i in positions else chunk
+        for i, chunk in enumerate(job.flight)
+    )
+    return job._replace(flight=flight)
+
+
+def _offers(
+    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], guard_ns: int, overloaded: bool
+) -> tuple[list[Drop], list[Offer], list[int]]:
+    """Returns the hopeless frames, what streams could do now, foremost first, and when others could do something."""
+    ready: dict[Group, int] = {}
+    for view in views:
+        if len(view.queue) >= view.need:
+            ready[view.group] = ready.get(view.group, 0) + 1
+    round_ns = round(sum(count * costs[group].share_ns(count) for group, count in ready.items()))
+    times = {}
+    for group, cost in costs.items():
+        size = cost.size(ready.get(group, 1), cost.best if overloaded else cost.knee)
+        times[group] = _Times(cost.bound_ns[1], cost.first_bound_ns, cost.bound_ns[size], round_ns)
+    # Others may keep the device busy when a stream's time has come.
+    busy = max((cost.bound_ns[cost.knee] for cost in costs.values()), default=0) if len(views) > 1 else 0
+    spare = guard_ns + busy
+    drops, offers, wakes = [], [], []
+    for view in views:
+        time, queue = times[view.group], view.queue
+        lone = time.first_ns if view.first else view.ticks * time.one_ns
+        hopeless, least = 0, now_ns + lone + guard_ns
+        while hopeless < len(queue) and queue[hopeless] < least:
+            hopeless += 1
+        if hopeless:
+            drops.append(Drop(view.stream, tuple(range(hopeless)), Reason.HOPELESS))
+        if len(queue) > hopeless:
+            enter, given_up = (), ()
+            if len(queue) - hopeless >= view.need:
+                enter, given_up = _whole_chunk(view, hopeless, now_ns + guard_ns, lone, time, overloaded)
+            elif view.ended or queue[hopeless] - lone - spare <= now_ns:
+                # Part of a chunk: nothing more comes, or the oldest frame would be lost by waiting for more.
+                enter = tuple(range(hopeless, len(queue)))
+            else:
+                wakes.append(queue[hopeless] - lone - spare)
+            if enter:
+                if overloaded:
+                    key = (view.served_ns - now_ns) / view.period_ns
+                else:
+                    key = queue[enter[0]] - lone
+                    if view.flight:
+                        key = min(key, _latest(view.flight, time.one_ns)[0])
+                offers.append(Offer(key, view, enter, given_up))
+                continue
+        if view.flight:
+            if _must_flush(view, now_ns, time.one_ns + spare):
+                key = -NEVER_NS if overloaded else _latest(view.flight, time.one_ns)[0]
+                offers.append(Offer(key, view, (), ()))
+            elif view.overdue_ns > now_ns:
+                wakes.append(view.overdue_ns)
+    offers.sort(key=lambda offer: (offer.key, offer.view.stream))
+    return drops, offers, wakes
+
+
+def _whole_chunk(
+    view: View, hopeless: int, now_ns: int, lone_ns: int, time: _Times, overloaded: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns which queued frames would enter now, and which would be given up for them.
+
+    Under overload, frames evenly spaced up to the newest. Otherwise the oldest, if the device is expected to come to
+    the others in time; if not, only as many chunks of evenly spaced frames stay as it comes to.
+    """
+    queue, need = view.queue, view.need
+    everything = tuple(range(hopeless, len(queue)))
+    if len(everything) == need:
+        return everything, ()
+    step = max(time.round_ns, time.batch_ns)
+    if overloaded:
+        # Frames that still have the time to share a batch and to wait for the stream's next turns.
+        least, start = now_ns + time.batch_ns + (view.ticks - 1) * step, hopeless
+        while start < len(queue) - need and queue[start] < least:
+            start += 1
+        kept = evenly(everything[start - hopeless :], need)
+    else:
+        chunks, kept = len(everything) // need, everything
+        while any(queue[kept[i * need]] < now_ns + lone_ns + i * step for i in range(1, chunks)):
+            chunks -= 1
+            kept = evenly(everything, chunks * need)
+    stay = set(kept)
+    return kept[:need], tuple(i for i in everything if i not in stay)
+
+
 def evenly(items: Sequence[int], count: int) -> tuple[int, ...]:
     """Returns `count` of the items, evenly spaced, the last one always among them."""
     return tuple(items[(i + 1) * len(items) // count - 1] for i in range(count))
 
 
-def _must_flush(view: View, now_ns: int, tick_ns: int, spare_ns: int) -> bool:
+def _must_flush(view: View, now_ns: int, tick_ns: int) -> bool:
     """Whether chunks under way would be late, or nothing pushes them on, if they waited for the next chunk."""
-    if view.ended and not view.queue:
+    if now_ns >= view.overdue_ns or (view.ended and not view.queue):
         return True
-    if now_ns >= view.overdue_ns:
-        return True
-    coming = max(view.next_ns, now_ns) + tick_ns + spare_ns
-    return any(coming + (chunk.left - 1) * view.period_ns > chunk.deadline_ns for chunk in view.flight)
+    coming, period = max(view.next_ns, now_ns) + tick_ns, view.period_ns
+    return any(coming + (left - 1) * period > deadline_ns for deadline_ns, left in view.flight)
 
 
-def _batch(
-    offers: Sequence[_Offer],
-    start: int,
-    head: _Offer,
+def _choose(
+    offers: Sequence[Offer],
     now_ns: int,
     jobs: Mapping[StreamId, Job],
     costs: Mapping[Group, Costs],
     guard_ns: int,
     overloaded: bool,
-) -> list[_Offer]:
-    """Returns the largest batch with this offer that leaves every chunk in time; nothing if there is none."""
-    group = head.view.group
-    cost = costs[group]
-    if head.enter and head.view.first:
-        members, sizes = [head], (1,)
-    else:
-        most = cost.best if overloaded else cost.knee
-        members = [o for o in offers[start:] if o.view.group == group and not (o.enter and o.view.first)][
-            :most
-        ]
-        sizes = [size for size in reversed(cost.sizes) if size <= min(len(members), most)]
-    for size in sizes:
-        if _in_time(members[:size], now_ns, jobs, costs, guard_ns):
-            return list(members[:size])
+) -> list[Offer]:
+    """Returns the foremost offer that leaves every chunk in time, in the largest batch that does; or nothing."""
+    tries = MOST_TRIES
+    for i, head in enumerate(offers):
+        group = head.view.group
+        cost = costs[group]
+        if head.first:
+            members, sizes = [head], (1,)
+        else:
+            most = cost.best if overloaded else cost.knee
+            members = [o for o in offers[i:] if o.view.group == group and not o.first][:most]
+            sizes = [size for size in reversed(cost.sizes) if size <= min(len(members), most)]
+        for size in sizes:
+            if _in_time(members[:size], now_ns, jobs, costs, guard_ns):
+                return members[:size]
+            tries -= 1
+            if not tries:
+                return []
     return []
 
 
 def _in_time(
-    members: Sequence[_Offer],
+    members: Sequence[Offer],
     now_ns: int,
     jobs: Mapping[StreamId, Job],
     costs: Mapping[Group, Costs],
@@ -404,29 +441,24 @@ def _in_time(
 ) -> bool:
     """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
     cost = costs[members[0].view.group]
-    first = bool(members[0].enter) and members[0].view.first
-    end = now_ns + guard_ns + (cost.first_bound_ns if first else cost.bound_ns[len(members)])
-    after = dict(jobs)
+    end = now_ns + guard_ns + (cost.first_bound_ns if members[0].first else cost.bound_ns[len(members)])
+    taking = {offer.view.stream for offer in members}
+    after = [job for stream, job in jobs.items() if stream not in taking]
     for offer in members:
-        view, stream = offer.view, offer.view.stream
-        if first:
+        view = offer.view
+        if offer.first:
             if view.queue[offer.enter[0]] < end:
                 return False
             continue
-        flight = [
-            chunk._replace(left=chunk.left - 1) for chunk in (jobs[stream].flight if view.flight else ())
-        ]
+        flight = jobs[view.stream].flight if view.flight else ()
         if offer.enter:
-            flight.append(Flight(view.queue[offer.enter[0]], view.ticks - 1))
-        if any(chunk.left <= 0 and chunk.deadline_ns < end for chunk in flight):
-            return False
-        going = tuple(chunk for chunk in flight if chunk.left > 0)
+            flight = (*flight, Flight(view.queue[offer.enter[0]], view.ticks))
+        going = []
+        for deadline_ns, left in flight:
+            if left > 1:
+                going.append(Flight(deadline_ns, left - 1))
+            elif deadline_ns < end:
+                return False
         if going:
-            after[stream] = Job(stream, view.group, going)
-        else:
-            after.pop(stream, None)
-    return rescue(after.values(), end, costs).spare_ns >= 0
-
-
-def _longest_tick(views: Sequence[View], costs: Mapping[Group, Costs]) -> int:
-    return max(costs[view.group].bound_ns[costs[view.group].knee] for view in views)
+            after.append(Job(view.stream, view.group, tuple(going)))
+    return not rescue(after, end, costs, stop_lost=True).lost

@@ -58,9 +58,8 @@ def take(
       budget_ns: longest time from arrival to display.
     """
     if timestamp_ns is None:
-        return _taken(clock, _smoothed(clock, arrival_ns, interval_ns), arrival_ns, interval_ns), _smoothed(
-            clock, arrival_ns, interval_ns
-        )
+        media = _smoothed(clock, arrival_ns, interval_ns)
+        return _taken(clock, media, arrival_ns, interval_ns, clock.offset_ns, clock.timestamps), media
     distance = arrival_ns - timestamp_ns
     if clock.offset_ns is None:
         offset = distance
@@ -82,20 +81,23 @@ def take(
     media = timestamp_ns + offset
     if clock.media_ns is not None:
         media = min(max(media, clock.media_ns), arrival_ns)
-    clock = replace(
-        _taken(clock, media, arrival_ns, interval_ns),
-        offset_ns=offset,
-        timestamps=(*clock.timestamps, timestamp_ns)[-REMEMBERED:],
-    )
-    return clock, media
+    timestamps = (*clock.timestamps[1 - REMEMBERED :], timestamp_ns)
+    return _taken(clock, media, arrival_ns, interval_ns, offset, timestamps), media
 
 
-def _taken(clock: SourceClock, media_ns: int, arrival_ns: int, interval_ns: int) -> SourceClock:
+def _taken(
+    clock: SourceClock,
+    media_ns: int,
+    arrival_ns: int,
+    interval_ns: int,
+    offset_ns: int | None,
+    timestamps: tuple[int, ...],
+) -> SourceClock:
     gap = clock.gap_ns
     if clock.media_ns is not None:
         # A pause is not a rate: it counts as a few frames left out.
         gap += SMOOTHING * (min(media_ns - clock.media_ns, 4 * interval_ns) - gap)
-    return replace(clock, gap_ns=gap, media_ns=media_ns, arrival_ns=arrival_ns, refused_ns=None)
+    return SourceClock(gap, media_ns, arrival_ns, offset_ns, timestamps)
 
 
 def _smoothed(clock: SourceClock, arrival_ns: int, interval_ns: int) -> int:

@@ -9,6 +9,7 @@ that cells measured in different moments stay comparable.
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections import deque
@@ -91,8 +92,7 @@ class Costs:
 
     def size(self, ready: int, most: int) -> int:
         """Returns the largest allowed batch of at most `most` out of `ready` streams; both at least 1."""
-        limit = min(ready, most)
-        return max(size for size in self.sizes if size <= limit)
+        return self.sizes[bisect.bisect_right(self.sizes, ready if ready < most else most) - 1]
 
     def share_ns(self, streams: int) -> float:
         """Returns the device time of each of so many streams when all take one tick, in the best batches."""

@@ -55,6 +55,9 @@ from svd2_jax.runtime.work import (
 __all__ = ["LatencySample", "PolicyConfig", "Refused", "Scheduler"]
 
 CONTROL_EVERY_NS = 20 * MS  # steps are looked at no more often than this
+# So long after a frame was hopeless the device counts as overloaded. Otherwise streams could go on for ever with
+# frames so old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
+LOSSY_NS = 500 * MS
 
 
 class Refused(SessionError):
@@ -153,7 +156,9 @@ class Scheduler:
         self._due: list[tuple[int, StreamId, int]] = []  # heap of (when, stream, number)
         self._control = Control()
         self._controlled_ns: int | None = None  # None: at the next decision
-        self._at_risk = False
+        self._at_risk = False  # frames were lost, or will be
+        self._lossy_until_ns = 0
+        self._waiting: Wait | None = None  # the last answer of `next`, as long as it holds
 
     @property
     def utilisation(self) -> float:
@@ -210,6 +215,8 @@ class Scheduler:
             return number
         s.queue.append(frame)
         s.view = None
+        if len(s.queue) == 1 or len(s.queue) >= s.need:  # the others only make what is expected come true
+            self._waiting = None
         if len(s.queue) > self._most_queued(s):
             self._drop(s, s.queue.popleft(), Reason.OVERLOAD)
         return number
@@ -220,7 +227,7 @@ class Scheduler:
         if s is None or s.ended:
             return
         s.ended, s.view = True, None
-        self._controlled_ns = None
+        self._controlled_ns = self._waiting = None
         self._forget_if_over(s)
 
     def close(self, stream: StreamId, now_ns: int) -> None:
@@ -231,27 +238,30 @@ class Scheduler:
         frames = [*s.finished.values(), *(f for c in s.flight for f in c.frames), *s.queue]
         for frame in frames:
             self._drop(s, frame, Reason.CLOSED)
-        self._controlled_ns = None
+        self._controlled_ns = self._waiting = None
 
     def next(self, now_ns: int) -> Tick | Wait:
         """Returns the tick to run now, which counts as started, or how long to wait. Never a tick while one runs."""
         if self._running is not None:
             return Wait(None)
+        if self._waiting is not None:  # nothing happened since that could change the answer
+            until_ns = self._waiting.until_ns
+            if until_ns is None or now_ns < until_ns:
+                return self._waiting
         self._adapt_steps(now_ns)
         views, costs = self._look()
         if not views:
-            return Wait(None)
-        if backlog_spare_ns(now_ns, views, costs) < 0 and any(
-            s.steps > s.settings.floor_steps for s in self._streams.values()
-        ):
-            self._at_risk, self._controlled_ns = True, None
-            self._adapt_steps(now_ns)
+            return self._wait(None)
+        losing = backlog_spare_ns(now_ns, views, costs) < 0
+        if losing and self._lower(now_ns):
             views, costs = self._look()
-        decision = decide(now_ns, views, costs, self.config, self._control.utilisation > 1)
+            losing = backlog_spare_ns(now_ns, views, costs) < 0
+        overloaded = losing or self._control.utilisation > 1 or now_ns < self._lossy_until_ns
+        decision = decide(now_ns, views, costs, self.config, overloaded)
         entering = {part.stream: self._frames_at(part.stream, part.enter) for part in decision.parts}
-        self._drop_all(decision.drops)
+        self._drop_all(decision.drops, now_ns)
         if not decision.parts:
-            return Wait(decision.until_ns)
+            return self._wait(decision.until_ns)
         queued = sum(len(s.queue) for s in self._streams.values())
         parts = tuple(self._enter(part, entering[part.stream], now_ns) for part in decision.parts)
         shape = self._streams[parts[0].stream].settings.shape
@@ -274,7 +284,7 @@ class Scheduler:
         """
         if self._running is None:
             raise SessionError("no tick is running; `next` starts one")
-        running, self._running = self._running, None
+        running, self._running, self._waiting = self._running, None, None
         tick = running.tick
         self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
         took = now_ns - running.started_ns
@@ -318,7 +328,7 @@ class Scheduler:
     def _look(self) -> tuple[list[View], dict[Group, Costs]]:
         """Returns what the policy looks at: streams with anything to do, and what ticks take."""
         views = [self._view(s) for s in self._streams.values() if s.queue or s.flight]
-        return views, {view.group: self.model.costs(*view.group) for view in views}
+        return views, {group: self.model.costs(*group) for group in {view.group for view in views}}
 
     def _adapt_steps(self, now_ns: int) -> None:
         if self._controlled_ns is not None and now_ns - self._controlled_ns < CONTROL_EVERY_NS:
@@ -341,6 +351,15 @@ class Scheduler:
             for s in changed:
                 s.steps, s.view = before[s.id], None
             self._controlled_ns = None
+
+    def _lower(self, now_ns: int) -> bool:
+        """Lowers steps because frames would be lost; returns whether any could be."""
+        before = {s.id: s.steps for s in self._streams.values()}
+        if all(s.steps == s.settings.floor_steps for s in self._streams.values()):
+            return False
+        self._at_risk, self._controlled_ns = True, None
+        self._adapt_steps(now_ns)
+        return any(s.steps != before[s.id] for s in self._streams.values())
 
     def _spare_ns(self, now_ns: int) -> int:
         """Returns the time to spare for the chunks under way."""
@@ -382,10 +401,15 @@ class Scheduler:
         queue = self._streams[stream].queue
         return [queue[i] for i in positions]
 
-    def _drop_all(self, drops: Sequence[Drop]) -> None:
+    def _wait(self, until_ns: int | None) -> Wait:
+        self._waiting = Wait(until_ns)
+        return self._waiting
+
+    def _drop_all(self, drops: Sequence[Drop], now_ns: int) -> None:
         gone: dict[StreamId, dict[int, Reason]] = {}
         for drop in drops:
-            self._at_risk |= drop.reason is Reason.HOPELESS
+            if drop.reason is Reason.HOPELESS:
+                self._at_risk, self._lossy_until_ns = True, now_ns + LOSSY_NS
             gone.setdefault(drop.stream, {}).update(dict.fromkeys(drop.positions, drop.reason))
         for stream, reasons in gone.items():
             s = self._streams[stream]
