@@ -9,8 +9,8 @@ is there, and takes the oldest. The *queue wait* is the age of the chunk's oldes
 stood idle for it, whichever is longer. Below 0.5 s the chunk enters the stream batch, as ours; from 0.5 s on it is
 taken through all steps at once, one pass after another. Going there leaves behind the chunks that are in the stream
 batch's rows: they never come out. Coming back starts with empty rows. When the source ends, rows are not flushed.
-On a pipeline it always batches.
-Here several viewers take turns, one tick each; that is kinder than several workers on one device would be.
+On several devices it always batches. Here several viewers take turns, one tick each; that is kinder than several
+workers on one device would be.
 """
 
 from __future__ import annotations
