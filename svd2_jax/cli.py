@@ -1,4 +1,4 @@
-"""The command line: `svd2 run | convert | verify | plan | simulate | demo`."""
+"""The command line: `svd2 run | live | convert | verify | plan | simulate | demo`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,20 @@ SLURM and Open MPI tell by themselves how many processes there are.
 
 Without --input the video is made from the text alone (text-to-video). Pictures of random weights mean nothing, but
 --checkpoint random:wan-1.3b shows what a machine can do before anything is downloaded.
+"""
+LIVE_EXAMPLES = """\
+examples:
+  svd2 live --checkpoint ckpt --input in.mp4 --loop --prompt "a watercolour painting" --output out.mp4
+  svd2 live --checkpoint ckpt --camera /dev/video0 --fps 16 --prompt "a sunny day" --seconds 600 \\
+      --output out.mp4 --metrics out.jsonl --picture out.png
+  svd2 live --checkpoint ckpt --input in.mp4 --streams 4 --prompt "a sketch" --prompt "an oil painting" \\
+      --steps 4 --floor-steps 1 --budget 800 --output out.mp4
+
+  # what this machine can do, without a model
+  svd2 live --checkpoint random:tiny --input in.mp4 --height 64 --width 64 --fps 8 --prompt "anything" --output out.mp4
+
+While it runs, type a prompt and press enter to change it, `1: a prompt` for stream 1 only. Ctrl-C ends it: what is
+under way is finished, and the video can be played. docs/scheduling.md says how frames are scheduled.
 """
 VERIFY_EXAMPLES = """\
 example:
@@ -136,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_run(command("run", _run, "re-draw a video file to a prompt, or make one from text", RUN_EXAMPLES))
+    _add_live(
+        command("live", _live, "re-draw a camera, or a file as if it were one, in real time", LIVE_EXAMPLES)
+    )
     convert_cli.add_arguments(
         command(
             "convert", convert_cli.run, "convert published PyTorch weights into a checkpoint folder", None
@@ -156,11 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    stream = StreamConfig()
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="FOLDER",
-        help=f"folder that `svd2 convert` wrote, or {RANDOM}PRESET for random weights ({', '.join(PRESETS)})",
-    )  # fmt: skip
+    _add_checkpoint(parser)
     parser.add_argument("--prompt", required=True, help="what the video should look like")
     parser.add_argument(
         "--output", required=True, type=Path, help="video file to write; replaced if it exists"
@@ -176,49 +190,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blend", type=int, default=0, metavar="CHUNKS", help="spread a prompt change over so many chunks"
     )
-    parser.add_argument(
-        "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
-        help="above 0, up to 1: the higher, the freer the re-drawing (default %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same video (default %(default)s)")
+    _add_noise(parser)
     parser.add_argument("--fps", type=float, help="of the output (default: the input's, or 16)")
 
-    shape = parser.add_argument_group("what is computed (defaults: published settings of the task)")
-    shape.add_argument(
-        "--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml"
-    )
-    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2, or --config's)")
-    shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
-    shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
+    shape = _add_shape(parser, "what is computed (defaults: published settings of the task)")
     shape.add_argument(
         "--mode", choices=("stream", "sequential"),
         help="stream: all steps at once on different chunks, highest throughput; sequential: one chunk at a "
         "time, lowest latency (default stream)",
     )  # fmt: skip
-    shape.add_argument(
-        "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)"
-    )
-    shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
-    shape.add_argument("--sink-frames", type=int, metavar="N", help="of these, kept as anchors")
-    shape.add_argument("--sink-threshold", type=float, metavar="X",
-                       help="similarity below which an anchor is replaced; -1: never")  # fmt: skip
-
-    machine = parser.add_argument_group("where and how it runs")
-    machine.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)"
-    )
-    machine.add_argument(
-        "--attention", choices=("auto", "xla", "blocked", "cudnn"), default="auto",
-        help="auto: the fused kernel where there is one (default %(default)s)",
-    )  # fmt: skip
-    machine.add_argument(
-        "--text-encoder", choices=("host", "device", "disk"), default="host",
-        help="where it lives: host memory (default), the accelerator, or read anew for every prompt",
-    )  # fmt: skip
-    machine.add_argument(
-        "-v", "--verbose", action="store_true",
-        help="say what is loaded, how large it is on each device, and when blocks move between stages",
-    )  # fmt: skip
+    _add_machine(parser)
     pipeline = parser.add_argument_group("several devices")
     pipeline.add_argument(
         "--stages", type=int, metavar="N",
@@ -240,6 +221,60 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--process-id", type=int, metavar="I", help="of this process, 0 to one below their number"
     )
     pipeline.add_argument("--num-processes", type=int, metavar="N", help="how many run this command together")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="FOLDER",
+        help=f"folder that `svd2 convert` wrote, or {RANDOM}PRESET for random weights ({', '.join(PRESETS)})",
+    )  # fmt: skip
+
+
+def _add_noise(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
+        help="above 0, up to 1: the higher, the freer the re-drawing (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same video (default %(default)s)")
+
+
+def _add_shape(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Adds what `_stream_config` reads."""
+    stream = StreamConfig()
+    shape = parser.add_argument_group(title)
+    shape.add_argument(
+        "--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml"
+    )
+    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2, or --config's)")
+    shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
+    shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
+    shape.add_argument(
+        "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)"
+    )
+    shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
+    shape.add_argument("--sink-frames", type=int, metavar="N", help="of these, kept as anchors")
+    shape.add_argument("--sink-threshold", type=float, metavar="X",
+                       help="similarity below which an anchor is replaced; -1: never")  # fmt: skip
+    return shape
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("where and how it runs")
+    machine.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)"
+    )
+    machine.add_argument(
+        "--attention", choices=("auto", "xla", "blocked", "cudnn"), default="auto",
+        help="auto: the fused kernel where there is one (default %(default)s)",
+    )  # fmt: skip
+    machine.add_argument(
+        "--text-encoder", choices=("host", "device", "disk"), default="host",
+        help="where it lives: host memory (default), the accelerator, or read anew for every prompt",
+    )  # fmt: skip
+    machine.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="say what is loaded, how large it is on each device, and when blocks move between stages",
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -487,6 +522,109 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+# --- svd2 live
+
+
+def _add_live(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=Path, metavar="VIDEO", help="video file to play at its real rate")
+    source.add_argument(
+        "--camera", metavar="[KIND:]DEVICE", help="such as /dev/video0, or avfoundation:0 with FFmpeg's kind"
+    )
+    parser.add_argument(
+        "--prompt", required=True, action="append",
+        help="what the video should look like; given several times, one for each stream in turn",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, help="video file to write; of several streams, one for each")
+    parser.add_argument("--streams", type=int, default=1, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument("--loop", action="store_true", help="play the file over and over")
+    parser.add_argument("--seconds", type=float, metavar="S", help="end after so long")
+    parser.add_argument(
+        "--fps", type=float, help="frames per second that come in (default: the file's or camera's)"
+    )
+    parser.add_argument(
+        "--blend", type=int, default=4, metavar="CHUNKS",
+        help="chunks over which a typed prompt comes in (default %(default)s)",
+    )  # fmt: skip
+    _add_noise(parser)
+    report = parser.add_argument_group("what it tells besides the table")
+    report.add_argument(
+        "--metrics", type=Path, metavar="JSONL", help="what became of each frame, line by line"
+    )
+    report.add_argument("--picture", type=Path, metavar="PNG", help="latency over time against the budget")
+    pace = parser.add_argument_group("deadlines")
+    pace.add_argument(
+        "--budget", type=float, metavar="MS",
+        help="longest time from a frame's arrival until it is shown (default: what all steps need at this rate, "
+        "and a quarter more)",
+    )  # fmt: skip
+    pace.add_argument(
+        "--floor-steps", type=int, default=1, metavar="N",
+        help="overload may bring the denoising steps down to so many (default %(default)s)",
+    )  # fmt: skip
+    _add_shape(parser, "what is computed (defaults: published settings)")
+    _add_machine(parser)
+    parser.add_argument(
+        "--stages", type=int, default=1, metavar="N", help="cut the transformer over so many devices"
+    )
+    parser.set_defaults(mode=None, split=None)
+
+
+def _live(args: argparse.Namespace) -> int:
+    from svd2_jax import live
+    from svd2_jax.runtime.scheduler import PolicyConfig
+    from svd2_jax.runtime.work import StreamSettings
+
+    for name in ("streams", "blend"):
+        if getattr(args, name) < (least := int(name == "streams")):
+            raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.seconds is not None and not args.seconds > 0:
+        raise ConfigError(f"--seconds must be above 0, got {args.seconds:g}")
+    if args.loop and args.camera:
+        raise ConfigError("--loop is for a file; a camera never ends")
+    _check_target(args.metrics)
+    _check_target(args.picture)
+    cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
+    specs = tuple(
+        SessionSpec(args.prompt[i % len(args.prompt)], cfg, args.noise_scale, args.seed + i)
+        for i in range(args.streams)
+    )
+    # Opened once before all that takes long, so that what cannot be read is known at once.
+    with (
+        live.open_camera(args.camera, cfg.height, cfg.width)
+        if args.camera
+        else media.VideoReader(args.input, cfg.height, cfg.width)
+    ) as reader:
+        rate_hz = _fps(args, reader.fps)
+    settings = StreamSettings(
+        rate_hz=rate_hz,
+        budget_ms=args.budget or live.default_budget_ms(specs[0], rate_hz, args.stages),
+        steps=cfg.steps,
+        floor_steps=min(args.floor_steps, cfg.steps),
+        stages=args.stages,
+    )
+
+    def source(i: int, stop: threading.Event) -> live.Source:
+        if args.camera:
+            return live.watch_camera(args.camera, cfg.height, cfg.width, stop)
+        return live.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
+
+    plan = live.LiveRun(
+        specs, settings, source, args.output, args.metrics, args.picture, args.seconds, args.blend
+    )
+    plan.check()
+    _check_devices()
+    from svd2_jax.engine.engine import PipelineOptions
+    from svd2_jax.engine.mesh import stage_meshes
+
+    sizes = tuple(2**n for n in range(args.streams.bit_length()))
+    options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes)
+    engine = _engine(args, stage_meshes(1, args.stages), options)
+    ended_well = _device_errors(live.run, engine, plan, PolicyConfig(), _say)
+    return 0 if ended_well else EXIT_FAILED
+
+
 # --- svd2 verify
 
 
@@ -507,7 +645,7 @@ def _verify(args: argparse.Namespace) -> int:
     from svd2_jax import verify
     from svd2_jax.engine.mesh import stage_meshes
 
-    _check_json(args.json)
+    _check_target(args.json)
     _check_devices()
     stage_meshes(1, args.stages)
     files = verify.golden_files(args.folder)
@@ -525,8 +663,8 @@ def _verify(args: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def _check_json(path: Path | None) -> None:
-    """Refuses, before the work is done, a report that could not be written behind it."""
+def _check_target(path: Path | None) -> None:
+    """Refuses, before the work is done, a file that could not be written behind it."""
     if path and not path.parent.is_dir():
         raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
     if path and path.is_dir():
@@ -576,7 +714,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     model, device, split = preset(args.preset), hardware(args.hardware), _parse_split(args.split)
-    _check_json(args.json)
+    _check_target(args.json)
     cfg = _planned_stream(args)
     stages = len(split) if split and args.stages is None else args.stages
     devices = _virtual_devices(stages)

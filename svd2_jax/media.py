@@ -73,6 +73,7 @@ class VideoReader:
         container states only a duration, None where it states neither.
       size: (height, width) of the frames handed out.
       source_size: (height, width) of the file's picture, after rotation.
+      timestamp_ns: of the last frame handed out, by the file's or the camera's clock; None where it has none.
     """
 
     def __init__(
@@ -81,19 +82,21 @@ class VideoReader:
         height: int | None = None,
         width: int | None = None,
         max_frames: int | None = None,
+        device: str | None = None,
     ):
         """Opens `path`.
 
         Args:
-          path: a video file of any container and codec FFmpeg reads.
+          path: a video file of any container and codec FFmpeg reads, or the name of a camera.
           height: pixels of the frames handed out; the file's own when None.
           width: the same; given together with `height` or not at all.
           max_frames: stop after this many frames.
+          device: FFmpeg's name of the kind of camera, such as "v4l2"; None for a file.
 
         Raises:
           MediaError: the file is missing, a folder, not a video, damaged or without frames.
         """
-        self._path = Path(path)
+        self._path, self._device = Path(path), device
         if (height is None) != (width is None):
             raise MediaError(f"give both height and width or neither, got {height=} and {width=}")
         for name, value in (("height", height), ("width", width), ("max_frames", max_frames)):
@@ -101,6 +104,7 @@ class VideoReader:
                 raise MediaError(f"{name} must be at least 1, got {value}")
         self._max_frames = max_frames
         self._frames_given = 0
+        self.timestamp_ns: int | None = None
         self._reformatter = VideoReformatter()
         self._container = self._open()
         try:
@@ -122,6 +126,8 @@ class VideoReader:
         self.frame_count = self._expected_frames()
 
     def _open(self) -> InputContainer:
+        if self._device is not None:
+            return self._open_camera(self._device)
         if self._path.is_dir():
             raise MediaError(f"{self._path}: is a folder, expected a video file")
         if not self._path.exists():
@@ -134,6 +140,17 @@ class VideoReader:
             container.close()
             raise MediaError(f"{self._path}: is a text file, expected a video file")
         return container
+
+    def _open_camera(self, device: str) -> InputContainer:
+        kinds = {kind for names in av.formats_available for kind in names.split(",")}
+        if device not in kinds:
+            raise MediaError(f"{device}: this build of PyAV knows no such kind of camera")
+        try:
+            return av.open(str(self._path), "r", format=device)
+        except (FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{self._path}: cannot be opened as a {device} camera ({_reason(error)})"
+            ) from error
 
     def _video_stream(self) -> VideoStream:
         for stream in self._container.streams.video:
@@ -181,6 +198,7 @@ class VideoReader:
         if frame is None:
             raise StopIteration
         self._frames_given += 1
+        self.timestamp_ns = None if frame.time is None else round(1e9 * frame.time)
         return self._to_rgb(frame)
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:

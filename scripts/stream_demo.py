@@ -1,0 +1,13 @@
+"""Plays a file or a camera as a live source through the scheduler, several streams if asked for: `svd2 live`.
+
+python scripts/stream_demo.py --checkpoint random:tiny --input in.mp4 --loop --height 64 --width 64 --fps 8 \
+    --prompt "a watercolour painting" --output out.mp4 --metrics out.jsonl --picture out.png
+python scripts/stream_demo.py --help
+"""
+
+import sys
+
+from svd2_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["live", *sys.argv[1:]]))
