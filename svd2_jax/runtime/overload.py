@@ -20,12 +20,27 @@ CostsOf = Callable[[Hashable, int], Costs]
 
 
 class Load(NamedTuple):
-    """What the controller looks at of one stream: settings, present steps, measured time between frames."""
+    """What the controller looks at of one stream.
+
+    Attributes:
+      stream: its number.
+      settings: what it asked for.
+      steps: that it takes at present.
+      chunks_per_ns: how often a chunk of it comes.
+    """
 
     stream: StreamId
     settings: StreamSettings
     steps: int
-    gap_ns: float
+    chunks_per_ns: float
+
+
+def chunk_rate(settings: StreamSettings, gap_ns: float) -> float:
+    """Returns the chunks per ns of a stream: at its promised rate, or a higher measured one up to twice that."""
+    interval = settings.interval_ns
+    if gap_ns < 0.9 * interval:
+        interval = max(gap_ns, interval / 2)
+    return 1 / (settings.chunk_frames * interval)
 
 
 @dataclass(frozen=True)
@@ -92,12 +107,8 @@ class _Sum:
             self.add(load, steps[load.stream], 1)
 
     def add(self, load: Load, steps: int, sign: int) -> None:
-        settings = load.settings
-        key = settings.shape, steps
-        gap = settings.interval_ns
-        if load.gap_ns < 0.9 * gap:  # the source gives more than it promised
-            gap = max(load.gap_ns, gap / 2)
-        rate = self._ticks_of(settings, steps) / (settings.chunk_frames * gap)
+        key = load.settings.shape, steps
+        rate = self._ticks_of(load.settings, steps) * load.chunks_per_ns
         self._counts[key] = self._counts.get(key, 0) + sign
         self._rates[key] = self._rates.get(key, 0.0) + sign * rate
 
@@ -151,22 +162,15 @@ def lowered(
     result = dict(steps)
     total = _Sum(loads, result, costs_of, guard_ns)
     value, off = total.value, 0
-    by_steps: dict[int, list[Load]] = {}
-    for load in sorted(loads, key=lambda load: -load.stream):
-        by_steps.setdefault(result[load.stream], []).append(load)
-    level = max(by_steps, default=0)
-    while level > 1 and (value > limit or off < at_least):
-        here = [load for load in by_steps.get(level, ()) if load.settings.floor_steps < level]
-        if not here:
-            level -= 1
-            continue
-        load = here[0]
-        by_steps[level].remove(load)
-        by_steps.setdefault(level - 1, []).append(load)
-        total.add(load, level, -1)
-        total.add(load, level - 1, 1)
-        result[load.stream] = level - 1
-        value, off = total.value, off + 1
+    for level in range(max(result.values(), default=0), 1, -1):
+        for load in loads:
+            if value <= limit and off >= at_least:
+                return result, value
+            if result[load.stream] == level > load.settings.floor_steps:
+                total.add(load, level, -1)
+                total.add(load, level - 1, 1)
+                result[load.stream] = level - 1
+                value, off = total.value, off + 1
     return result, value
 
 
@@ -221,7 +225,7 @@ def refusal(
     others = list(others)
     if not others or config.admit_below is None:
         return None
-    new = Load(-1, settings, floor, settings.interval_ns)
+    new = Load(-1, settings, floor, chunk_rate(settings, settings.interval_ns))
     loads = [*others, new]
     floors = {load.stream: load.settings.floor_steps for load in loads}
     now = utilisation(others, floors, costs_of, guard)

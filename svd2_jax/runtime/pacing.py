@@ -7,7 +7,7 @@ that, and shrinks back over a minute, so that changes in load or steps do not sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from svd2_jax.runtime.work import SECOND
 
@@ -47,7 +47,7 @@ def chunk_finished(playout: Playout, nominal_ns: int, media_ns: int, done_ns: in
     else:
         delay = floor
     delay = min(max(delay, done_ns - media_ns), most_ns)
-    return replace(playout, delay_ns=delay, changed_ns=done_ns)
+    return Playout(delay, playout.last_ns, done_ns)
 
 
 def show_time(
@@ -65,4 +65,4 @@ def show_time(
         due = max(due, playout.last_ns + interval_ns // 2)
         earliest = max(earliest, playout.last_ns)
     due = max(min(due, deadline_ns - guard_ns), earliest)
-    return replace(playout, last_ns=due), due
+    return Playout(playout.delay_ns, due, playout.changed_ns), due

@@ -54,7 +54,7 @@ from svd2_jax.runtime.work import (
 
 __all__ = ["LatencySample", "PolicyConfig", "Refused", "Scheduler"]
 
-CONTROL_EVERY_NS = 20 * MS  # steps are looked at no more often than this
+CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
 # So long after a frame was hopeless the device counts as overloaded. Otherwise streams could go on for ever with
 # frames so old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
 LOSSY_NS = 500 * MS
@@ -100,15 +100,17 @@ class _Stream:
     steps: int  # wanted from its next tick on
     clock: ingest.SourceClock
     playout: pacing.Playout
-    opened_ns: int
-    device_steps: int = 0  # that the device knows of
+    device_steps: int  # that the device knows of
+    served_ns: int  # when its last chunk entered
+    interval_ns: int
+    budget_ns: int
+    most_queued: int
     frames: int = 0  # arrived so far
     queue: deque[_Frame] = field(default_factory=deque)
     flight: deque[_Chunk] = field(default_factory=deque)
     finished: dict[int, _Frame] = field(default_factory=dict)  # waiting to be shown, by number
     started: bool = False  # whether its first group has entered
     ended: bool = False
-    served_ns: int = 0
     view: View | None = None  # None: to be made anew
 
     @property
@@ -187,9 +189,11 @@ class Scheduler:
             steps=settings.steps,
             clock=ingest.SourceClock(gap_ns=settings.interval_ns),
             playout=pacing.Playout(0, changed_ns=now_ns),
-            opened_ns=now_ns,
             device_steps=settings.steps,
             served_ns=now_ns,
+            interval_ns=settings.interval_ns,
+            budget_ns=settings.budget_ns,
+            most_queued=self._most_queued(settings),
         )
         self._controlled_ns = None
         return stream
@@ -203,13 +207,11 @@ class Scheduler:
         s = self._streams.get(stream)
         if s is None or s.ended:
             raise SessionError(f"stream {stream} takes no more frames: it has ended")
-        number, settings = s.frames, s.settings
+        number = s.frames
         s.frames += 1
-        s.clock, media = ingest.take(s.clock, now_ns, timestamp_ns, settings.interval_ns, settings.budget_ns)
+        s.clock, media = ingest.take(s.clock, now_ns, timestamp_ns, s.interval_ns, s.budget_ns)
         refused = isinstance(media, Reason)
-        frame = _Frame(
-            number, timestamp_ns, now_ns, now_ns if refused else media, now_ns + settings.budget_ns
-        )
+        frame = _Frame(number, timestamp_ns, now_ns, now_ns if refused else media, now_ns + s.budget_ns)
         if refused:
             self._drop(s, frame, media)
             return number
@@ -217,7 +219,7 @@ class Scheduler:
         s.view = None
         if len(s.queue) == 1 or len(s.queue) >= s.need:  # the others only make what is expected come true
             self._waiting = None
-        if len(s.queue) > self._most_queued(s):
+        if len(s.queue) > s.most_queued:
             self._drop(s, s.queue.popleft(), Reason.OVERLOAD)
         return number
 
@@ -252,11 +254,12 @@ class Scheduler:
         views, costs = self._look()
         if not views:
             return self._wait(None)
-        losing = backlog_spare_ns(now_ns, views, costs) < 0
-        if losing and self._lower(now_ns):
-            views, costs = self._look()
-            losing = backlog_spare_ns(now_ns, views, costs) < 0
-        overloaded = losing or self._control.utilisation > 1 or now_ns < self._lossy_until_ns
+        overloaded = now_ns < self._lossy_until_ns or self._control.utilisation > 1
+        above_floor = any(s.steps > s.settings.floor_steps for s in self._streams.values())
+        if (above_floor or not overloaded) and backlog_spare_ns(now_ns, views, costs) < 0:
+            if above_floor and self._lower(now_ns):
+                views, costs = self._look()
+            overloaded = overloaded or backlog_spare_ns(now_ns, views, costs) < 0
         decision = decide(now_ns, views, costs, self.config, overloaded)
         entering = {part.stream: self._frames_at(part.stream, part.enter) for part in decision.parts}
         self._drop_all(decision.drops, now_ns)
@@ -355,8 +358,6 @@ class Scheduler:
     def _lower(self, now_ns: int) -> bool:
         """Lowers steps because frames would be lost; returns whether any could be."""
         before = {s.id: s.steps for s in self._streams.values()}
-        if all(s.steps == s.settings.floor_steps for s in self._streams.values()):
-            return False
         self._at_risk, self._controlled_ns = True, None
         self._adapt_steps(now_ns)
         return any(s.steps != before[s.id] for s in self._streams.values())
@@ -368,29 +369,28 @@ class Scheduler:
         return rescue((Job(view.stream, view.group, view.flight) for view in views), now_ns, costs).spare_ns
 
     def _load(self, s: _Stream) -> Load:
-        return Load(s.id, s.settings, s.steps, s.clock.gap_ns)
+        return Load(s.id, s.settings, s.steps, overload.chunk_rate(s.settings, s.clock.gap_ns))
 
-    def _most_queued(self, s: _Stream) -> int:
-        in_budget = math.ceil(s.settings.budget_ns / s.settings.interval_ns)
-        return min(self.config.most_queued, in_budget + s.settings.first_frames + s.settings.chunk_frames)
+    def _most_queued(self, settings: StreamSettings) -> int:
+        in_budget = math.ceil(settings.budget_ns / settings.interval_ns)
+        return min(self.config.most_queued, in_budget + settings.first_frames + settings.chunk_frames)
 
     def _view(self, s: _Stream) -> View:
         if s.view is None:
             settings, gap = s.settings, round(s.clock.gap_ns)
-            gap = max(gap, settings.interval_ns // 2)
+            gap = max(gap, s.interval_ns // 2)
             missing = max(0, s.need - len(s.queue))
             change = (s.steps - s.device_steps) * settings.stages
             s.view = View(
-                stream=s.id,
-                group=Group(settings.shape, s.steps),
-                queue=tuple(frame.deadline_ns for frame in s.queue),
-                need=s.need,
-                first=not s.started,
-                ticks=s.steps * settings.stages,
-                flight=tuple(Flight(c.deadline_ns, max(1, c.left + change)) for c in s.flight),
+                s.id,
+                Group(settings.shape, s.steps),
+                tuple([frame.deadline_ns for frame in s.queue]),
+                s.need,
+                not s.started,
+                s.steps * settings.stages,
+                tuple([Flight(c.deadline_ns, max(1, c.left + change)) for c in s.flight]),
                 next_ns=s.clock.arrival_ns + missing * gap,
-                overdue_ns=s.clock.arrival_ns
-                + round(self.config.stall_intervals * max(gap, settings.interval_ns)),
+                overdue_ns=s.clock.arrival_ns + round(self.config.stall_intervals * max(gap, s.interval_ns)),
                 period_ns=settings.chunk_frames * gap,
                 ended=s.ended,
                 served_ns=s.served_ns,
@@ -455,13 +455,11 @@ class Scheduler:
         settings, guard = s.settings, self.config.guard_ns
         streams = len(self._streams)
         nominal = overload.nominal_ns(settings, streams, self.model.costs, guard)
-        s.playout = pacing.chunk_finished(
-            s.playout, nominal, chunk.frames[0].media_ns, now_ns, settings.budget_ns
-        )
+        s.playout = pacing.chunk_finished(s.playout, nominal, chunk.frames[0].media_ns, now_ns, s.budget_ns)
         for frame in chunk.frames:
             frame.done_ns, frame.steps = now_ns, chunk.steps
             s.playout, due = pacing.show_time(
-                s.playout, frame.media_ns, now_ns, frame.deadline_ns, settings.interval_ns, guard
+                s.playout, frame.media_ns, now_ns, frame.deadline_ns, s.interval_ns, guard
             )
             s.finished[frame.number] = frame
             heapq.heappush(self._due, (due, s.id, frame.number))
