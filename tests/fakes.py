@@ -118,12 +118,14 @@ class FakeChunk:
     first_frame: int
     pixels: np.ndarray
     error: Exception | None = None
+    before_read: Callable[[], object] = lambda: None
 
     @property
     def frame_count(self) -> int:
         return len(self.pixels)
 
     def frames(self) -> np.ndarray:
+        self.before_read()
         if self.error is not None:
             raise self.error
         return self.pixels
@@ -195,7 +197,7 @@ class FakeSession:
         pixels[..., 0] += np.uint8(row.prompt % 256)
         pixels[..., 1] = row.taken
         self._given += len(pixels)
-        return FakeChunk(self._given - len(pixels), pixels, self._engine.read_error)
+        return FakeChunk(self._given - len(pixels), pixels, self._engine.read_error, self._engine.before_read)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -233,6 +235,7 @@ class FakeEngine:
       hang: numbers of ticks that never come back.
       forbidden_steps: set_steps raises for these.
       read_error: reading a chunk that was made while this is set raises it.
+      before_read: is called whenever a chunk is read.
       prompt_error: encoding a prompt raises it.
       ticks: (streams, steps) of each tick so far.
     """
@@ -248,6 +251,7 @@ class FakeEngine:
         self.hang: set[int] = set()
         self.forbidden_steps: set[int] = set()
         self.read_error: Exception | None = None
+        self.before_read: Callable[[], object] = lambda: None
         self.prompt_error: Exception | None = None
         self.open_error: Exception | None = None
         self.ticks: list[tuple[int, int]] = []

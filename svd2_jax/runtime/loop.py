@@ -16,7 +16,6 @@ somebody else's code (source, sink, engine, observer).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import os
@@ -25,19 +24,22 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 
 from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Work, check_prompt
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError, EngineError, SessionError
+from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
+from svd2_jax.runtime.outlet import Outlet, Sink
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
 from svd2_jax.runtime.work import (
     SECOND,
@@ -53,35 +55,8 @@ from svd2_jax.runtime.work import (
 HANG_EXIT_CODE = 3
 KEPT_RESULTS = 1000  # how streams ended; beyond, the oldest are forgotten
 
-Sink: TypeAlias = Callable[[np.ndarray, FrameRecord], None]
-"""Takes a frame, uint8 [H, W, 3], when it is due, and its record. Called in a thread of the stream's own."""
-
 Source: TypeAlias = Iterable[tuple[int | None, np.ndarray]]
 """Gives (timestamp in ns, frame uint8 [H, W, 3]) when there is one: whoever iterates waits for the camera."""
-
-
-class Clock(Protocol):
-    """Where time comes from. A test's clock goes on when it is told to."""
-
-    def now_ns(self) -> int:
-        """Returns the time; it never goes back."""
-        ...
-
-    def wait(self, condition: threading.Condition, until_ns: int | None) -> None:
-        """Waits, with the condition held, until it is notified or the time has come; may return earlier."""
-        ...
-
-
-class MonotonicClock:
-    """The time since the machine started."""
-
-    def now_ns(self) -> int:
-        """Returns the time."""
-        return time.monotonic_ns()
-
-    def wait(self, condition: threading.Condition, until_ns: int | None) -> None:
-        """Waits until the condition is notified or the time has come."""
-        condition.wait(None if until_ns is None else max(0, until_ns - self.now_ns()) / SECOND)
 
 
 @dataclass(frozen=True)
@@ -89,7 +64,7 @@ class HangReport:
     """A call of the device that does not come back.
 
     Attributes:
-      what: "tick 17 of streams 0, 2", or another call.
+      what: "tick 17 (stream 0, 2)", or another call.
       seconds: since it began.
       limit_s: what it was allowed.
     """
@@ -130,151 +105,6 @@ class LoopConfig:
     stop_s: float = 10.0
 
 
-def shape_of(stream: StreamConfig) -> StreamConfig:
-    """Returns what streams that may share a tick have in common: all of their configuration but the steps."""
-    return stream.with_steps(1)
-
-
-def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
-    """Returns the settings with what follows from the spec: sizes of groups, and who may share a tick.
-
-    Raises:
-      ConfigError: such a stream cannot run live.
-    """
-    stream = spec.stream
-    if stream.task != "v2v" or stream.mode != "stream":
-        raise ConfigError(
-            f"live streams need task 'v2v' and mode 'stream', got {stream.task!r} and {stream.mode!r}"
-        )
-    return dataclasses.replace(
-        settings,
-        first_frames=stream.first_frames,
-        chunk_frames=stream.chunk_frames,
-        shape=shape_of(stream) if settings.shape is None else settings.shape,
-    )
-
-
-def with_steps(spec: SessionSpec, steps: int) -> SessionSpec:
-    """Returns the spec with another number of denoising steps."""
-    return dataclasses.replace(spec, stream=spec.stream.with_steps(steps))
-
-
-def measure(
-    engine: Engine,
-    spec: SessionSpec,
-    steps: Sequence[int],
-    batch_sizes: Sequence[int] | None = None,
-    rounds: int = 3,
-    now_ns: Callable[[], int] = time.monotonic_ns,
-) -> list[LatencySample]:
-    """Returns device times of every kind of tick, for `LiveLoop.warm_up`; also shows that all of them run.
-
-    Opens as many temporary sessions as the largest batch takes. Where fewer fit, larger batches are left out.
-
-    Args:
-      engine: the device.
-      spec: what the streams will be like.
-      steps: numbers of denoising steps they may be given.
-      batch_sizes: how many streams share a tick; None takes all that the engine allows.
-      rounds: ticks measured of each kind, behind one that is not.
-      now_ns: the clock.
-    """
-    engine.prepare(spec, steps)
-    sizes = sorted(batch_sizes or engine.batch_sizes)
-    cfg, samples = spec.stream, []
-    shape = shape_of(cfg)
-    first, chunk = (
-        np.zeros((count, cfg.height, cfg.width, 3), np.uint8)
-        for count in (cfg.first_frames, cfg.chunk_frames)
-    )
-
-    def timed(work: Sequence[Work]) -> int:
-        started_ns = now_ns()
-        engine.tick(work).wait()
-        return now_ns() - started_ns
-
-    for count in steps:
-        sessions: list[Session] = []
-        try:
-            for _ in range(sizes[-1]):
-                try:
-                    sessions.append(engine.open(with_steps(spec, count)))
-                except ConfigError:
-                    if not sessions:
-                        raise
-                    break
-            times = [timed([Work(session, first)]) for session in sessions]
-            kinds = [(1, True, times[1:] or times)]
-            for size in (size for size in sizes if size <= len(sessions)):
-                work = [Work(session, chunk) for session in sessions[:size]]
-                kinds.append((size, False, [timed(work) for _ in range(rounds + 1)][1:]))
-            samples += [
-                LatencySample(shape, size, count, max(1, took), is_first)
-                for size, is_first, several in kinds
-                for took in several
-            ]
-        finally:
-            for session in sessions:
-                session.close()
-    return samples
-
-
-class _Outlet:
-    """Hands a stream's due frames to its sink, in order, from a thread of its own."""
-
-    def __init__(self, sink: Sink, limit: int, clock: Clock):
-        self._sink, self._limit, self._clock = sink, limit, clock
-        self._changed = threading.Condition()
-        self._due: deque[FrameRecord] = deque()
-        self._pixels: dict[int, np.ndarray] = {}
-        self._ended = False
-
-    def show(self, record: FrameRecord) -> bool:
-        """Takes a frame that is due, whose pixels are there or will be soon; False if too many wait already."""
-        with self._changed:
-            if len(self._due) >= self._limit:
-                return False
-            self._due.append(record)
-            self._changed.notify()
-            return True
-
-    def fill(self, pixels: Mapping[int, np.ndarray]) -> None:
-        """Takes finished frames by their numbers."""
-        with self._changed:
-            wanted = {record.number for record in self._due} if self._ended else pixels
-            self._pixels.update((number, frame) for number, frame in pixels.items() if number in wanted)
-            self._changed.notify()
-
-    def forget(self, number: int) -> None:
-        """Frees a frame that will not be shown."""
-        with self._changed:
-            self._pixels.pop(number, None)
-
-    def end(self, at_once: bool = False) -> None:
-        """Says that no more frames become due; those that are due are still handed over, unless `at_once`."""
-        with self._changed:
-            self._ended = True
-            if at_once:
-                self._due.clear()
-            due = {record.number for record in self._due}
-            self._pixels = {number: frame for number, frame in self._pixels.items() if number in due}
-            self._changed.notify()
-
-    def run(self) -> None:
-        """Calls the sink until the end; raises what it raises."""
-        while (item := self._next()) is not None:
-            self._sink(*item)
-
-    def _next(self) -> tuple[np.ndarray, FrameRecord] | None:
-        with self._changed:
-            while not (self._due and self._due[0].number in self._pixels):
-                if self._ended and not self._due:
-                    return None
-                self._clock.wait(self._changed, None)
-            record = self._due.popleft()
-            return self._pixels.pop(record.number), record
-
-
 @dataclass(eq=False)
 class _Live:
     """A stream from opening until nothing is left of it.
@@ -297,7 +127,7 @@ class _Live:
 
     id: StreamId
     spec: SessionSpec
-    outlet: _Outlet
+    outlet: Outlet
     session: Session | None = None
     inputs: dict[int, np.ndarray] = field(default_factory=dict)
     flight: deque[tuple[int, ...]] = field(default_factory=deque)
@@ -311,7 +141,7 @@ class _Live:
 
 
 class _Call(NamedTuple):
-    """What the device thread is doing, for the watchdog."""
+    """What a thread wants of the device, for the watchdog."""
 
     what: str
     started_ns: int
@@ -375,7 +205,7 @@ class LiveLoop:
         self._results: dict[StreamId, BaseException | None] = {}
         self._orders: deque[Callable[[], None]] = deque()  # for the device thread, between ticks
         self._finished: deque[tuple[_Live, tuple[int, ...], Chunk]] = deque()  # for the reader
-        self._call: _Call | None = None
+        self._calls: dict[str, _Call] = {}  # by thread
         self._failed_ticks = 0
         self._threads: list[threading.Thread] = []
         self._stream_threads: set[threading.Thread] = set()
@@ -443,7 +273,10 @@ class LiveLoop:
     # --- streams
 
     def warm_up(self, samples: Iterable[LatencySample]) -> None:
-        """Tells the scheduler what ticks take, see `measure`, so that it need not find out with the first frames."""
+        """Tells the scheduler what ticks take, see `measure.measure`; without, it finds out with the first frames.
+
+        The watchdog needs it, too, where a tick may take longer than its `hang_s`.
+        """
         with self._lock:
             for sample in samples:
                 self._scheduler.warm_up(sample)
@@ -472,10 +305,11 @@ class LiveLoop:
         """
         settings = settings_for(spec, settings)
         spec = with_steps(spec, settings.steps)
-        live = self._admit(spec, settings, sink, name)
+        live = self._admit(spec, settings, sink)
         try:
             self._engine.prepare(spec, range(settings.floor_steps, settings.steps + 1))
             self._begin(live, self._engine.open(spec))
+            self.metrics.opened(live.id, settings, name)
         except BaseException as e:
             self._fail(live, e)
             with self._lock:
@@ -688,12 +522,13 @@ class LiveLoop:
     def _watched(self, what: str, predicted_ns: int = 0) -> Iterator[None]:
         """Lets the watchdog know of a call that the device may not come back from."""
         limit_ns = max(round(self._config.hang_s * SECOND), round(self._config.hang_factor * predicted_ns))
-        self._call = _Call(what, self._clock.now_ns(), limit_ns)
+        thread = threading.current_thread().name
+        self._calls[thread] = _Call(what, self._clock.now_ns(), limit_ns)
         try:
             yield
         finally:
             with self._lock:
-                self._call = None
+                del self._calls[thread]
                 if self._stopping:
                     self._watch.notify()
 
@@ -708,7 +543,8 @@ class LiveLoop:
                 live, numbers, chunk = self._finished.popleft()
             try:
                 # One by one they are shown and freed, so each has its memory. What only fills a chunk is left out.
-                pixels = chunk.frames()
+                with self._watched(f"reading frames (stream {live.id})"):
+                    pixels = chunk.frames()
                 live.outlet.fill({number: pixels[i].copy() for i, number in enumerate(numbers)})
             except Exception as e:
                 live.outlet.end(at_once=True)
@@ -752,14 +588,15 @@ class LiveLoop:
                         self.observer_errors.append(e)
 
     def _watch_device(self) -> None:
-        """Watchdog thread: looks at what the device thread does, several times within what it is allowed."""
+        """Watchdog thread: looks at calls of the device, several times within what they are allowed."""
         every_ns = round(min(1.0, self._config.hang_s / 4) * SECOND)
         while True:
             with self._lock:
-                now_ns, call = self._clock.now_ns(), self._call
-                if call is None and self._stopping:
+                now_ns, calls = self._clock.now_ns(), list(self._calls.values())
+                if self._stopping and not calls:
                     return
-                if call is None or now_ns - call.started_ns <= call.limit_ns:
+                call = next((call for call in calls if now_ns - call.started_ns > call.limit_ns), None)
+                if call is None:
                     self._clock.wait(self._watch, now_ns + every_ns)
                     continue
             report = HangReport(call.what, (now_ns - call.started_ns) / SECOND, call.limit_ns / SECOND)
@@ -835,17 +672,17 @@ class LiveLoop:
             self._stopping = True
             self._wake_all()
 
-    # --- with the lock held
+    # --- inner workings; the lock is held where not said otherwise
 
-    def _admit(self, spec: SessionSpec, settings: StreamSettings, sink: Sink, name: str | None) -> _Live:
+    def _admit(self, spec: SessionSpec, settings: StreamSettings, sink: Sink) -> _Live:
+        """Asks the scheduler, and prepares the stream's way out. Takes the lock itself."""
         with self._lock:
             if not self._started or self._closing:
                 why = str(self._error) if self._error else "stopped" if self._started else "not started"
                 raise EngineError(f"the loop does not run: {why}")
             stream = self._scheduler.open(settings, self._clock.now_ns())
-            live = _Live(stream, spec, _Outlet(sink, self._config.sink_frames, self._clock))
+            live = _Live(stream, spec, Outlet(sink, self._config.sink_frames, self._clock))
             self._streams[stream] = live
-            self.metrics.opened(stream, settings, name)
         self._start_own("outlet", live, self._hand_over, live)
         return live
 

@@ -14,7 +14,8 @@ import pytest
 from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
 
 from svd2_jax.errors import ConfigError, EngineError, SessionError
-from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig, measure, settings_for, shape_of
+from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig
+from svd2_jax.runtime.measure import measure, settings_for, shape_of
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -358,6 +359,25 @@ def test_a_tick_that_fails_ends_its_streams_and_the_loop_goes_on():
         assert b.pixels("good") == expected(range(9))
 
 
+def test_a_tick_that_fails_leaves_the_streams_that_were_not_in_it():
+    def fault(number, sessions):
+        if number > 9 and sessions[0].spec.stream.width == 32:
+            raise RuntimeError("no memory for a wide tick")
+
+    def wide(clock):
+        for timestamp_ns, frame in camera(clock, 97):
+            yield timestamp_ns, np.concatenate([frame, frame], axis=1)
+
+    with bench() as b:
+        b.engine.fault = fault
+        bad = b.open("bad", source=wide(b.clock), width=32)
+        good = b.open("good", source=camera(b.clock, 41))
+        b.clock.run_until(b.over(bad, good))
+        assert str(b.loop.stream_result(bad)) == "no memory for a wide tick"
+        assert b.loop.stream_result(good) is None
+        assert b.pixels("good") == expected(range(41))
+
+
 def test_ticks_that_fail_again_and_again_end_the_loop():
     def fault(number, sessions):
         raise RuntimeError("the device is gone")
@@ -397,7 +417,7 @@ def test_closing_in_the_middle_of_a_tick_drops_what_is_inside_and_nothing_else()
     with bench(clock=clock, engine=engine) as b:
         gone, stays = b.open("gone", source=camera(b.clock, 97)), b.open("stays", source=camera(b.clock, 41))
         b.clock.run_until(lambda: len(engine.ticks) == 6)
-        assert b.loop._call is not None  # the device works
+        assert b.loop._calls  # the device works
         b.loop.close(gone)
         assert gone in b.loop.streams  # its session is held until the tick is through
         b.clock.run_until(b.over(gone, stays))
@@ -457,10 +477,27 @@ def test_a_device_that_hangs_is_reported_once_and_ends_the_loop():
     assert "svd2-device" in b.loop.stop()
     assert b.loop.metrics.summary().inside == 0
     clock.run(2e9)  # even this device comes back at last, and the loop's threads end
+    wait_for_threads()
+
+
+def wait_for_threads():
     for thread in threading.enumerate():
         if thread.name.startswith("svd2-"):
             thread.join(5)
             assert not thread.is_alive()
+
+
+def test_a_copy_to_the_host_that_hangs_is_noticed_too():
+    b = Bench(config=LoopConfig(stop_s=0.05))
+    back_ns = b.clock.now_ns() + 100 * SECOND
+    b.engine.before_read = lambda: b.clock.sleep_until(back_ns)
+    b.loop.start()
+    stream = b.open(source=camera(b.clock, 2000))
+    b.clock.run_until(lambda: b.hangs)
+    assert b.hangs[0].what == f"reading frames (stream {stream})"
+    b.loop.stop()
+    b.clock.run(101)
+    wait_for_threads()
 
 
 def test_a_slow_tick_that_was_expected_to_be_slow_does_not_hang():
