@@ -350,8 +350,9 @@ class TypedLines:
                 import tty
             except ImportError:  # not on Windows
                 return self
-            if os.tcgetpgrp(fd) != os.getpgrp():  # in the background: reading would stop the process
-                return self
+            with contextlib.suppress(OSError):  # not the terminal that the process belongs to
+                if os.tcgetpgrp(fd) != os.getpgrp():  # in the background: reading would stop the process
+                    return self
             self._before = termios.tcgetattr(fd)
             tty.setcbreak(fd)
         body = self._read_keys if on_terminal else self._read_lines
