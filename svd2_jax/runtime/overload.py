@@ -36,11 +36,8 @@ class Load(NamedTuple):
 
 
 def chunk_rate(settings: StreamSettings, gap_ns: float) -> float:
-    """Returns the chunks per ns of a stream: at its promised rate, or a higher measured one up to twice that."""
-    interval = settings.interval_ns
-    if gap_ns < 0.9 * interval:
-        interval = max(gap_ns, interval / 2)
-    return 1 / (settings.chunk_frames * interval)
+    """Returns the chunks per ns of a stream with so much time between its frames; at most twice the promised rate."""
+    return 1 / (settings.chunk_frames * max(gap_ns, settings.interval_ns / 2))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ class _Stream:
     interval_ns: int
     budget_ns: int
     most_queued: int
+    chunks_per_ns: float  # as promised
     frames: int = 0  # arrived so far
     queue: deque[_Frame] = field(default_factory=deque)
     flight: deque[_Chunk] = field(default_factory=deque)
@@ -194,6 +195,7 @@ class Scheduler:
             interval_ns=settings.interval_ns,
             budget_ns=settings.budget_ns,
             most_queued=self._most_queued(settings),
+            chunks_per_ns=overload.chunk_rate(settings, settings.interval_ns),
         )
         self._controlled_ns = None
         return stream
@@ -330,7 +332,7 @@ class Scheduler:
 
     def _look(self) -> tuple[list[View], dict[Group, Costs]]:
         """Returns what the policy looks at: streams with anything to do, and what ticks take."""
-        views = [self._view(s) for s in self._streams.values() if s.queue or s.flight]
+        views = [s.view or self._view(s) for s in self._streams.values() if s.queue or s.flight]
         return views, {group: self.model.costs(*group) for group in {view.group for view in views}}
 
     def _adapt_steps(self, now_ns: int) -> None:
@@ -369,7 +371,10 @@ class Scheduler:
         return rescue((Job(view.stream, view.group, view.flight) for view in views), now_ns, costs).spare_ns
 
     def _load(self, s: _Stream) -> Load:
-        return Load(s.id, s.settings, s.steps, overload.chunk_rate(s.settings, s.clock.gap_ns))
+        rate, gap = s.chunks_per_ns, s.clock.gap_ns
+        if gap < 0.9 * s.interval_ns:
+            rate = overload.chunk_rate(s.settings, gap)
+        return Load(s.id, s.settings, s.steps, rate)
 
     def _most_queued(self, settings: StreamSettings) -> int:
         in_budget = math.ceil(settings.budget_ns / settings.interval_ns)
