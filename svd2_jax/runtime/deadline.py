@@ -244,19 +244,23 @@ class Offer(NamedTuple):
     Attributes:
       key: the least goes first.
       view: of the stream.
-      enter: positions of the queued frames that would enter; empty: what is under way is pushed on.
-      drops: positions that would be given up for them.
+      start: position of the first queued frame that may enter; None: what is under way is pushed on.
+      first: whether a first group would enter.
     """
 
     key: float
     view: View
+    start: int | None
+    first: bool
+
+
+class Entry(NamedTuple):
+    """An offer in detail: positions of the queued frames that enter, and of those that are given up for them."""
+
+    view: View
     enter: tuple[int, ...]
     drops: tuple[int, ...]
-
-    @property
-    def first(self) -> bool:
-        """Whether a first group would enter."""
-        return bool(self.enter) and self.view.first
+    first: bool
 
 
 class _Times(NamedTuple):
@@ -282,23 +286,25 @@ def decide(
         what is newest, evenly spaced; otherwise the most urgent goes first, and each takes its oldest frames.
     """
     guard = config.guard_ns
-    drops, offers, wakes = _offers(now_ns, views, costs, guard, overloaded)
+    times = _times(views, costs, overloaded)
+    drops, offers, wakes = _offers(now_ns, views, costs, times, guard, overloaded)
     jobs = {view.stream: Job(view.stream, view.group, view.flight) for view in views if view.flight}
-    chosen = _choose(offers, now_ns, jobs, costs, guard, overloaded)
+    chosen = _choose(offers, now_ns, jobs, costs, times, guard, overloaded)
     if not chosen and jobs:
         saved = rescue(jobs.values(), now_ns, costs)
         if saved.lost:  # too late for these: they must not hold up the others
             for stream, positions in saved.lost.items():
                 jobs[stream] = _without_deadlines(jobs[stream], positions)
             saved = rescue(jobs.values(), now_ns, costs)
-            chosen = _choose(offers, now_ns, jobs, costs, guard, overloaded)
+            chosen = _choose(offers, now_ns, jobs, costs, times, guard, overloaded)
         if not chosen:
             if offers or saved.spare_ns <= guard:
                 return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
             wakes.append(now_ns + saved.spare_ns - guard)
     if chosen:
-        drops += [Drop(o.view.stream, o.drops, Reason.OVERLOAD) for o in chosen if o.drops]
-        return Decision(tuple(drops), tuple(Choice(o.view.stream, o.enter, o.first) for o in chosen), None)
+        drops += [Drop(entry.view.stream, entry.drops, Reason.OVERLOAD) for entry in chosen if entry.drops]
+        parts = tuple(Choice(entry.view.stream, entry.enter, entry.first) for entry in chosen)
+        return Decision(tuple(drops), parts, None)
     return Decision(tuple(drops), (), max(min(wakes), now_ns + 1) if wakes else None)
 
 
@@ -310,10 +316,7 @@ def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
     return job._replace(flight=flight)
 
 
-def _offers(
-    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], guard_ns: int, overloaded: bool
-) -> tuple[list[Drop], list[Offer], list[int]]:
-    """Returns the hopeless frames, what streams could do now, foremost first, and when others could do something."""
+def _times(views: Sequence[View], costs: Mapping[Group, Costs], overloaded: bool) -> dict[Group, _Times]:
     ready: dict[Group, int] = {}
     for view in views:
         if len(view.queue) >= view.need:
@@ -323,6 +326,18 @@ def _offers(
     for group, cost in costs.items():
         size = cost.size(ready.get(group, 1), cost.best if overloaded else cost.knee)
         times[group] = _Times(cost.bound_ns[1], cost.first_bound_ns, cost.bound_ns[size], round_ns)
+    return times
+
+
+def _offers(
+    now_ns: int,
+    views: Sequence[View],
+    costs: Mapping[Group, Costs],
+    times: Mapping[Group, _Times],
+    guard_ns: int,
+    overloaded: bool,
+) -> tuple[list[Drop], list[Offer], list[int]]:
+    """Returns the hopeless frames, what streams could do now, foremost first, and when others could do something."""
     # Others may keep the device busy when a stream's time has come.
     busy = max((cost.bound_ns[cost.knee] for cost in costs.values()), default=0) if len(views) > 1 else 0
     spare = guard_ns + busy
@@ -330,65 +345,60 @@ def _offers(
     for view in views:
         time, queue = times[view.group], view.queue
         lone = time.first_ns if view.first else view.ticks * time.one_ns
-        hopeless, least = 0, now_ns + lone + guard_ns
-        while hopeless < len(queue) and queue[hopeless] < least:
-            hopeless += 1
-        if hopeless:
-            drops.append(Drop(view.stream, tuple(range(hopeless)), Reason.HOPELESS))
-        if len(queue) > hopeless:
-            enter, given_up = (), ()
-            if len(queue) - hopeless >= view.need:
-                enter, given_up = _whole_chunk(view, hopeless, now_ns + guard_ns, lone, time, overloaded)
-            elif view.ended or queue[hopeless] - lone - spare <= now_ns:
-                # Part of a chunk: nothing more comes, or the oldest frame would be lost by waiting for more.
-                enter = tuple(range(hopeless, len(queue)))
-            else:
-                wakes.append(queue[hopeless] - lone - spare)
-            if enter:
+        start, least = 0, now_ns + lone + guard_ns
+        while start < len(queue) and queue[start] < least:
+            start += 1
+        if start:
+            drops.append(Drop(view.stream, tuple(range(start)), Reason.HOPELESS))
+        if len(queue) > start:
+            # Part of a chunk enters when nothing more comes, or the oldest frame would be lost by waiting for more.
+            latest = queue[start] - lone
+            if len(queue) - start >= view.need or view.ended or latest - spare <= now_ns:
                 if overloaded:
                     key = (view.served_ns - now_ns) / view.period_ns
                 else:
-                    key = queue[enter[0]] - lone
-                    if view.flight:
-                        key = min(key, _latest(view.flight, time.one_ns)[0])
-                offers.append(Offer(key, view, enter, given_up))
+                    key = min(latest, _latest(view.flight, time.one_ns)[0]) if view.flight else latest
+                offers.append(Offer(key, view, start, view.first))
                 continue
+            wakes.append(latest - spare)
         if view.flight:
             if _must_flush(view, now_ns, time.one_ns + spare):
                 key = -NEVER_NS if overloaded else _latest(view.flight, time.one_ns)[0]
-                offers.append(Offer(key, view, (), ()))
+                offers.append(Offer(key, view, None, False))
             elif view.overdue_ns > now_ns:
                 wakes.append(view.overdue_ns)
     offers.sort(key=lambda offer: (offer.key, offer.view.stream))
     return drops, offers, wakes
 
 
-def _whole_chunk(
-    view: View, hopeless: int, now_ns: int, lone_ns: int, time: _Times, overloaded: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _entry(offer: Offer, now_ns: int, time: _Times, overloaded: bool) -> Entry:
     """Returns which queued frames would enter now, and which would be given up for them.
 
     Under overload, frames evenly spaced up to the newest. Otherwise the oldest, if the device is expected to come to
     the others in time; if not, only as many chunks of evenly spaced frames stay as it comes to.
     """
+    view = offer.view
+    if offer.start is None:
+        return Entry(view, (), (), False)
     queue, need = view.queue, view.need
-    everything = tuple(range(hopeless, len(queue)))
-    if len(everything) == need:
-        return everything, ()
+    everything = tuple(range(offer.start, len(queue)))
+    if len(everything) <= need:
+        return Entry(view, everything, (), offer.first)
     step = max(time.round_ns, time.batch_ns)
     if overloaded:
         # Frames that still have the time to share a batch and to wait for the stream's next turns.
-        least, start = now_ns + time.batch_ns + (view.ticks - 1) * step, hopeless
+        least, start = now_ns + time.batch_ns + (view.ticks - 1) * step, offer.start
         while start < len(queue) - need and queue[start] < least:
             start += 1
-        kept = evenly(everything[start - hopeless :], need)
+        kept = evenly(everything[start - offer.start :], need)
     else:
+        lone = time.first_ns if view.first else view.ticks * time.one_ns
         chunks, kept = len(everything) // need, everything
-        while any(queue[kept[i * need]] < now_ns + lone_ns + i * step for i in range(1, chunks)):
+        while any(queue[kept[i * need]] < now_ns + lone + i * step for i in range(1, chunks)):
             chunks -= 1
             kept = evenly(everything, chunks * need)
     stay = set(kept)
-    return kept[:need], tuple(i for i in everything if i not in stay)
+    return Entry(view, kept[:need], tuple(i for i in everything if i not in stay), offer.first)
 
 
 def evenly(items: Sequence[int], count: int) -> tuple[int, ...]:
@@ -409,9 +419,10 @@ def _choose(
     now_ns: int,
     jobs: Mapping[StreamId, Job],
     costs: Mapping[Group, Costs],
+    times: Mapping[Group, _Times],
     guard_ns: int,
     overloaded: bool,
-) -> list[Offer]:
+) -> list[Entry]:
     """Returns the foremost offer that leaves every chunk in time, in the largest batch that does; or nothing."""
     tries = MOST_TRIES
     for i, head in enumerate(offers):
@@ -423,9 +434,12 @@ def _choose(
             most = cost.best if overloaded else cost.knee
             members = [o for o in offers[i:] if o.view.group == group and not o.first][:most]
             sizes = [size for size in reversed(cost.sizes) if size <= min(len(members), most)]
+        entries = [
+            _entry(offer, now_ns + guard_ns, times[group], overloaded) for offer in members[: sizes[0]]
+        ]
         for size in sizes:
-            if _in_time(members[:size], now_ns, jobs, costs, guard_ns):
-                return members[:size]
+            if _in_time(entries[:size], now_ns, jobs, costs, guard_ns):
+                return entries[:size]
             tries -= 1
             if not tries:
                 return []
@@ -433,26 +447,26 @@ def _choose(
 
 
 def _in_time(
-    members: Sequence[Offer],
+    entries: Sequence[Entry],
     now_ns: int,
     jobs: Mapping[StreamId, Job],
     costs: Mapping[Group, Costs],
     guard_ns: int,
 ) -> bool:
     """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
-    cost = costs[members[0].view.group]
-    end = now_ns + guard_ns + (cost.first_bound_ns if members[0].first else cost.bound_ns[len(members)])
-    taking = {offer.view.stream for offer in members}
+    cost = costs[entries[0].view.group]
+    end = now_ns + guard_ns + (cost.first_bound_ns if entries[0].first else cost.bound_ns[len(entries)])
+    taking = {entry.view.stream for entry in entries}
     after = [job for stream, job in jobs.items() if stream not in taking]
-    for offer in members:
-        view = offer.view
-        if offer.first:
-            if view.queue[offer.enter[0]] < end:
+    for entry in entries:
+        view = entry.view
+        if entry.first:
+            if view.queue[entry.enter[0]] < end:
                 return False
             continue
         flight = jobs[view.stream].flight if view.flight else ()
-        if offer.enter:
-            flight = (*flight, Flight(view.queue[offer.enter[0]], view.ticks))
+        if entry.enter:
+            flight = (*flight, Flight(view.queue[entry.enter[0]], view.ticks))
         going = []
         for deadline_ns, left in flight:
             if left > 1:
