@@ -156,14 +156,15 @@ def test_one_stage_needs_no_collective():
 
 @pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
 def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
-    programs = builder(4).ticks(split, movable=True)
-    for program in (programs.tick[1], programs.tick_apart, programs.catch_up, programs.send):
+    programs = dataclasses.replace(builder(4), batch_sizes=(1, 2)).ticks(split, movable=True)
+    together = programs.tick[2]
+    for program in (programs.tick[1], together, programs.tick_apart, programs.catch_up, programs.send):
         donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
         size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated) // 4
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes == size > 0
         # Nothing comes out besides the state but the clean latents and a table of pointers.
-        clean = 2 * 4 * 4 * 16 * 4
+        clean = 2 * 4 * 4 * 16 * 4 * (2 if program is together else 1)
         leaves = len(donated) + 1
         assert memory.output_size_in_bytes - size <= clean + 16 * leaves
         # The CPU's attention transposes keys; the caches and the parameters themselves are never copied.
