@@ -51,6 +51,7 @@ def load(
     text_encoder: Literal["host", "device", "disk"] = "host",
     stages: int = 1,
     streams: int = 1,
+    batch_sizes: tuple[int, ...] = (1,),
 ) -> DeviceEngine:
     """Returns an engine that runs a converted checkpoint on JAX's devices.
 
@@ -60,16 +61,19 @@ def load(
       text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
       stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
       streams: sets of so many devices; sessions open at once are spread over them.
+      batch_sizes: how many sessions may share a tick, as in (1, 2, 4), see docs/streaming.md.
 
     Raises:
       CheckpointError: the folder is missing, unfinished or of another format.
-      ConfigError: fewer devices than stages * streams, or fewer blocks than stages.
+      ConfigError: fewer devices than stages * streams, fewer blocks than stages, or batch sizes that
+        do not ascend from 1.
     """
-    from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
     from svd2_jax.engine.mesh import stage_meshes
 
     meshes = stage_meshes(streams, stages)
-    return DeviceEngine.from_checkpoint(os.fspath(checkpoint), dtype, text_encoder, meshes)
+    options = PipelineOptions(batch_sizes=batch_sizes)
+    return DeviceEngine.from_checkpoint(os.fspath(checkpoint), dtype, text_encoder, meshes, options)
 
 
 def random_engine(
@@ -78,6 +82,7 @@ def random_engine(
     dtype: Literal["float32", "bfloat16"] = "float32",
     stages: int = 1,
     streams: int = 1,
+    batch_sizes: tuple[int, ...] = (1,),
 ) -> DeviceEngine:
     """Returns an engine of a preset's sizes with random weights: its pictures mean nothing, its speed does.
 
@@ -87,11 +92,14 @@ def random_engine(
       dtype: to compute in.
       stages: see `load`.
       streams: see `load`.
+      batch_sizes: see `load`.
 
     Raises:
-      ConfigError: there is no such preset, fewer devices than stages * streams, or fewer blocks than stages.
+      ConfigError: there is no such preset, fewer devices than stages * streams, fewer blocks than stages, or batch
+        sizes that do not ascend from 1.
     """
-    from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
     from svd2_jax.engine.mesh import stage_meshes
 
-    return DeviceEngine.random(preset, seed, dtype, stage_meshes(streams, stages))
+    options = PipelineOptions(batch_sizes=batch_sizes)
+    return DeviceEngine.random(preset, seed, dtype, stage_meshes(streams, stages), options)

@@ -29,6 +29,7 @@ from svd2_jax.runtime.table import LiveTable
 from svd2_jax.runtime.work import SECOND, FrameRecord, StreamId, StreamSettings
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
+LONGEST_NAME = 14  # with it the table fits into 80 columns
 LOOK_S = 0.2  # how often the main thread looks whether the end has come
 CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
@@ -131,9 +132,10 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
             try:
                 with table, typed:
                     for i, (spec, sink) in enumerate(zip(plan.specs, sinks, strict=True)):
-                        name = f"{i}: {spec.prompt}"[:24]
+                        name = f"{i}: {spec.prompt}"[:LONGEST_NAME]
                         stream = loop.open(spec, plan.settings, sink, plan.source(i, stop), name)
                         streams[i] = stream
+                    say("live; type a prompt and press enter to change it, Ctrl-C ends")
                     _wait(loop, stop, plan.seconds, say)
             finally:
                 stop.set()
