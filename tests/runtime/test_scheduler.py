@@ -8,9 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from svd2_jax.errors import SessionError
 from svd2_jax.runtime.latency import LatencyConfig
 from svd2_jax.runtime.scheduler import LatencySample, PolicyConfig, Refused, Scheduler
 from svd2_jax.runtime.work import (
@@ -30,7 +32,7 @@ EVERYONE = PolicyConfig(admit_below=None)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A stream of the world: its frames' (arrival_ns, timestamp_ns), all while it is there; when it joins and leaves."""
+    """A stream of the world: when it joins and leaves, and its frames' (arrival_ns, timestamp_ns) in between."""
 
     settings: StreamSettings
     frames: tuple[tuple[int, int | None], ...]
@@ -322,3 +324,218 @@ def test_what_enters_a_steady_device_is_shown_in_time(given_sources, device, con
     for frame in world.frames:
         if frame.started_ns is not None:
             assert frame.fate is Fate.SHOWN
+
+
+SLOW = (10.0, 20.0)  # seconds between which a device is slow
+
+
+def slow(factor: float) -> Device:
+    return Device(slowness=lambda number, at_s: factor if SLOW[0] <= at_s < SLOW[1] else 1.0)
+
+
+def steps_at(world: World, at_s: float, stream: int = 0) -> int:
+    steps = next(source.settings.steps for i, source in enumerate(world.sources) if world.ids[i] == stream)
+    return next(
+        (c.after for c in reversed(world.changes) if c.stream == stream and c.at_ns <= at_s * SECOND), steps
+    )
+
+
+def flushes(world: World) -> int:
+    return sum(not part.frames for record in world.ticks for part in record.tick.parts)
+
+
+def test_one_stream_with_time_enough_takes_a_tick_per_chunk_and_flows_evenly():
+    """A chunk waits 187.5 ms for its frames and 250 ms for the next one, and its last tick takes 80 ms."""
+    world = World([regular(16, 5 + 4 * 50)], Device()).run()
+    assert world.count(Fate.SHOWN) == len(world.frames) == 205
+    assert len(world.ticks) == 1 + 50 + 1  # the last chunk is pushed out, as nothing follows
+    assert flushes(world) == 1
+    shown = sorted(f.shown_ns for f in world.frames)
+    gaps = {round((b - a) / MS, 2) for a, b in itertools.pairwise(shown)}
+    assert gaps == {62.5}
+    assert max(world.latencies_ms()) == pytest.approx(187.5 + 250 + 80 * 1.03 + 2, abs=0.1)
+    assert {f.steps for f in world.frames} == {2}
+
+
+def test_a_tight_budget_takes_a_second_tick_right_behind():
+    """187.5 ms and two ticks of 80 ms fit in 360 ms; another 250 ms do not."""
+    world = World([regular(16, 5 + 4 * 50, budget_ms=360, first_frames=1)], Device()).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    assert flushes(world) == 51
+    assert not world.changes
+
+
+def test_a_budget_too_tight_for_all_steps_takes_fewer():
+    world = World([regular(16, 205, budget_ms=320, first_frames=1)], Device()).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    assert {f.steps for f in world.frames} == {1}
+
+
+def test_overload_lowers_steps_and_takes_all_frames():
+    """Two steps take 200 of every 250 ms when the device is 2.5 times slower, and three times slower 240."""
+    world = World([regular(16, 16 * 30, budget_ms=1200)], slow(3)).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    assert [(c.before, c.after) for c in world.changes] == [(2, 1), (1, 2)]
+    lowered, raised = (c.at_ns / SECOND for c in world.changes)
+    assert SLOW[0] < lowered < SLOW[0] + 1
+    assert SLOW[1] < raised < SLOW[1] + 2
+
+
+def test_overload_at_the_floor_skips_frames_evenly_and_keeps_the_newest():
+    """Eight times slower, a tick of one step takes 400 ms: 10 of 16 frames a second."""
+    world = World([regular(16, 16 * 30, budget_ms=1500)], slow(8)).run()
+    for frame in world.frames:  # none is late or lost but for those that meet the device when it slows down
+        if frame.fate is Fate.LATE or frame.reason is Reason.HOPELESS:
+            assert SLOW[0] - 1 < frame.arrival_ns / SECOND < SLOW[0] + 2
+    for record in world.ticks[1:]:
+        (part,) = record.tick.parts
+        if 12 * SECOND < record.started_ns < 19 * SECOND:
+            assert part.steps == 1
+            newest = max(f.number for f in world.frames if f.arrival_ns <= record.started_ns)
+            assert part.frames[-1] == newest
+            assert max(b - a for a, b in itertools.pairwise(part.frames)) == 2
+    shown = [f for f in world.frames if 12 <= f.arrival_ns / SECOND < 18 and f.fate is Fate.SHOWN]
+    assert len(shown) / 6 == pytest.approx(10, rel=0.05)
+    assert max(f.shown_ns - f.arrival_ns for f in shown) <= 1500 * MS
+    dropped = [f for f in world.frames if f.fate is Fate.DROPPED]
+    assert all(SLOW[0] - 1 < f.arrival_ns / SECOND < SLOW[1] + 1 for f in dropped)
+    assert steps_at(world, SLOW[1] + 2) == 2
+
+
+def test_one_slow_tick_changes_nothing():
+    """It takes 320 ms in place of 80."""
+    world = World(
+        [regular(16, 480, budget_ms=900)],
+        Device(slowness=lambda number, at_s: 4.0 if number % 40 == 39 else 1.0),
+    ).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    assert not world.changes
+
+
+def test_a_stall_sends_what_is_there_in_time():
+    """The source stops after two frames of a chunk; they and the chunk under way are shown by their deadlines."""
+    source = regular(16, 5 + 8 + 2 + 40)
+    frames = source.frames[:15] + tuple((at + 5 * SECOND, at + 5 * SECOND) for at, _ in source.frames[15:])
+    world = World([dataclasses.replace(source, frames=frames, leaves_ns=frames[-1][0])], Device()).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    (partial,) = [p for r in world.ticks for p in r.tick.parts if p.frames == (13, 14)]
+    assert partial.fill == 2
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 9, 11])
+def test_any_number_of_frames_is_shown_to_the_end(count):
+    world = World([regular(16, count)], Device()).run()
+    assert world.count(Fate.SHOWN) == count
+    parts = [part for record in world.ticks for part in record.tick.parts if part.frames]
+    assert sum(len(part.frames) + part.fill for part in parts) == 5 + math.ceil(max(0, count - 5) / 4) * 4
+
+
+def test_streams_alike_share_ticks_when_the_device_is_busy():
+    sources_ = [regular(16, 205, start_ns=i * 20 * MS, budget_ms=900) for i in range(3)]
+    world = World(sources_, Device(fixed_ms=60, slope_ms=10)).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    batches = Counter(len(record.tick.parts) for record in world.ticks)
+    assert set(batches) == {1, 2}  # three are no batch size
+    assert batches[2] > 40
+
+
+def test_streams_of_other_shapes_or_steps_never_share_ticks():
+    shapes = [regular(16, 105, shape=shape, steps=steps) for shape in "ab" for steps in (1, 2)]
+    world = World(shapes, Device(5, 5)).run()  # the world checks every tick
+    assert world.count(Fate.SHOWN) == len(world.frames)
+
+
+def test_every_stream_progresses_under_lasting_overload():
+    """One step of four streams takes 140 ms at a time, 560 when four times slower: half of what comes."""
+    budgets = (900, 1200, 2500, 5000)
+    streams = [
+        regular(rate, rate * 20, budget_ms=b) for rate, b in zip((16, 10, 30, 16), budgets, strict=True)
+    ]
+    world = World(streams, Device(slowness=lambda number, at_s: 4.0)).run()
+    assert world.count(Fate.LATE) == 0
+    for stream in range(4):
+        shown = sorted(f.shown_ns for f in world.frames if f.stream == stream and f.fate is Fate.SHOWN)
+        shown = [at for at in shown if at > 4 * SECOND]  # until then the first groups take the device in turn
+        assert max(b - a for a, b in itertools.pairwise(shown)) < 1.5 * SECOND
+
+
+def test_fewer_steps_let_out_what_has_taken_as_many():
+    """The steps that frames report are those that the device gave them."""
+    world = World([regular(16, 480, steps=3, budget_ms=1500)], slow(4)).run()
+    assert {f.steps for f in world.frames} == {1, 2, 3}
+    assert world.count(Fate.SHOWN) + world.count(Fate.LATE) == len(world.frames)
+    assert world.count(Fate.LATE) <= 4  # a chunk that met the device when it slowed down
+
+
+def test_faulty_frames_are_reported_with_their_reason():
+    frames = [(i * 50 * MS, i * 50 * MS) for i in range(20)]
+    frames[7] = (frames[7][0], frames[6][1])
+    frames[9] = (frames[9][0], frames[7][1] + 20 * MS)
+    source = Source(StreamSettings(20, 700), tuple(frames), 0, SECOND)
+    world = World([source], Device()).run()
+    reasons = {f.number: f.reason for f in world.frames if f.reason}
+    assert reasons == {7: Reason.DUPLICATE, 9: Reason.DISORDER}
+    assert world.count(Fate.SHOWN) == 18
+
+
+def test_closing_in_mid_tick_drops_what_is_not_shown_and_leaves_others_alone():
+    closed = dataclasses.replace(regular(16, 100, budget_ms=900), leaves_ns=3 * SECOND + 30 * MS, closes=True)
+    closed = dataclasses.replace(closed, frames=tuple(f for f in closed.frames if f[0] <= closed.leaves_ns))
+    world = World([closed, regular(16, 100, budget_ms=900)], Device()).run()
+    fates = {stream: Counter(f.fate for f in world.frames if f.stream == stream) for stream in (0, 1)}
+    assert fates[1] == {Fate.SHOWN: 100}
+    assert world.count(Reason.CLOSED) == fates[0][Fate.DROPPED] > 4
+    assert max(f.shown_ns for f in world.frames if f.stream == 0 and f.shown_ns) <= closed.leaves_ns
+
+
+def test_a_closed_stream_takes_nothing_and_a_tick_of_it_ends_well():
+    events = []
+    scheduler = Scheduler(PolicyConfig(), (1,), events.append)
+    stream = scheduler.open(StreamSettings(10, 900, first_frames=1), 0)
+    assert scheduler.arrive(stream, 0) == 0
+    assert isinstance(scheduler.next(0), Tick)
+    scheduler.close(stream, 1)
+    assert scheduler.is_over(stream)
+    with pytest.raises(SessionError, match="stream 0 takes no more frames: it has ended"):
+        scheduler.arrive(stream, 2)
+    scheduler.done({stream: 1}, 3)
+    assert scheduler.shows(4) == ([], None)
+    assert [type(event) for event in events] == [FrameRecord, TickRecord]
+    with pytest.raises(SessionError, match="no tick is running"):
+        scheduler.done({}, 5)
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_the_least_that_can():
+    world = World([regular(16, 5, budget_ms=200)], Device()).run()
+    assert world.refused == [
+        "a latency budget of 200 ms cannot be met: 4 frames at 16 FPS take 188 ms to come and 1 denoising step take "
+        "52 ms; ask for at least 241 ms"
+    ]
+    assert not World([regular(16, 5, budget_ms=241)], Device()).run().refused
+
+
+def test_a_full_device_refuses_another_stream():
+    """At one step four streams take 140 of every 250 ms, five 190, six 220 and seven 270."""
+    world = World([regular(16, 50, i * MS, budget_ms=2000) for i in range(8)], Device(), PolicyConfig()).run()
+    assert len(world.ids) == 6
+    assert (
+        world.refused
+        == [
+            "the device is full: 6 streams need 88% of it at their fewest steps, with this one 108%, and at most 100% "
+            "is given away; close a stream, or ask for fewer frames per second or a longer budget"
+        ]
+        * 2
+    )
+    assert not World(list(world.sources), Device(), EVERYONE).run().refused
+
+
+def test_a_first_stream_is_let_in_though_the_device_is_too_slow_for_all_its_frames():
+    world = World([regular(60, 300, budget_ms=900)], Device(fixed_ms=100), PolicyConfig()).run()
+    assert not world.refused
+    assert world.count(Fate.SHOWN) > 100
+    assert world.count(Fate.LATE) == 0
+
+
+def test_batch_sizes_begin_with_one():
+    with pytest.raises(ValueError, match=r"expected batch sizes from 1 on, got \[2, 4\]"):
+        Scheduler(PolicyConfig(), (2, 4), print)
