@@ -440,6 +440,19 @@ def test_ending_a_stream_by_hand_shows_what_came_until_then():
         assert b.loop.stream_result(stream) is None
 
 
+def test_a_stream_whose_last_frames_are_hopeless_is_over_all_the_same():
+    clock = FakeClock()
+    engine = FakeEngine(clock)
+    with bench(clock=clock, engine=engine) as b:
+        stream = b.open(source=camera(b.clock, 41))
+        b.clock.run(1.0)
+        engine.device_ms = lambda streams, steps, first: 1500.0
+        b.clock.run_until(b.over(stream))
+        assert any(event.fate is Fate.DROPPED for event in b.frames)
+        assert sum(event.stream == stream for event in b.frames) == 41
+        assert b.loop.stream_result(stream) is None
+
+
 def test_a_stream_that_cannot_be_opened_leaves_nothing():
     with bench() as b:
         b.engine.open_error = ConfigError("no memory for it")
