@@ -1,0 +1,143 @@
+"""Denoising steps follow the load, and what would not fit is not let in. Ticks take 20 + 30 for each stream's step."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import pytest
+
+from svd2_jax.runtime.deadline import PolicyConfig
+from svd2_jax.runtime.latency import Costs, LatencyConfig, LatencyModel, LatencySample
+from svd2_jax.runtime.overload import (
+    Control,
+    Load,
+    chunk_rate,
+    control,
+    delay_ns,
+    lowered,
+    refusal,
+    ticks_per_chunk,
+    utilisation,
+)
+from svd2_jax.runtime.work import MS, StreamSettings
+
+CONFIG = PolicyConfig(guard_ms=0, lower_above=0.9, raise_below=0.8, raise_after_ms=500, risk_hold_ms=5000)
+
+
+def costs_of(shape: Hashable, steps: int, slowness: float = 1.0) -> Costs:
+    model = LatencyModel((1, 2, 4), LatencyConfig(least_margin=0))
+    for size in (1, 2, 4):
+        model.observe(LatencySample(shape, size, steps, round((20 + 30 * size * steps) * slowness * MS)))
+    return model.costs(shape, steps)
+
+
+def load(stream: int = 0, steps: int = 2, now: int | None = None, rate_hz: float = 16, **settings) -> Load:
+    asked = StreamSettings(rate_hz, **{"budget_ms": 900, "steps": steps, **settings})
+    return Load(stream, asked, steps if now is None else now, chunk_rate(asked, asked.interval_ns))
+
+
+@pytest.mark.parametrize(("budget_ms", "ticks"), [(518, 1), (517, 2), (348, 2), (347, None)])
+def test_ticks_per_chunk_are_the_fewest_that_are_in_time(budget_ms, ticks):
+    """187.5 ms until the frames are there; then 250 and 80 ms, or twice 80."""
+    settings = StreamSettings(16, budget_ms)
+    assert ticks_per_chunk(settings, 2, 80 * MS, 0) == ticks
+
+
+def test_the_delay_counts_every_stage():
+    settings = StreamSettings(20, 900, steps=2, stages=2)
+    assert delay_ns(settings, 2, 10 * MS, 1) == (150 + 3 * 200 + 10) * MS
+    assert delay_ns(settings, 2, 10 * MS, 2) == (150 + 200 + 20) * MS
+    assert delay_ns(settings, 2, 10 * MS, 4) == (150 + 40) * MS
+
+
+@pytest.mark.parametrize(
+    ("count", "share"),
+    [(1, 80 / 250), (2, 140 / 250), (3, 220 / 250), (4, 260 / 250)],
+)
+def test_utilisation_is_that_of_the_best_batches(count, share):
+    loads = [load(i) for i in range(count)]
+    steps = {i: 2 for i in range(count)}
+    assert utilisation(loads, steps, costs_of, 0) == pytest.approx(share)
+
+
+def test_utilisation_counts_second_ticks_of_tight_budgets():
+    assert utilisation([load(budget_ms=400)], {0: 2}, costs_of, 0) == pytest.approx(160 / 250)
+
+
+def test_the_stream_with_most_steps_is_lowered_first():
+    loads = [load(0, 2), load(1, 4, budget_ms=2000), load(2, 3, budget_ms=2000)]
+    steps, value = lowered(loads, {0: 2, 1: 4, 2: 3}, costs_of, 0, 0.95)
+    assert steps == {0: 2, 1: 2, 2: 2}  # 3 and 3 would take 200 ms and the other one 80
+    assert value == pytest.approx(220 / 250)
+
+
+def test_no_stream_goes_below_its_floor():
+    loads = [load(0, 2, floor_steps=2), load(1, 2)]
+    steps, _ = lowered(loads, {0: 2, 1: 2}, costs_of, 0, 0.01)
+    assert steps == {0: 2, 1: 1}
+
+
+def slower(factor: float):
+    return lambda shape, steps: costs_of(shape, steps, factor)
+
+
+def test_steps_fall_at_once_and_rise_after_a_while():
+    state, steps = control(Control(), [load()], slower(3), CONFIG, 0, False)  # 240 of 250 ms
+    assert steps == {0: 1}
+    assert state.utilisation == pytest.approx(150 / 250)
+    for at_ms in (1000, 1200, 1499):
+        state, steps = control(state, [load(now=1)], costs_of, CONFIG, at_ms * MS, False)
+        assert steps == {0: 1}
+    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 1500 * MS, False)
+    assert steps == {0: 2}
+
+
+def test_steps_do_not_rise_where_they_would_fall_again():
+    """At two steps 212 of 250 ms: more than 80 %, less than 90 %."""
+    for now in (1, 2):
+        state = Control()
+        for at_ms in range(0, 3000, 100):
+            state, steps = control(state, [load(now=now)], slower(2.65), CONFIG, at_ms * MS, False)
+            assert steps == {0: now}
+
+
+def test_an_interruption_starts_the_wait_anew():
+    state, _ = control(Control(), [load(now=1)], costs_of, CONFIG, 0, False)
+    state, _ = control(state, [load(now=1)], slower(2.65), CONFIG, 400 * MS, False)
+    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 600 * MS, False)
+    assert steps == {0: 1}
+
+
+def test_frames_at_risk_lower_steps_for_a_longer_while():
+    state, steps = control(Control(), [load(), load(1)], costs_of, CONFIG, 0, True)
+    assert steps == {0: 1, 1: 1}
+    lowered_now = [load(now=1), load(1, now=1)]
+    for at_ms in range(100, 5400, 100):
+        state, steps = control(state, lowered_now, costs_of, CONFIG, at_ms * MS, False)
+        assert steps == {0: 1, 1: 1}
+    state, steps = control(state, lowered_now, costs_of, CONFIG, 5500 * MS, False)
+    assert steps == {0: 2, 1: 2}
+
+
+def test_risk_at_the_floor_holds_nothing_up():
+    state, _ = control(Control(), [load(now=1)], costs_of, CONFIG, 0, True)
+    assert state.held_ns == 0
+
+
+def test_a_budget_too_short_for_some_steps_never_gets_them():
+    tight = load(now=1, budget_ms=340)
+    state = Control()
+    for at_ms in range(0, 2000, 100):
+        state, steps = control(state, [tight], costs_of, CONFIG, at_ms * MS, False)
+        assert steps == {0: 1}
+
+
+def test_refusals_say_why_and_what_would_do():
+    assert refusal(StreamSettings(16, 238), [], costs_of, CONFIG) is None
+    message = refusal(StreamSettings(16, 200, floor_steps=2), [], costs_of, CONFIG)
+    assert message is not None
+    assert message.endswith("and 2 denoising steps take 160 ms; ask for at least 348 ms")
+    others = [load(i) for i in range(7)]  # at one step 140 + 80 + 50 ms
+    message = refusal(StreamSettings(16, 900), others, costs_of, CONFIG)
+    assert message is not None
+    assert "7 streams need 108% of it at their fewest steps, with this one 112%" in message
