@@ -147,6 +147,10 @@ def _device(batches: Axes, queue: Axes, bins: Bins, summary: Summary) -> None:
     most = max((tally.batch_high for _, tally in ticked), default=1)
     busy = [min(1.0, tally.busy_ns / SECOND / width) * (most + 0.5) for _, tally in ticked]
     batches.bar(times, busy, width, color=BUSY, alpha=0.35, linewidth=0)
+    if ticked:  # lines go on to the edges of the first and the last bin
+        (first, begin), (last, end) = ticked[0], ticked[-1]
+        ticked = [(first - width / 2, begin), *ticked, (last + width / 2, end)]
+        times = [at for at, _ in ticked]
     batches.plot(
         times, [t.batch_sum / t.ticks for _, t in ticked], color=BATCH, linewidth=1.4, drawstyle="steps-mid"
     )
