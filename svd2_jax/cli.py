@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -586,6 +587,11 @@ def _live(args: argparse.Namespace) -> int:
     _check_target(args.metrics)
     _check_target(args.picture)
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
+    if cfg.mode != "stream":
+        raise ConfigError(
+            f"{args.config}: mode {cfg.mode!r} is for files; live streams take what they need of it by themselves "
+            "when the budget is tight, so use --budget instead"
+        )
     specs = tuple(
         SessionSpec(args.prompt[i % len(args.prompt)], cfg, args.noise_scale, args.seed + i)
         for i in range(args.streams)
@@ -597,11 +603,15 @@ def _live(args: argparse.Namespace) -> int:
         else media.VideoReader(args.input, cfg.height, cfg.width)
     ) as reader:
         rate_hz = _fps(args, reader.fps)
+    if not 0 < rate_hz < math.inf:
+        raise ConfigError(f"--fps must be above 0, got {rate_hz:g}")
     settings = StreamSettings(
         rate_hz=rate_hz,
-        budget_ms=args.budget or live.default_budget_ms(specs[0], rate_hz, args.stages),
+        budget_ms=live.default_budget_ms(specs[0], rate_hz, args.stages)
+        if args.budget is None
+        else args.budget,
         steps=cfg.steps,
-        floor_steps=min(args.floor_steps, cfg.steps),
+        floor_steps=args.floor_steps,
         stages=args.stages,
     )
 

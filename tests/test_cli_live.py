@@ -1,0 +1,83 @@
+"""`svd2 live`: what it takes, what it refuses, and one whole run on a small model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from svd2_jax import media
+from svd2_jax.cli import EXIT_BAD_INPUT, main
+
+SMALL = ["--height", "32", "--width", "32"]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "in.mp4"
+    with media.VideoWriter(path, 8, 32, 32) as writer:
+        writer.write(np.stack(list(media.synthetic_clip(9, 32, 32))))
+    return path
+
+
+def live(clip, *options):
+    return main(
+        ["live", "--checkpoint", "random:tiny", "--input", str(clip), "--prompt", "x", *SMALL, *options]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--streams", "0"], "--streams must be at least 1"),
+        (["--blend", "-1"], "--blend must be at least 0"),
+        (["--seconds", "0"], "--seconds must be above 0"),
+        (["--fps", "0"], "--fps must be above 0"),
+        (["--fps", "nan"], "--fps must be above 0"),
+        (["--budget", "0"], "budget_ms must be a number above 0"),
+        (["--floor-steps", "3"], "floor_steps must be 1 to steps=2, got 3"),
+        (["--config", "configs/v2v_low_latency.yaml"], "use --budget instead"),
+        (["--config", "configs/t2v.yaml"], "settings for the task 't2v'"),
+        (["--metrics", "nowhere/out.jsonl"], "the folder nowhere does not exist"),
+        (["--picture", "."], "is a folder"),
+        (["--output", "out.gif"], "cannot write the format '.gif'"),
+        (["--stages", "99"], "99 stages need 99 devices"),
+    ],
+)
+def test_bad_options_are_one_line_and_nothing_is_written(clip, tmp_path, capsys, options, message):
+    before = sorted(tmp_path.iterdir())
+    assert live(clip, *options) == EXIT_BAD_INPUT
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("error: ")
+    assert message in err[-1]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_input_that_cannot_be_read_is_known_before_anything_is_compiled(tmp_path, capsys):
+    assert live(tmp_path / "none.mp4") == EXIT_BAD_INPUT
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none.mp4'}: no such file\n"
+
+
+def test_a_camera_cannot_be_looped(capsys):
+    options = ["live", "--checkpoint", "random:tiny", "--camera", "lavfi:testsrc", "--loop", "--prompt", "x"]
+    assert main(options) == EXIT_BAD_INPUT
+    assert "a camera never ends" in capsys.readouterr().err
+
+
+def test_a_file_is_re_drawn_live(clip, tmp_path, capsys):
+    out, metrics = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    # One step, as each number of steps is compiled; and all the time that a slow machine may need.
+    options = ["--steps", "1", "--budget", "60000", "--output", str(out), "--metrics", str(metrics)]
+    assert live(clip, *options) == 0
+    with media.VideoReader(out) as reader:
+        assert len(list(reader)) == 9
+        assert reader.fps == 8
+    frames = [json.loads(line) for line in metrics.read_text().splitlines() if '"frame"' in line]
+    assert [(f["number"], f["fate"], f["steps"]) for f in frames] == [(n, "shown", 1) for n in range(9)]
+    assert f"{out}: 9 frames at 8 fps" in capsys.readouterr().out
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can(clip, tmp_path, capsys):
+    out = tmp_path / "out.mp4"
+    assert live(clip, "--steps", "1", "--budget", "300", "--output", str(out)) == EXIT_BAD_INPUT
+    assert "a latency budget of 300 ms cannot be met" in capsys.readouterr().err
+    assert not out.exists()
