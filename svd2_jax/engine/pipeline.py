@@ -118,18 +118,15 @@ class Pipeline:
         self._flags: dict[tuple[bool, ...], jax.Array] = {}
         self._use(builder.cfg)
         self._state: StreamState = self._programs.init_state()
-        self._blank_first = self._blank(builder.entry("single", self.cfg.first_latents))
+        self._started = False
         self._steps = self.cfg.steps
         self._next_chunk = self._next_finished = 1
-        # Newest first; the last one is back at the first stage.
-        self._under_way = [_MicroBatch([None] * self.cfg.rows, self._steps) for _ in range(self.stages)]
         self.came_back: tuple[jax.Array, ...] = ()
         """Clean latents of each row that came back with the last tick, like `Finished.clean`."""
         self._finished: dict[int, Finished] = {}  # chunks that wait for an earlier one
         self._span = self._spans([(0, count) for count in split])
         self._prompt = self._read_prompt(embedding)
-        # The prompts of the chunks under way, newest first: each chunk keeps the one that it came in with.
-        self._prompts = [self._prompt] * self.depth
+        self._empty_rows()
         self._joined: tuple[list[Prompt], list[PromptKV]] = ([], [])
         self._ticked = 0
         self._wanted: tuple[tuple[int, ...], TickPrograms] | None = None
@@ -187,12 +184,16 @@ class Pipeline:
           ConfigError: there are no timesteps for so many.
           SessionError: blocks may move between the stages at the same time.
         """
-        cfg = self._builder.cfg.with_steps(steps)
+        opened, cfg = self._builder.cfg, self._builder.cfg.with_steps(steps)
         if self._can_move:
             raise SessionError(
                 "the steps of a stream cannot change while its blocks may move; open the engine without rebalancing"
             )
         self._steps = steps
+        if not self._started:
+            self._use(cfg if steps < opened.steps else opened)  # for more there are no draws yet
+            self._empty_rows()
+            return
         if cfg.mode != "stream":
             self._use(cfg)
             return
@@ -208,14 +209,18 @@ class Pipeline:
 
         Args:
           noisy: latents [F, h, w, C] on the first stage's device; ignored where another process has it.
-          again: a Gaussian for every step but the first, likewise.
+          again: a Gaussian for every step but the first, likewise; more are ignored.
 
         Returns:
           The clean latents, float32 [W * F, h, w, C] over the stages; those of the last one are meant.
         """
-        arrival = Arrival(noisy, self._timesteps[0], again)
-        ((clean,),) = _all_steps(self._programs.step_first, [self], [self._blank_first], [arrival])
+        blank = self._blank(self._builder_for(self.cfg).entry("single", self.cfg.first_latents))
+        arrival = Arrival(noisy, self._timesteps[0], again[: self.cfg.steps - 1])
+        ((clean,),) = _all_steps(self._programs.step_first, [self], [blank], [arrival])
         self._state = self._programs.open_rows(self._state)
+        self._started = True
+        if self._steps > self.cfg.steps:
+            self.set_steps(self._steps)
         return clean
 
     def tick(self, arrival: Arrival) -> list[Finished]:
@@ -287,12 +292,21 @@ class Pipeline:
         self._ticks = self._programs.ticks
         self._timesteps = [self._put(np.int32(t)) for t in cfg.timesteps]
         batch = "rows" if cfg.mode == "stream" else "single"
-        shapes = dataclasses.replace(self._builder, cfg=cfg).entry(batch, cfg.frames_per_block)
-        self._blank_later = self._blank(shapes)
+        self._blank_later = self._blank(self._builder_for(cfg).entry(batch, cfg.frames_per_block))
+
+    def _empty_rows(self) -> None:
+        """Takes note that nothing is under way."""
+        # Newest first; the last one is back at the first stage.
+        self._under_way = [_MicroBatch([None] * self.cfg.rows, self._steps) for _ in range(self.stages)]
+        # The prompts of the chunks under way, newest first: each chunk keeps the one that it came in with.
+        self._prompts = [self._prompt] * self.depth
+
+    def _builder_for(self, cfg: StreamConfig) -> Builder:
+        return dataclasses.replace(self._builder, cfg=cfg)
 
     def _resize(self, cfg: StreamConfig) -> None:
         """Takes the rows of another configuration."""
-        programs = dataclasses.replace(self._builder, cfg=cfg).resize(self.split, self.cfg.rows)
+        programs = self._builder_for(cfg).resize(self.split, self.cfg.rows)
         cache, start = self._state.cache, self._state.start
         filled, held, message = programs.rest((cache.filled, cache.held, self._state.message))
         layers: list[Any] = list(cache.layers)

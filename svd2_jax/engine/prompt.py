@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
@@ -37,14 +38,19 @@ class PromptEncoder:
         self._cfg, self._tokenizer, self._read_item, self._keep = cfg, tokenizer, read_item, keep
         self._kept: dict[str, Params] = {}
         self._remembered: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()  # live streams change their prompts from several threads
 
     def encode(self, prompt: str) -> np.ndarray:
         """Returns the embedding, float32 [1, P, dim], of a prompt; rows of padding are zero."""
-        if prompt not in self._remembered:
-            if len(self._remembered) >= REMEMBERED_PROMPTS:
-                del self._remembered[next(iter(self._remembered))]  # the oldest
-            self._remembered[prompt] = self._encode(prompt)
-        return self._remembered[prompt]
+        if (embedding := self._remembered.get(prompt)) is not None:
+            return embedding
+        with self._lock:
+            if prompt not in self._remembered:
+                embedding = self._encode(prompt)
+                if len(self._remembered) >= REMEMBERED_PROMPTS:
+                    del self._remembered[next(iter(self._remembered))]  # the oldest
+                self._remembered[prompt] = embedding
+            return self._remembered[prompt]
 
     def _encode(self, prompt: str) -> np.ndarray:
         ids, mask = self.tokenize([prompt])

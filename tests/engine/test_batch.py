@@ -157,7 +157,14 @@ def test_fewer_steps_change_the_chunks_from_those_under_way_on(engine, cfg):
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(
     "steps",
-    [{3: 1}, {3: 2, 8: 1}, {2: 1, 6: 3}, {2: 1, 3: 3, 4: 1, 5: 2}, {1: 3, 2: 2, 3: 3}, {6: 1, 7: 2, 8: 3}],
+    [
+        {3: 2, 8: 1},
+        {0: 1, 6: 3},
+        {0: 4, 3: 1},
+        {2: 1, 3: 3, 4: 1, 5: 2},
+        {0: 2, 1: 3, 2: 2, 3: 3},
+        {6: 1, 7: 2, 8: 3},
+    ],
 )
 def test_any_change_of_steps_loses_no_chunk_and_keeps_their_order(engine, staged, stages, steps):
     engine = engine if stages == 1 else staged
