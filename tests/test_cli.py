@@ -495,7 +495,10 @@ def errno_text(number: int) -> str:
     return os.strerror(number)
 
 
-@pytest.mark.parametrize("command", ["run", "convert", "verify", "plan", "demo"])
+COMMANDS = ("run", "live", "convert", "verify", "plan", "simulate", "demo")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_an_example(svd2, command):
     code, out, _ = svd2(command, "--help")
     assert code == 0
@@ -504,7 +507,7 @@ def test_every_command_shows_an_example(svd2, command):
 
 
 def test_the_program_names_its_commands_and_version(svd2):
-    assert all(command in svd2("--help")[1] for command in ("run", "convert", "verify", "plan", "demo"))
+    assert all(command in svd2("--help")[1] for command in COMMANDS)
     assert svd2("--version")[1].startswith("svd2-jax 0.")
     code, _, err = svd2()
     assert code == 2

@@ -101,7 +101,8 @@ class LiveTable:
             self._thread.join()
         if self._live is not None:
             self._live.stop()
-        self._console.print(self.final())
+        if self._metrics.streams:
+            self._console.print(self.final())
 
     def final(self) -> Group:
         """Returns the table of the whole run."""
