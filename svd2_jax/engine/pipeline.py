@@ -122,7 +122,7 @@ class Pipeline:
         self._steps = self.cfg.steps
         self._next_chunk = self._next_finished = 1
         self.came_back: tuple[jax.Array, ...] = ()
-        """Clean latents of each row that came back with the last tick, like `Finished.clean`."""
+        """Clean latents of each row that came back with the last tick, or of the first group; see `Finished.clean`."""
         self._finished: dict[int, Finished] = {}  # chunks that wait for an earlier one
         self._span = self._spans([(0, count) for count in split])
         self._prompt = self._read_prompt(embedding)
@@ -160,11 +160,6 @@ class Pipeline:
     def state(self) -> StreamState:
         """The state over the stages; the next tick takes it away."""
         return self._state
-
-    @property
-    def last_result(self) -> Any:
-        """Arrays that are there when the devices are through with what they were given last."""
-        return self.came_back or self._state.start
 
     def entering(self, fresh: bool) -> list[int | None]:
         """Returns the numbers of the chunks that the next tick takes to each of the steps."""
@@ -218,7 +213,7 @@ class Pipeline:
         arrival = Arrival(noisy, self._timesteps[0], again[: self.cfg.steps - 1])
         ((clean,),) = _all_steps(self._programs.step_first, [self], [blank], [arrival])
         self._state = self._programs.open_rows(self._state)
-        self._started = True
+        self._started, self.came_back = True, (clean,)
         if self._steps > self.cfg.steps:
             self.set_steps(self._steps)
         return clean

@@ -362,7 +362,7 @@ def tick_sessions(
             for i, done in zip(batch, _tick_batch([parts[i] for i in batch]), strict=True):
                 chunks[i] = done
     results = [chunk.result for done in chunks for chunk in done]
-    return DeviceTicket(chunks, [results, [session.pipeline.last_result for session, _ in parts]])
+    return DeviceTicket(chunks, [results, [session.pipeline.came_back for session, _ in parts]])
 
 
 def _tick_batch(parts: Sequence[tuple[DeviceSession, np.ndarray | None]]) -> list[list[DeviceChunk]]:

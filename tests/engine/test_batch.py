@@ -239,13 +239,14 @@ def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
         ):
             with pytest.raises(SessionError, match=message):
                 engine.tick(work)
-        tickets = engine.tick([Work(a, first), Work(b, first)])  # one after the other
-        assert [len(chunks) for chunks in tickets.chunks] == [1, 1]
+        started = engine.tick([Work(a, first), Work(b, first)])  # one after the other
+        assert [len(chunks) for chunks in started.chunks] == [1, 1]
         with pytest.raises(ConfigError, match="steps must be 1 to 4, got 5"):
             a.set_steps(5)
         a.set_steps(1)
         tickets = engine.tick([Work(a, chunk), Work(b, chunk)])  # of different steps: likewise
         assert [len(chunks) for chunks in tickets.chunks] == [1, 0]
+        started.wait()  # later than its state was given away
         b.close()
         with pytest.raises(SessionError, match="closed"):
             engine.tick([Work(b, chunk)])
