@@ -692,20 +692,11 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    stream = StreamConfig()
     parser.add_argument("--preset", default="wan-14b", metavar="NAME",
                         help=f"model: {', '.join(PRESETS)} (default %(default)s)")  # fmt: skip
-    shape = parser.add_argument_group("what is computed (defaults: published settings of the task)")
+    shape = _add_shape(parser, "what is computed (defaults: published settings of the task)")
     shape.add_argument("--task", choices=("v2v", "t2v"), help="(default v2v, or --config's)")
-    shape.add_argument(
-        "--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml"
-    )
-    shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2, or --config's)")
-    shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
-    shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
     shape.add_argument("--mode", choices=("stream", "sequential"), help="(default stream, or --config's)")
-    shape.add_argument("--decoder", choices=("wan", "taehv"), help="(default wan, or --config's)")
-    shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
     shape.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
                        help="to compute in (default %(default)s)")  # fmt: skip
     machine = parser.add_argument_group("where it is to run")
@@ -719,7 +710,6 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="compile nothing, and so leave out what programs need in passing"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
-    parser.set_defaults(sink_frames=None, sink_threshold=None)
 
 
 def _plan(args: argparse.Namespace) -> int:
