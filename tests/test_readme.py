@@ -27,7 +27,14 @@ COMMANDS = [
 
 
 def test_the_readme_shows_every_kind_of_command():
-    assert {command.split()[1] for command in COMMANDS} == {"run", "live", "simulate", "convert", "verify", "plan"}
+    assert {command.split()[1] for command in COMMANDS} == {
+        "run",
+        "live",
+        "simulate",
+        "convert",
+        "verify",
+        "plan",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
