@@ -192,7 +192,8 @@ class DeviceEngine:
     ) -> DeviceSession:
         cfg, mesh, weights = spec.stream, self.meshes[lane], self._weights[lane]
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
-        check_memory(self.model, cfg, self._dtype, split, mesh)
+        streams = len(self._open[lane]) + self._opening[lane]
+        check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams)
         params, ends = weights.params(split, cfg.decoder), self.ends(cfg, spec.pixels, lane)
         if noise is None:
             noise = SeededNoise(

@@ -100,6 +100,7 @@ def check_memory(
     split: Sequence[int],
     mesh: StageMesh,
     limits: Sequence[int | None] | None = None,
+    streams: int = 1,
 ) -> None:
     """Refuses a stream that cannot fit, before any parameter is read.
 
@@ -113,6 +114,7 @@ def check_memory(
       mesh: the stages' devices.
       limits: bytes that JAX may use on each stage's device, None where that is not known; None asks the devices.
         A CPU does not say, and another process's device cannot be asked.
+      streams: of this kind that are to be open at once; they share the parameters.
 
     Raises:
       ConfigError: a stage needs more; names the one that lacks the most.
@@ -120,7 +122,8 @@ def check_memory(
     limits = [_limit(mesh, stage) for stage in range(mesh.stages)] if limits is None else limits
     if all(limit is None for limit in limits):
         return
-    needs = [m.held + m.opening for m in stage_memory(model, cfg, dtype, split)]
+    stages = stage_memory(model, cfg, dtype, split)
+    needs = [m.held + m.opening + (streams - 1) * (m.cache + m.prompt + m.stream) for m in stages]
     lacks = [0 if limit is None else need - limit for need, limit in zip(needs, limits, strict=True)]
     stage = max(range(len(lacks)), key=lacks.__getitem__)
     limit = limits[stage]
@@ -129,13 +132,16 @@ def check_memory(
     first = sum(split[:stage])
     raise ConfigError(
         f"stage {stage} (blocks {first} to {first + split[stage] - 1}) needs {needs[stage] / GIB:.1f} GiB, its device "
-        f"has {limit / GIB:.1f} GiB for JAX, {lacks[stage] / GIB:.1f} GiB too little; use "
-        + _remedies(model, dtype, len(split), needs[stage] / limit)
+        f"has {limit / GIB:.1f} GiB for JAX, {lacks[stage] / GIB:.1f} GiB too little"
+        f"{f' for {streams} streams' if streams > 1 else ''}; use "
+        + _remedies(model, dtype, len(split), needs[stage] / limit, streams)
     )
 
 
-def _remedies(model: ModelConfig, dtype: jnp.dtype, stages: int, excess: float) -> str:
+def _remedies(model: ModelConfig, dtype: jnp.dtype, stages: int, excess: float, streams: int) -> str:
     remedies = ["a smaller picture"]
+    if streams > 1:
+        remedies.insert(0, "fewer streams")
     if dtype == jnp.float32:
         remedies.insert(0, "--dtype bfloat16")
     if stages < model.dit.num_layers:

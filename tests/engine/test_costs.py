@@ -127,6 +127,15 @@ def test_float32_is_told_of_bfloat16_and_as_many_stages_as_blocks_of_no_more():
         memory.check_memory(TINY, SMALL_PICTURE, F32, (1, 1, 1, 1), mesh, [1000] * 4)
 
 
+def test_streams_that_are_open_at_once_share_the_parameters_only():
+    (mesh,) = stage_meshes(1, 1)
+    (one,) = memory.stage_memory(LARGE, StreamConfig(), BF16, (40,))
+    three = one.held + one.opening + 2 * (one.cache + one.prompt + one.stream)
+    memory.check_memory(LARGE, StreamConfig(), BF16, (40,), mesh, [three], streams=3)
+    with pytest.raises(ConfigError, match=r"too little for 3 streams; use .*fewer streams or a smaller"):
+        memory.check_memory(LARGE, StreamConfig(), BF16, (40,), mesh, [three - GIB], streams=3)
+
+
 def test_a_device_that_does_not_say_how_much_it_has_is_not_checked():
     (mesh,) = stage_meshes(1, 2)
     memory.check_memory(LARGE, StreamConfig(), F32, (20, 20), mesh)
