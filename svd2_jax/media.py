@@ -198,7 +198,9 @@ class VideoReader:
         if frame is None:
             raise StopIteration
         self._frames_given += 1
-        self.timestamp_ns = None if frame.time is None else round(1e9 * frame.time)
+        self.timestamp_ns = None
+        if frame.pts is not None and frame.time_base:
+            self.timestamp_ns = round(10**9 * frame.pts * frame.time_base)
         return self._to_rgb(frame)
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:

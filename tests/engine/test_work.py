@@ -161,7 +161,7 @@ def test_a_block_of_the_large_model_costs_what_its_formula_says():
         apply = functools.partial(dit.Block(cfg).apply, {"params": params})
         q, k, v = apply(x, modulation, rope, method="project")
         cache = kv_cache.write(stream, cache, plan, k, v, 1)
-        args = (x, q, cache, length, prompt, prompt, modulation, "xla")
+        args = (x, q, [cache], [length], prompt, prompt, modulation, "xla")
         return apply(*args, method="finish"), cache
 
     args = (params, half(rows, Q, E), cache, plan, number, prompt, array(rows, 6, E), (table, table))
