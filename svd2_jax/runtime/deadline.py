@@ -27,7 +27,8 @@ class PolicyConfig:
 
     Attributes:
       latency: how device times are believed.
-      guard_ms: time kept free before every deadline, for what the host itself takes; at least 0.
+      guard_ms: time kept free before every deadline, for what the host itself takes and for threads that wake late;
+        at least 0.
       lower_above: utilisation of the device above which streams are given fewer denoising steps, above 0.
       raise_below: utilisation that more steps may lead to, 0 to `lower_above`.
       raise_after_ms: how long that must have been so before steps are raised.
@@ -40,7 +41,7 @@ class PolicyConfig:
     """
 
     latency: LatencyConfig = field(default_factory=LatencyConfig)
-    guard_ms: float = 2.0
+    guard_ms: float = 10.0
     lower_above: float = 0.92
     raise_below: float = 0.82
     raise_after_ms: float = 500.0
@@ -350,23 +351,29 @@ def _offers(
             start += 1
         if start:
             drops.append(Drop(view.stream, tuple(range(start)), Reason.HOPELESS))
+        flush = bool(view.flight) and _must_flush(view, now_ns, time.one_ns + spare)
+        stalled = now_ns >= view.overdue_ns
         if len(queue) > start:
-            # Part of a chunk enters when nothing more comes, or the oldest frame would be lost by waiting for more.
+            # Part of a chunk enters when nothing more comes, or the oldest frame would be lost by waiting for more,
+            # be it only for the end of a flush.
             latest = queue[start] - lone
-            if len(queue) - start >= view.need or view.ended or latest - spare <= now_ns:
+            urgent = latest - spare - flush * time.batch_ns <= now_ns
+            whole = len(queue) - start >= view.need or view.ended
+            if whole or urgent or (stalled and not overloaded):
                 if overloaded:
                     key = (view.served_ns - now_ns) / view.period_ns
+                elif not (whole or urgent or flush):
+                    key = NEVER_NS  # the device has nothing else to do
                 else:
                     key = min(latest, _latest(view.flight, time.one_ns)[0]) if view.flight else latest
                 offers.append(Offer(key, view, start, view.first))
                 continue
             wakes.append(latest - spare)
-        if view.flight:
-            if _must_flush(view, now_ns, time.one_ns + spare):
-                key = -NEVER_NS if overloaded else _latest(view.flight, time.one_ns)[0]
-                offers.append(Offer(key, view, None, False))
-            elif view.overdue_ns > now_ns:
-                wakes.append(view.overdue_ns)
+        if flush:
+            key = -NEVER_NS if overloaded else _latest(view.flight, time.one_ns)[0]
+            offers.append(Offer(key, view, None, False))
+        elif not stalled:
+            wakes.append(view.overdue_ns)
     offers.sort(key=lambda offer: (offer.key, offer.view.stream))
     return drops, offers, wakes
 

@@ -104,6 +104,10 @@ class Costs:
             left -= count * size
         return total / streams
 
+    def least_ns(self, streams: int) -> float:
+        """Returns the least device time of each of so many streams, when they need not all take part in each round."""
+        return min(self.expected_ns[size] / size for size in self.sizes if size <= streams)
+
 
 class LatencyModel:
     """Learns device times and predicts them. What nothing is known about takes no time at all."""
@@ -126,7 +130,8 @@ class LatencyModel:
         if typical is None:
             self._learn(cell, duration)
         else:
-            self._misses.append(duration / (typical * self.speed))
+            if self._recent:
+                self._misses.append(duration / (typical * self.speed))
             self._recent.append((cell, duration, duration / typical))
             self.speed = statistics.median(ratio for *_, ratio in self._recent)
             # The speed now known is that of the ratio in the middle: by it, that one is learned. Learned at once,
@@ -134,6 +139,13 @@ class LatencyModel:
             middle = len(self._recent) // 2
             if len(self._recent) == self.config.speed_window:
                 self._learn(*self._recent[middle][:2])
+        self._costs.clear()
+
+    def doubt(self) -> None:
+        """Takes a slow device to be as fast as ever, until the next device time, which is believed at once."""
+        self.speed = min(self.speed, 1.0)
+        self._recent.clear()
+        self._misses.clear()
         self._costs.clear()
 
     def _learn(self, cell: Cell, duration_ns: int) -> None:

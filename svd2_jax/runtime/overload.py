@@ -17,6 +17,7 @@ from svd2_jax.runtime.latency import Costs
 from svd2_jax.runtime.work import MS, StreamId, StreamSettings
 
 CostsOf = Callable[[Hashable, int], Costs]
+GAIN = 0.02  # share of the utilisation that must be gained for a step less of all streams, more than times wobble
 
 
 class Load(NamedTuple):
@@ -135,6 +136,18 @@ def utilisation(
     return _Sum(loads, steps, costs_of, guard_ns).value
 
 
+def need(loads: Sequence[Load], steps: Mapping[StreamId, int], costs_of: CostsOf) -> float:
+    """Returns the least share of time in which the device could do all that is promised to come.
+
+    That is a tick for each chunk, in the best batches. Measured rates say too much while a burst comes.
+    """
+    rates: dict[tuple[Hashable, int], list[float]] = {}
+    for load in loads:
+        rate = chunk_rate(load.settings, load.settings.interval_ns)
+        rates.setdefault((load.settings.shape, steps[load.stream]), []).append(rate)
+    return sum(sum(of) * costs_of(*group).least_ns(len(of)) for group, of in rates.items())
+
+
 def lowered(
     loads: Sequence[Load],
     steps: Mapping[StreamId, int],
@@ -146,7 +159,8 @@ def lowered(
     """Returns the steps after lowering until the utilisation is within the limit, and what it then is.
 
     The stream with most steps goes first, one step at a time, none below its floor. If the floors do not suffice
-    either, all are at their floors. Streams with equal steps share ticks, so on the way down utilisation may rise.
+    either, it ends where the utilisation is least. Streams with equal steps share ticks, so on the way down it may
+    rise. Steps that gain nothing (a device that takes as long for fewer) are not taken off.
 
     Args:
       loads: the streams.
@@ -154,21 +168,27 @@ def lowered(
       costs_of: what ticks take.
       guard_ns: time kept free before a deadline.
       limit: of the utilisation.
-      at_least: how many steps to take off in any case.
+      at_least: how many steps to take off even if the utilisation is within the limit.
     """
-    result = dict(steps)
-    total = _Sum(loads, result, costs_of, guard_ns)
-    value, off = total.value, 0
-    for level in range(max(result.values(), default=0), 1, -1):
+    now, total = dict(steps), _Sum(loads, steps, costs_of, guard_ns)
+    value = start = found = worth = total.value
+    price, best = GAIN * start / max(1, len(loads)), 0
+    off: list[tuple[StreamId, int]] = []
+    for level in range(max(now.values(), default=0), 1, -1):
         for load in loads:
-            if value <= limit and off >= at_least:
-                return result, value
-            if result[load.stream] == level > load.settings.floor_steps:
+            if value <= limit and len(off) >= at_least:
+                break
+            if now[load.stream] == level > load.settings.floor_steps:
                 total.add(load, level, -1)
                 total.add(load, level - 1, 1)
-                result[load.stream] = level - 1
-                value, off = total.value, off + 1
-    return result, value
+                now[load.stream] = level - 1
+                off.append((load.stream, level - 1))
+                value = total.value
+                if value + price * len(off) < worth:
+                    found, worth, best = value, value + price * len(off), len(off)
+    if value <= limit and value + price * len(off) < start:
+        found, best = value, len(off)
+    return {**steps, **dict(off[:best])}, found
 
 
 def control(
@@ -177,7 +197,7 @@ def control(
     """Returns the controller and the steps of each stream from now on.
 
     Lowers at once when the utilisation is above `lower_above`, or frames were lost although it is not. Raises when
-    more steps have been affordable, below `raise_below`, for `raise_after_ms`.
+    more steps have been affordable, below `raise_below` or as cheap as fewer, for `raise_after_ms`.
     """
     guard = config.guard_ns
     steps = {load.stream: load.steps for load in loads}
@@ -195,7 +215,8 @@ def control(
         return replace(state, raisable_ns=None, utilisation=now), steps
     aim, _ = lowered(loads, preferred, costs_of, guard, config.raise_below)
     more = {stream: max(steps[stream], aim[stream]) for stream in steps}
-    if more == steps or utilisation(loads, more, costs_of, guard) > config.raise_below:
+    cheap = aim == preferred or utilisation(loads, more, costs_of, guard) <= config.raise_below
+    if more == steps or not cheap:
         return replace(state, raisable_ns=None, utilisation=now), steps
     since = now_ns if state.raisable_ns is None else state.raisable_ns
     if now_ns - since < round(config.raise_after_ms * MS):
@@ -216,7 +237,7 @@ def refusal(
         return (
             f"a latency budget of {settings.budget_ms:g} ms cannot be met: {settings.chunk_frames} frames at "
             f"{settings.rate_hz:g} FPS take {fill / MS:.0f} ms to come and {floor} denoising "
-            f"step{'s' * (floor > 1)} take {floor * settings.stages * tick / MS:.0f} ms; "
+            f"step{'s take' if floor > 1 else ' takes'} {floor * settings.stages * tick / MS:.0f} ms; "
             f"ask for at least {math.ceil(least / MS)} ms"
         )
     others = list(others)

@@ -24,6 +24,7 @@ from svd2_jax.errors import SessionError
 from svd2_jax.runtime import ingest, overload, pacing
 from svd2_jax.runtime.deadline import (
     Choice,
+    Decision,
     Drop,
     Flight,
     Group,
@@ -58,6 +59,9 @@ CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
 # So long after a frame was hopeless the device counts as overloaded. Otherwise streams could go on for ever with
 # frames so old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
 LOSSY_NS = 500 * MS
+# So long after its last tick a device that is believed too slow for any frame is tried again, with one chunk.
+PROBE_NS = 500 * MS
+UNKNOWN = LatencyModel((1,)).costs(None, 1)  # a device that takes no time
 
 
 class Refused(SessionError):
@@ -161,6 +165,9 @@ class Scheduler:
         self._controlled_ns: int | None = None  # None: at the next decision
         self._at_risk = False  # frames were lost, or will be
         self._lossy_until_ns = 0
+        self._need = 0.0  # share of time that the device needs at least for all that comes
+        self._ran_ns = 0  # when the last tick was through
+        self._lost = False  # whether frames were hopeless since
         self._waiting: Wait | None = None  # the last answer of `next`, as long as it holds
 
     @property
@@ -180,6 +187,9 @@ class Scheduler:
         """
         others = [self._load(s) for s in self._streams.values() if not s.ended]
         problem = overload.refusal(settings, others, self.model.costs, self.config)
+        if problem and not self._streams and now_ns - self._ran_ns >= PROBE_NS:
+            self.model.doubt()
+            problem = overload.refusal(settings, others, self.model.costs, self.config)
         if problem:
             raise Refused(problem)
         stream = self._opened
@@ -256,13 +266,15 @@ class Scheduler:
         views, costs = self._look()
         if not views:
             return self._wait(None)
-        overloaded = now_ns < self._lossy_until_ns or self._control.utilisation > 1
+        overloaded = now_ns < self._lossy_until_ns or self._need > 1
         above_floor = any(s.steps > s.settings.floor_steps for s in self._streams.values())
         if (above_floor or not overloaded) and backlog_spare_ns(now_ns, views, costs) < 0:
             if above_floor and self._lower(now_ns):
                 views, costs = self._look()
             overloaded = overloaded or backlog_spare_ns(now_ns, views, costs) < 0
         decision = decide(now_ns, views, costs, self.config, overloaded)
+        if self._is_stuck(decision, now_ns):
+            decision = self._probe(decision, views, now_ns)
         entering = {part.stream: self._frames_at(part.stream, part.enter) for part in decision.parts}
         self._drop_all(decision.drops, now_ns)
         if not decision.parts:
@@ -270,7 +282,7 @@ class Scheduler:
         queued = sum(len(s.queue) for s in self._streams.values())
         parts = tuple(self._enter(part, entering[part.stream], now_ns) for part in decision.parts)
         shape = self._streams[parts[0].stream].settings.shape
-        cost = costs[Group(shape, parts[0].steps)]
+        cost = self.model.costs(shape, parts[0].steps)
         predicted = cost.first_expected_ns if parts[0].first else cost.expected_ns[len(parts)]
         tick = Tick(self._ticks, parts, predicted)
         self._ticks += 1
@@ -290,6 +302,7 @@ class Scheduler:
         if self._running is None:
             raise SessionError("no tick is running; `next` starts one")
         running, self._running, self._waiting = self._running, None, None
+        self._ran_ns, self._lost = now_ns, False
         tick = running.tick
         self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
         took = now_ns - running.started_ns
@@ -330,6 +343,21 @@ class Scheduler:
         """Whether a stream has ended or was closed, and nothing of it is left to show or report."""
         return stream not in self._streams
 
+    def _is_stuck(self, decision: Decision, now_ns: int) -> bool:
+        """Whether frames are given up as hopeless and nothing runs that could show that the device is fast again."""
+        hopeless = any(drop.reason is Reason.HOPELESS for drop in decision.drops)
+        idle = not decision.parts and not any(s.flight for s in self._streams.values())
+        return self._lost and hopeless and idle and now_ns - self._ran_ns >= PROBE_NS
+
+    def _probe(self, decision: Decision, views: Sequence[View], now_ns: int) -> Decision:
+        """Returns the decision with a try of the stream that waited longest, as if ticks took no time."""
+        view = min(views, key=lambda view: view.served_ns)
+        probe = decide(now_ns, [view], {view.group: UNKNOWN}, self.config, overloaded=True)
+        if probe.parts:
+            self.model.doubt()
+        drops = tuple(drop for drop in decision.drops if drop.stream != view.stream)
+        return probe._replace(drops=drops + probe.drops)
+
     def _look(self) -> tuple[list[View], dict[Group, Costs]]:
         """Returns what the policy looks at: streams with anything to do, and what ticks take."""
         views = [s.view or self._view(s) for s in self._streams.values() if s.queue or s.flight]
@@ -344,6 +372,7 @@ class Scheduler:
             self._control, loads, self.model.costs, self.config, now_ns, self._at_risk
         )
         self._at_risk = False
+        self._need = overload.need(loads, steps, self.model.costs)
         changed = [s for s in self._streams.values() if s.steps != steps[s.id]]
         if not changed:
             return
@@ -414,7 +443,8 @@ class Scheduler:
         gone: dict[StreamId, dict[int, Reason]] = {}
         for drop in drops:
             if drop.reason is Reason.HOPELESS:
-                self._at_risk, self._lossy_until_ns = True, now_ns + LOSSY_NS
+                self._at_risk = self._lost = True
+                self._lossy_until_ns = now_ns + LOSSY_NS
             gone.setdefault(drop.stream, {}).update(dict.fromkeys(drop.positions, drop.reason))
         for stream, reasons in gone.items():
             s = self._streams[stream]

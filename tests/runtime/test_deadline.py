@@ -62,13 +62,31 @@ def test_a_whole_chunk_enters_at_once():
 
 def test_part_of_a_chunk_waits_until_its_oldest_frame_must_go():
     """Two ticks of 80 ms end at 600 if they begin at 440."""
-    waiting = view(queue=(600, 650))
+    waiting = view(queue=(600, 650), overdue_ns=900)
     assert decided(waiting) == Decision((), (), 440 * MS)
     assert decided(waiting, now=440).parts == (Choice(0, (0, 1)),)
 
 
 def test_part_of_a_chunk_enters_when_nothing_more_comes():
     assert decided(view(queue=(600,), ended=True)).parts == (Choice(0, (0,)),)
+
+
+def test_part_of_a_chunk_enters_when_its_source_stalls_and_the_device_is_free():
+    stalled, other = view(0, queue=(2000,)), view(1, queue=(2500,) * 4)
+    assert decided(stalled) == Decision((), (), 400 * MS)
+    assert decided(stalled, now=400).parts == (Choice(0, (0,)),)
+    assert decided(stalled, other, now=400, sizes=(1,)).parts == (Choice(1, (0, 1, 2, 3)),)
+    assert decided(stalled, now=400, overloaded=True) == Decision((), (), 1840 * MS)
+
+
+def test_part_of_a_chunk_enters_with_a_flush_that_it_cannot_wait_for():
+    """The flush takes 80 ms, and two more ticks for the frame that waits end at 240."""
+    assert decided(view(flight=((200, 1),), queue=(240,))).parts == (Choice(0, (0,)),)
+    assert decided(view(flight=((200, 1),), queue=(241,))).parts == (Choice(0),)
+    kept = decided(
+        view(0, flight=((100, 1),), queue=(300,), group=Group("t", 2)), view(1, flight=((190, 1),))
+    )
+    assert kept.parts == (Choice(0, (0,)),)  # 80 and 80 for the chunks under way, then 80 for the new one
 
 
 def test_frames_that_cannot_be_in_time_are_dropped():

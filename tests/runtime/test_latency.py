@@ -63,6 +63,20 @@ def test_a_device_that_halves_its_speed_is_believed_after_three_ticks_for_all_ki
     assert expected_ms(model, steps=2) == 180
 
 
+def test_a_doubted_speed_is_replaced_by_the_next_tick():
+    model = learned(*[sample(50)] * 10, *[sample(150)] * 5)
+    assert model.speed == 3
+    model.doubt()
+    assert expected_ms(model) == 50
+    for duration in (200, 200):
+        model.observe(sample(duration))
+        assert expected_ms(model) == duration
+    assert model.margin == 1 + LatencyConfig().least_margin
+    fast = learned(*[sample(50)] * 10, *[sample(25)] * 5)
+    fast.doubt()
+    assert expected_ms(fast) == 25
+
+
 def test_kinds_first_used_on_a_slow_device_keep_their_proportions():
     """The warm-up knows each kind by one tick only; then the device slows down while the kind changes."""
     model = learned(sample(50), *[sample(90, steps=2)] * 20)
@@ -142,3 +156,4 @@ def test_batches_are_the_largest_allowed_and_shares_follow():
     assert [costs.size(n, 4) for n in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
     assert costs.size(4, 2) == 2
     assert [costs.share_ns(n) / MS for n in (1, 2, 3, 4, 8)] == pytest.approx([50, 30, 110 / 3, 20, 20])
+    assert [costs.least_ns(n) / MS for n in (1, 2, 3, 4, 6)] == pytest.approx([50, 30, 30, 20, 20])

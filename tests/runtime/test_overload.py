@@ -15,6 +15,7 @@ from svd2_jax.runtime.overload import (
     control,
     delay_ns,
     lowered,
+    need,
     refusal,
     ticks_per_chunk,
     utilisation,
@@ -75,6 +76,34 @@ def test_no_stream_goes_below_its_floor():
     loads = [load(0, 2, floor_steps=2), load(1, 2)]
     steps, _ = lowered(loads, {0: 2, 1: 2}, costs_of, 0, 0.01)
     assert steps == {0: 2, 1: 1}
+
+
+def test_what_is_needed_at_least_is_a_tick_per_chunk_in_the_best_batches():
+    """Three streams in pairs take 70 ms each, though only two of them at a time."""
+    loads = [load(i, budget_ms=400) for i in range(3)]
+    assert need(loads, dict.fromkeys(range(3), 2), costs_of) == pytest.approx(3 * 70 / 250)
+
+
+@pytest.mark.parametrize("tick_ms", [10, 120, 400])
+@pytest.mark.parametrize("at_risk", [False, True])
+def test_steps_stay_where_fewer_take_as_long(tick_ms, at_risk):
+    """At 400 ms no steps suffice, and times wobble by 1 %. Steps that were lowered before come back."""
+
+    def same(shape: Hashable, steps: int) -> Costs:
+        model = LatencyModel((1, 2), LatencyConfig(least_margin=0))
+        for size in (1, 2):
+            model.observe(
+                LatencySample(shape, size, steps, round(tick_ms * size * (0.99 + steps / 200) * MS))
+            )
+        return model.costs(shape, steps)
+
+    loads = [load(i, steps=3, budget_ms=4000) for i in range(2)]
+    assert control(Control(), loads, same, CONFIG, 0, at_risk)[1] == {0: 3, 1: 3}
+    state, lower = Control(), [load(i, steps=3, now=1, budget_ms=4000) for i in range(2)]
+    for at_ms in (0, 400):
+        state, steps = control(state, lower, same, CONFIG, at_ms * MS, False)
+        if tick_ms == 10:
+            assert steps == {0: 1, 1: 1}
 
 
 def slower(factor: float):
