@@ -16,6 +16,7 @@ OWN_DROPS = (Reason.OVERLOAD, Reason.HOPELESS)  # the scheduler's doing; others 
 MOST_MISSED = 0.001  # share of shown frames, where the device can do all that is demanded
 MOST_MISSED_OVERLOADED = 0.01
 LEAST_THROUGHPUT = 0.95  # of the capacity
+MOST_LATENCY_HOPELESS = 2.0  # p99, in budgets, where at times no frame can be in time
 LONGEST_RECOVERY_S = 2.0
 LONGEST_GAP_S = 2.0  # without a frame of a stream, under overload
 SETTLED_NS = SECOND  # so long everything has to be well for a recovery
@@ -46,6 +47,7 @@ class Row:
       recovery_s: from an overload's end until a whole second of frames has all its steps and comes in time; the
         longest; None if there is nothing to recover from, infinity if it never does.
       gap_s: the longest time without a frame of a stream under overload; None without overload.
+      hopeless: see `Trace`.
     """
 
     trace: str
@@ -67,6 +69,7 @@ class Row:
     mean_steps: float
     recovery_s: float | None
     gap_s: float | None
+    hopeless: bool = False
 
     @property
     def miss_rate(self) -> float:
@@ -87,6 +90,9 @@ class Row:
             "starvation": self.gap_s is None or self.gap_s <= LONGEST_GAP_S,
             "recovery": self.recovery_s is None or self.recovery_s <= LONGEST_RECOVERY_S,
         }
+        if self.hopeless:
+            bounded = self.latency_ms[2] <= MOST_LATENCY_HOPELESS * self.budget_ms[1]
+            checks = {goal: checks[goal] for goal in ("starvation", "recovery")} | {"latency": bounded}
         return tuple(goal for goal, reached in checks.items() if not reached)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +130,7 @@ def summarise(outcome: Outcome) -> Row:
         mean_steps=total.steps_mean,
         recovery_s=_recovery_s(outcome),
         gap_s=_gap_s(outcome) if overloads else None,
+        hopeless=trace.hopeless,
     )
 
 

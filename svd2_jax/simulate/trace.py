@@ -203,6 +203,8 @@ class Trace:
       device: what runs the ticks.
       streams: what sends frames.
       seed: of everything random.
+      hopeless: at times the device is too slow for any frame to be in time, even with nothing else to do: a policy is
+        judged by whether it goes on and recovers, not by what is late or lost meanwhile.
     """
 
     name: str
@@ -213,6 +215,7 @@ class Trace:
     load: float | None = None
     budgets: str = ""
     seed: int = 0
+    hopeless: bool = False
 
     def __post_init__(self):
         _check(self, "duration_s", 0.1, LONGEST_S)

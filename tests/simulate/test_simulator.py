@@ -101,6 +101,19 @@ def test_under_twice_the_demand_the_baselines_latency_is_many_times_higher(name)
     assert run(trace, Reference)[1].latency_ms[2] > 5 * ours
 
 
+def test_streams_come_back_when_the_device_was_too_slow_for_any_frame():
+    trace = read_trace(FOLDER / "overload_hopeless.json")
+    outcome, row = run(trace)
+    assert row.missed_goals == ()
+    assert row.dropped["hopeless"] > 300
+    arrived = {f: f.arrival_ns / SECOND for f in outcome.frames}
+    for begin_s, end_s in ((0.0, 19.0), (42.0, 59.0), (82.0, 90.0)):
+        assert all(f.fate is Fate.SHOWN for f, at in arrived.items() if begin_s <= at < end_s)
+    late = [f for f in outcome.frames if f.fate is Fate.LATE]
+    assert len({f.started_ns for f in late}) > 10
+    assert run(trace, Fifo)[1].missed_goals == ("latency",)
+
+
 def test_latency_does_not_follow_a_clock_that_drifts():
     trace = shortened("hour", 0.02)
     trace = dataclasses.replace(trace, streams=(dataclasses.replace(trace.streams[0], drift_ppm=1000),))
