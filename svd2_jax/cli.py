@@ -542,7 +542,9 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loop", action="store_true", help="play the file over and over")
     parser.add_argument("--seconds", type=float, metavar="S", help="end after so long")
     parser.add_argument(
-        "--fps", type=float, help="frames per second that come in (default: the file's or camera's)"
+        "--fps",
+        type=float,
+        help="frames per second to play the file at, or to ask the camera for (default: its own)",
     )
     parser.add_argument(
         "--blend", type=int, default=4, metavar="CHUNKS",
@@ -584,6 +586,8 @@ def _live(args: argparse.Namespace) -> int:
         raise ConfigError(f"--seconds must be above 0, got {args.seconds:g}")
     if args.loop and args.camera:
         raise ConfigError("--loop is for a file; a camera never ends")
+    if args.camera and args.streams > 1:
+        raise ConfigError("a camera can be opened once; use --streams 1, or play a file")
     _check_target(args.metrics)
     _check_target(args.picture)
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
@@ -598,7 +602,7 @@ def _live(args: argparse.Namespace) -> int:
     )
     # Opened once before all that takes long, so that what cannot be read is known at once.
     with (
-        live.open_camera(args.camera, cfg.height, cfg.width)
+        live.open_camera(args.camera, cfg.height, cfg.width, args.fps)
         if args.camera
         else media.VideoReader(args.input, cfg.height, cfg.width)
     ) as reader:
@@ -617,7 +621,7 @@ def _live(args: argparse.Namespace) -> int:
 
     def source(i: int, stop: threading.Event) -> live.Source:
         if args.camera:
-            return live.watch_camera(args.camera, cfg.height, cfg.width, stop)
+            return live.watch_camera(args.camera, cfg.height, cfg.width, stop, args.fps)
         return live.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
 
     plan = live.LiveRun(

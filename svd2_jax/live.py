@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
 import math
 import os
 import select
+import signal
+import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 import numpy as np
@@ -21,15 +24,18 @@ from svd2_jax import media
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.errors import ConfigError, MediaError, Svd2Error
 from svd2_jax.runtime import picture
-from svd2_jax.runtime.loop import HANG_EXIT_CODE, HangReport, LiveLoop, Source
+from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.loop import HANG_EXIT_CODE, HangReport, LiveLoop, LoopConfig, Source
 from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.metrics import JsonLines, Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.table import LiveTable
-from svd2_jax.runtime.work import SECOND, FrameRecord, StreamId, StreamSettings
+from svd2_jax.runtime.work import MS, SECOND, FrameRecord, StreamId, StreamSettings
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
 LONGEST_NAME = 14  # with it the table fits into 80 columns
+STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
+CLOSE_S = 10.0  # how long to finish videos when the device hangs
 LOOK_S = 0.2  # how often the main thread looks whether the end has come
 CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
@@ -59,7 +65,11 @@ class LiveRun:
     blend_chunks: int = 4
 
     def check(self) -> None:
-        """Raises MediaError for a video that could not be written, before the work begins."""
+        """Raises MediaError for an output that could not be written, before the work begins."""
+        paths = [path.resolve() for path in (*self.outputs, self.metrics, self.picture) if path is not None]
+        for path in paths:
+            if paths.count(path) > 1:
+                raise MediaError(f"{path}: two outputs cannot be one file; give each a name of its own")
         for i in range(len(self.specs)):
             _sink(self, i)
 
@@ -87,6 +97,8 @@ def default_budget_ms(spec: SessionSpec, rate_hz: float, stages: int = 1) -> flo
 def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str], None]) -> bool:
     """Runs live streams until their input or time is over, or somebody presses Ctrl-C.
 
+    Whatever ends the run, each video that has a frame is finished and kept.
+
     Args:
       engine: where they run.
       plan: what to do.
@@ -94,107 +106,225 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
       say: is given what to tell the user.
 
     Returns:
-      Whether every stream ended well.
+      Whether every stream and every output ended well.
 
     Raises:
-      Svd2Error: the engine, an input or an output cannot be used.
+      Svd2Error: the engine failed, or no stream could be opened.
     """
-    stop, streams = threading.Event(), {}
-    with contextlib.ExitStack() as outputs:
-        sinks = [outputs.enter_context(_sink(plan, i)) for i in range(len(plan.specs))]
-        metrics = Metrics()
-        observers = []
-        if plan.metrics is not None:
-            observers.append(outputs.enter_context(_json_lines(plan.metrics, metrics, plan)))
-        samples = []
-        say("compiling, and measuring what a tick takes")
-        steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
-        samples = measure(engine, plan.specs[0], steps)
-        for count in reversed(steps):
-            took = sorted(s.duration_ns for s in samples if s.steps == count and s.batch == 1 and not s.first)
-            say(f"  {count} step{'s'[: count - 1]}: {took[len(took) // 2] / 1e6:.0f} ms a tick of one stream")
-
-        def give_up(report: HangReport) -> None:
-            stop.set()
-            say(f"error: {report}; giving up")
-            with contextlib.suppress(Exception):
-                outputs.close()  # what was shown until now can be watched
-            os._exit(HANG_EXIT_CODE)
-
-        with LiveLoop(engine, policy, metrics=metrics, observers=observers, on_hang=give_up) as loop:
-            loop.warm_up(samples)
-            del samples
-            table = LiveTable(metrics)
-            typed = TypedLines(
-                lambda line: _change_prompt(loop, streams, line, plan.blend_chunks, table),
-                lambda text: setattr(table, "note", f"prompt> {text}"),
-            )
-            try:
-                with table, typed:
-                    for i, (spec, sink) in enumerate(zip(plan.specs, sinks, strict=True)):
-                        name = f"{i}: {spec.prompt}"[:LONGEST_NAME]
-                        stream = loop.open(spec, plan.settings, sink, plan.source(i, stop), name)
-                        streams[i] = stream
-                    say("live; type a prompt and press enter to change it, Ctrl-C ends")
-                    _wait(loop, stop, plan.seconds, say)
-            finally:
-                stop.set()
-            errors = {i: loop.stream_result(stream) for i, stream in streams.items()}
+    say, tell = _heard(say), _heard(functools.partial(print, flush=True))
+    metrics = Metrics()
+    outputs = _Outputs(plan, metrics)
+    with _Interrupts() as interrupts:
+        try:
+            outputs.open()
+            say("compiling, and measuring what a tick takes")
+            steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
+            samples = measure(engine, plan.specs[0], steps)
+            for count in reversed(steps):
+                took = [s.duration_ns for s in samples if (s.steps, s.batch, s.first) == (count, 1, False)]
+                typical = statistics.median(took) / MS
+                say(f"  {count} step{'s'[: count - 1]}: {typical:.0f} ms a tick of one stream")
+            for spec in plan.specs:
+                engine.prepare_prompt(spec.prompt)
+            interrupts.hold()
+            errors = _run_loop(engine, plan, policy, samples, outputs, metrics, interrupts, say)
+        finally:
+            problems = outputs.close()
         for i, error in errors.items():
             if error is not None:
-                say(f"error: stream {i} ended early: {error}")
-    for sink in sinks:
-        if sink.path is not None and sink.frames:
-            print(f"{sink.path}: {sink.frames} frames at {plan.settings.rate_hz:g} fps")
-    if plan.metrics is not None:
-        print(f"{plan.metrics}: what became of every frame, line by line")
-    if plan.picture is not None:
-        picture.timeline(metrics, plan.picture)
-        print(f"{plan.picture}: latency against the budget")
-    return not any(errors.values())
+                problems.append(f"stream {i} ended early: {error}")
+        for sink in outputs.sinks:
+            if sink.path is not None and sink.path.exists() and sink.frames:
+                tell(f"{sink.path}: {sink.frames} frames at {plan.settings.rate_hz:g} fps")
+        if plan.metrics is not None:
+            tell(f"{plan.metrics}: what became of every frame, line by line")
+        if plan.picture is not None:
+            try:
+                picture.timeline(metrics, plan.picture)
+                tell(f"{plan.picture}: latency against the budget")
+            except OSError as e:
+                problems.append(f"{plan.picture}: cannot be written ({e.strerror or e})")
+    for problem in problems:
+        say(f"error: {problem}")
+    return not problems
 
 
-def _wait(loop: LiveLoop, stop: threading.Event, seconds: float | None, say: Callable[[str], None]) -> None:
-    """Waits until all streams are over; ends them when the time has come or at Ctrl-C, at once at a second one."""
-    ends = None if seconds is None else time.monotonic() + seconds
-    while True:
-        try:
-            while not loop.wait(timeout_s=LOOK_S):
-                if ends is not None and time.monotonic() >= ends:
-                    ends = None
-                    _end_all(loop, stop)
-            return
-        except KeyboardInterrupt:
-            if stop.is_set():
-                say("interrupted again: what is under way is dropped")
-                for stream in loop.streams:
-                    loop.close(stream)
-            else:
-                say("interrupted: finishing what is under way (Ctrl-C again drops it)")
-                ends = None
-                _end_all(loop, stop)
+def _run_loop(
+    engine: Engine,
+    plan: LiveRun,
+    policy: PolicyConfig,
+    samples: list[LatencySample],
+    outputs: _Outputs,
+    metrics: Metrics,
+    interrupts: _Interrupts,
+    say: Callable[[str], None],
+) -> dict[int, BaseException | None]:
+    """Runs the streams; returns what each of them ended with."""
+    stop, streams, errors = threading.Event(), {}, {}
+    table = LiveTable(metrics)
+    on_screen = sys.stdout.isatty()
 
+    def note(text: str) -> None:
+        if on_screen:
+            table.note = text
+        else:
+            say(text)
 
-def _end_all(loop: LiveLoop, stop: threading.Event) -> None:
-    stop.set()
-    for stream in loop.streams:
-        loop.end(stream)
+    typed = TypedLines(
+        lambda line: note(_change_prompt(loop, streams, line, plan.blend_chunks)),
+        (lambda text: note(f"prompt> {text}")) if on_screen else None,
+    )
 
+    def give_up(report: HangReport) -> None:
+        stop.set()
+        with contextlib.suppress(Exception):
+            typed.__exit__()
+            table.__exit__(None, None, None)
+        say(f"error: {report}; giving up")
+        closing = threading.Thread(target=outputs.close, daemon=True)  # what was shown can be watched
+        closing.start()
+        closing.join(CLOSE_S)
+        os._exit(HANG_EXIT_CODE)
 
-def _change_prompt(
-    loop: LiveLoop, streams: dict[int, StreamId], line: str, blend_chunks: int, table: LiveTable
-) -> None:
-    """Takes a typed line: a prompt for all streams, or `2: prompt` for one."""
-    number, separator, text = line.partition(":")
-    chosen = list(streams.values())
-    if separator and number.strip().isdecimal() and int(number) in streams:
-        chosen, line = [streams[int(number)]], text
+    loop = LiveLoop(engine, policy, LoopConfig(stop_s=STOP_S), metrics, outputs.observers, on_hang=give_up)
+    loop.start()
     try:
-        for stream in chosen:
+        loop.warm_up(samples)
+        samples.clear()
+        with table, typed:
+            for i, (spec, sink) in enumerate(zip(plan.specs, outputs.sinks, strict=True)):
+                name = f"{i}: {spec.prompt}"[:LONGEST_NAME]
+                try:
+                    if not interrupts.count:
+                        streams[i] = loop.open(spec, plan.settings, sink, plan.source(i, stop), name)
+                except Svd2Error as e:
+                    errors[i] = e
+            if errors and not streams:
+                raise errors[0]
+            say("live; type a prompt and press enter to change it, Ctrl-C ends")
+            _wait(loop, stop, plan.seconds, interrupts, say)
+    finally:
+        stop.set()
+        if stuck := loop.stop():
+            say(f"did not end: {', '.join(stuck)}; stuck in a camera, a file or the device")
+    if loop.lost_events or loop.observer_errors:
+        outputs.problems.append(f"{plan.metrics}: {loop.lost_events or 'some'} events are missing")
+    return {**errors, **{i: loop.stream_result(stream) for i, stream in streams.items()}}
+
+
+def _wait(
+    loop: LiveLoop,
+    stop: threading.Event,
+    seconds: float | None,
+    interrupts: _Interrupts,
+    say: Callable[[str], None],
+) -> None:
+    """Waits until all streams are over; ends them when the time has come or at Ctrl-C, at once at a second one."""
+    ends, seen = None if seconds is None else time.monotonic() + seconds, 0
+    while not loop.wait(timeout_s=LOOK_S):
+        if seen == 0 and interrupts.count == 1:
+            say("interrupted: finishing what is under way (Ctrl-C again drops it)")
+        if seen < 2 <= interrupts.count:
+            say("interrupted again: what is under way is dropped")
+            for stream in loop.streams:
+                loop.close(stream)
+        seen = interrupts.count
+        if (seen or (ends is not None and time.monotonic() >= ends)) and not stop.is_set():
+            stop.set()
+            for stream in loop.streams:
+                loop.end(stream)
+
+
+class _Interrupts:
+    """Counts Ctrl-C and SIGTERM while streams are live, so that nothing is cut off; before, they end the program."""
+
+    def __init__(self):
+        self.count = 0
+        self._held = False
+        self._before: dict[int, Any] = {}
+
+    def hold(self) -> None:
+        """From now on, counts."""
+        self._held = True
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # signals are for others elsewhere
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, *_: object) -> None:
+        if not self._held:
+            raise KeyboardInterrupt
+        self.count += 1
+
+
+def _heard(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Returns `say` for a listener who may have gone away: that must not end the streams."""
+
+    def safely(text: str) -> None:
+        try:
+            say(text)
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # else Python complains again at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (OSError, ValueError):
+            pass
+
+    return safely
+
+
+def _change_prompt(loop: LiveLoop, streams: Mapping[int, StreamId], line: str, blend_chunks: int) -> str:
+    """Takes a typed line, a prompt for all streams or `2: prompt` for one; returns what became of it."""
+    number, separator, text = line.partition(":")
+    chosen = list(streams.items())
+    if separator and number.strip().isdecimal() and int(number) in streams:
+        chosen, line = [(int(number), streams[int(number)])], text
+    problems = {}
+    for i, stream in chosen:
+        try:
             loop.set_prompt(stream, line.strip(), blend_chunks)
-        table.note = f"new prompt: {line.strip()}"
-    except Svd2Error as e:
-        table.note = f"not taken: {e}"
+        except Exception as e:  # the text encoder's own errors end the stream, and this has to go on
+            problems[i] = e
+    if problems:
+        return "not taken: " + ", ".join(f"stream {i}: {e}" for i, e in problems.items())
+    return f"new prompt: {line.strip()}"
+
+
+class _Outputs:
+    """The files that a run writes; each is finished or given up for itself."""
+
+    def __init__(self, plan: LiveRun, metrics: Metrics):
+        self.sinks = [_sink(plan, i) for i in range(len(plan.specs))]
+        self.observers: list[JsonLines] = []
+        self.problems: list[str] = []
+        self._plan, self._metrics = plan, metrics
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Opens them."""
+        for sink in self.sinks:
+            sink.open()
+        if self._plan.metrics is not None:
+            self.observers.append(_json_lines(self._plan.metrics, self._metrics, self._plan))
+
+    def close(self) -> list[str]:
+        """Finishes them; returns what went wrong."""
+        with self._lock:
+            for sink in self.sinks:
+                if problem := sink.close():
+                    self.problems.append(problem)
+            for lines in self.observers:
+                lines.close()
+                if lines.error is not None:
+                    why = lines.error.strerror or lines.error
+                    self.problems.append(f"{self._plan.metrics}: is not complete ({why})")
+            self.observers.clear()
+            return self.problems
 
 
 def _json_lines(path: Path, metrics: Metrics, plan: LiveRun) -> JsonLines:
@@ -218,36 +348,65 @@ def _sink(plan: LiveRun, i: int) -> VideoSink:
 class VideoSink:
     """Writes a stream's frames to a video file, or drops them where there is none.
 
-    Input frame n is frame n of the file: where one was not shown, the one before it stays, as on a screen.
+    A frame is placed by the time at which it was taken: where none was shown, the one before it stays, as on a screen.
     """
 
     def __init__(self, path: Path | None, fps: float, height: int, width: int):
-        """Checks what can be checked; entering the sink opens the file."""
+        """Checks what can be checked; `open` opens the file."""
         self.path, self.frames = path, 0
+        self._fps = fps
         self._writer = None if path is None else media.VideoWriter(path, fps, height, width)
-        self._stack = contextlib.ExitStack()
+        self._is_open = self._failed = False
+        self._first: FrameRecord | None = None
         self._last: np.ndarray | None = None
 
-    def __enter__(self) -> Self:
+    def open(self) -> None:
+        """Opens the file; raises MediaError."""
         if self._writer is not None:
-            self._stack.enter_context(self._writer)
-        return self
+            self._writer.__enter__()
+            self._is_open = True
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if self._writer is not None and not self.frames:  # a video without a frame is not kept
-            kind, e = MediaError, MediaError("no frame was shown")
-        self._stack.__exit__(kind, e, at)
+    def close(self) -> str | None:
+        """Finishes the file, or removes it if it has no frame or could not be written; returns what went wrong."""
+        if self._writer is None or not self._is_open:
+            return None
+        self._is_open = False
+        lost = MediaError("nothing to keep") if self._failed or not self.frames else None
+        try:
+            self._writer.__exit__(type(lost) if lost else None, lost, None)
+        except Svd2Error as e:
+            return str(e)
+        return None
 
     def __call__(self, frame: np.ndarray, record: FrameRecord) -> None:
         """Takes the next shown frame."""
-        if self._writer is not None:
+        self._first = self._first or record
+        place = self._place(record, self._first)
+        if place >= self.frames:  # else frames come faster than the file plays
             held = frame if self._last is None else self._last
-            for _ in range(record.number - self.frames):
-                self._writer.write(held[None])
-            self._writer.write(frame[None])
-        self._last, self.frames = frame, record.number + 1
+            self._write(held, place - self.frames)
+            self._write(frame, 1)
+            self.frames = place + 1
+        self._last = frame
+
+    def _place(self, record: FrameRecord, first: FrameRecord) -> int:
+        """Returns which frame of the file this is."""
+        arrived = record.arrival_ns - first.arrival_ns
+        since = arrived
+        if record.timestamp_ns is not None and first.timestamp_ns is not None:
+            # A camera's clock that jumps must not stop the picture for long.
+            since = min(record.timestamp_ns - first.timestamp_ns, arrived + SECOND)
+        return round(since * self._fps / SECOND)
+
+    def _write(self, frame: np.ndarray, times: int) -> None:
+        if self._writer is None or not self._is_open:
+            return
+        try:
+            for _ in range(times):
+                self._writer.write(frame[None])
+        except BaseException:
+            self._failed = True
+            raise
 
 
 def play_file(
@@ -286,20 +445,23 @@ def play_file(
     return play()
 
 
-def watch_camera(device: str, height: int, width: int, stop: threading.Event) -> Source:
+def watch_camera(
+    device: str, height: int, width: int, stop: threading.Event, rate_hz: float | None = None
+) -> Source:
     """Gives a camera's frames as they come, with the camera's own timestamps.
 
     Args:
       device: `/dev/video0`, or with FFmpeg's name of the kind of device in front, as in `avfoundation:0` or
-        `lavfi:testsrc=size=320x240:rate=16`.
+        `lavfi:testsrc=size=320x240:rate=16,realtime`.
       height: pixels of the frames.
       width: pixels of the frames.
-      stop: ends the stream when it is set.
+      stop: ends the stream, with the camera's next frame, when it is set.
+      rate_hz: frames per second to ask the camera for; None leaves it as it is.
 
     Raises:
       MediaError: the camera cannot be opened; at once, not with the first frame.
     """
-    camera = open_camera(device, height, width)
+    camera = open_camera(device, height, width, rate_hz)
 
     def watch() -> Iterator[tuple[int | None, np.ndarray]]:
         with camera:
@@ -311,7 +473,7 @@ def watch_camera(device: str, height: int, width: int, stop: threading.Event) ->
     return watch()
 
 
-def open_camera(device: str, height: int, width: int) -> media.VideoReader:
+def open_camera(device: str, height: int, width: int, rate_hz: float | None = None) -> media.VideoReader:
     """Opens a camera, see `watch_camera`.
 
     Raises:
@@ -325,16 +487,23 @@ def open_camera(device: str, height: int, width: int) -> media.VideoReader:
                 f"camera {device}: put FFmpeg's kind of device in front, as in v4l2:/dev/video0"
             )
         kind, name = CAMERA_FORMATS[sys.platform], device
-    return media.VideoReader(name, height, width, device=kind)
+    asked = {} if rate_hz is None or kind not in CAMERA_FORMATS.values() else {"framerate": f"{rate_hz:g}"}
+    return media.VideoReader(name, height, width, device=kind, device_options=asked)
 
 
 class TypedLines:
-    """Takes lines that are typed while a block runs; on a terminal they can be seen while they are typed."""
+    """Takes lines that are typed while a block runs; on a terminal they can be shown while they are typed."""
 
     def __init__(
-        self, take: Callable[[str], None], show: Callable[[str], None], stream: TextIO | None = None
+        self,
+        take: Callable[[str], None],
+        show: Callable[[str], None] | None,
+        stream: TextIO | None = None,
     ):
-        """Takes what to call with a whole line, and with what is typed of the next one so far."""
+        """Takes what to call with a whole line, and with what is typed of the next one so far.
+
+        Without `show` the terminal itself shows what is typed.
+        """
         self._take, self._show, self._stream = take, show, stream or sys.stdin
         self._stop = threading.Event()
         self._before: Any = None
@@ -345,19 +514,20 @@ class TypedLines:
             fd = self._stream.fileno()
         except (OSError, ValueError, AttributeError):  # closed, or not a file
             return self
-        on_terminal = os.isatty(fd)
-        if on_terminal:
-            try:
-                import termios
-                import tty
-            except ImportError:  # not on Windows
-                return self
-            with contextlib.suppress(OSError):  # not the terminal that the process belongs to
+        body = self._read_lines
+        if os.isatty(fd):
+            with contextlib.suppress(OSError, AttributeError):  # not the terminal that the process belongs to
                 if os.tcgetpgrp(fd) != os.getpgrp():  # in the background: reading would stop the process
                     return self
-            self._before = termios.tcgetattr(fd)
-            tty.setcbreak(fd)
-        body = self._read_keys if on_terminal else self._read_lines
+            if self._show is not None:
+                try:
+                    import termios
+                    import tty
+                except ImportError:  # not on Windows
+                    return self
+                self._before = termios.tcgetattr(fd)
+                tty.setcbreak(fd)
+                body = self._read_keys
         self._thread = threading.Thread(target=body, args=(fd,), name="svd2-typed", daemon=True)
         self._thread.start()
         return self
@@ -372,30 +542,52 @@ class TypedLines:
             termios.tcsetattr(self._stream.fileno(), termios.TCSADRAIN, self._before)
 
     def _read_keys(self, fd: int) -> None:
-        typed = b""
-        while not self._stop.is_set():
-            if not select.select([fd], [], [], LOOK_S)[0]:
+        assert self._show is not None
+        decoder, typed = codecs.getincrementaldecoder("utf-8")("replace"), ""
+        while data := self._read(fd, 1):
+            if data == b"\x1b":
+                self._skip_escape(fd)
                 continue
-            key = os.read(fd, 1)
-            if not key:
+            for key in decoder.decode(data):
+                if key in "\r\n":
+                    line, typed = typed.strip(), ""
+                    if line:
+                        self._take(line)
+                elif key in "\x7f\b":
+                    typed = typed[:-1]
+                    self._show(typed)
+                elif key.isprintable():
+                    typed += key
+                    self._show(typed)
+
+    def _skip_escape(self, fd: int) -> None:
+        """Skips an arrow or the like, `ESC [ ... letter`; its bytes are there already."""
+        inside = False
+        while select.select([fd], [], [], 0)[0]:
+            byte = os.read(fd, 1)
+            if inside and b"@" <= byte <= b"~":
                 return
-            if key in b"\r\n":
-                line, typed = typed.decode(errors="replace").strip(), b""
-                if line:
-                    self._take(line)
-                continue
-            typed = typed[:-1] if key in b"\x7f\b" else typed + key
-            self._show(typed.decode(errors="replace"))
+            if not inside and byte not in (b"[", b"O"):
+                return
+            inside = True
 
     def _read_lines(self, fd: int) -> None:
         pending = b""
-        while not self._stop.is_set():
-            if not select.select([fd], [], [], LOOK_S)[0]:
-                continue
-            data = os.read(fd, 4096)
+        while data := self._read(fd, 4096):
             *lines, pending = (pending + data).split(b"\n")
-            for line in [*lines, *([pending] if not data else [])]:
-                if text := line.decode(errors="replace").strip():
-                    self._take(text)
-            if not data:
-                return
+            self._take_lines(lines)
+        self._take_lines([pending])
+
+    def _take_lines(self, lines: Iterable[bytes]) -> None:
+        for line in lines:
+            if text := line.decode(errors="replace").strip():
+                self._take(text)
+
+    def _read(self, fd: int, most: int) -> bytes:
+        """Waits for what is typed; nothing at its end, or when the block ends."""
+        while not self._stop.is_set():
+            if select.select([fd], [], [], LOOK_S)[0]:
+                with contextlib.suppress(OSError):
+                    return os.read(fd, most)
+                return b""
+        return b""

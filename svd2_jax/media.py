@@ -83,6 +83,7 @@ class VideoReader:
         width: int | None = None,
         max_frames: int | None = None,
         device: str | None = None,
+        device_options: Mapping[str, str] | None = None,
     ):
         """Opens `path`.
 
@@ -92,11 +93,12 @@ class VideoReader:
           width: the same; given together with `height` or not at all.
           max_frames: stop after this many frames.
           device: FFmpeg's name of the kind of camera, such as "v4l2"; None for a file.
+          device_options: FFmpeg's options for the camera.
 
         Raises:
           MediaError: the file is missing, a folder, not a video, damaged or without frames.
         """
-        self._path, self._device = Path(path), device
+        self._path, self._device, self._device_options = Path(path), device, dict(device_options or {})
         if (height is None) != (width is None):
             raise MediaError(f"give both height and width or neither, got {height=} and {width=}")
         for name, value in (("height", height), ("width", width), ("max_frames", max_frames)):
@@ -146,7 +148,7 @@ class VideoReader:
         if device not in kinds:
             raise MediaError(f"{device}: this build of PyAV knows no such kind of camera")
         try:
-            return av.open(str(self._path), "r", format=device)
+            return av.open(str(self._path), "r", format=device, options=self._device_options)
         except (FFmpegError, OSError, ValueError) as error:
             raise MediaError(
                 f"{self._path}: cannot be opened as a {device} camera ({_reason(error)})"

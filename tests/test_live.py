@@ -13,15 +13,16 @@ import pytest
 from fakes import SMALL, FakeEngine, spec
 
 from svd2_jax import live, media
-from svd2_jax.errors import ConfigError, MediaError
+from svd2_jax.errors import MediaError
 from svd2_jax.live import LiveRun, TypedLines, VideoSink
+from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.work import Fate, FrameRecord, StreamSettings
 
 HEIGHT, WIDTH = SMALL.height, SMALL.width
 FAST = 200.0  # frames per second: a test need not last as long as a video
 SETTINGS = StreamSettings(rate_hz=FAST, budget_ms=2000.0)
-TESTSRC = f"lavfi:testsrc=size={WIDTH}x{HEIGHT}:rate=16"
+TESTSRC = f"lavfi:testsrc=size={WIDTH}x{HEIGHT}:rate=16"  # faster than its rate, as nothing holds it
 
 
 @pytest.fixture
@@ -53,8 +54,13 @@ def frames_of(path):
         return list(reader)
 
 
-def record(number):
-    return FrameRecord(0, number, None, 0, 0, Fate.SHOWN)
+def record(number, arrived=None, stamped=None):
+    """A frame of a stream of 16 FPS, by default in its own time; times in frames."""
+    times = [
+        None if at is None else round(at * 1e9 / 16)
+        for at in (stamped, number if arrived is None else arrived)
+    ]
+    return FrameRecord(0, number, times[0], times[1], 0, Fate.SHOWN)
 
 
 def test_a_file_is_played_to_its_end_and_every_frame_is_accounted_for(clip, tmp_path, capsys):
@@ -139,20 +145,16 @@ def test_typed_lines_change_the_prompt_of_all_streams_or_of_one():
             self.calls = []
 
         def set_prompt(self, stream, text, blend_chunks):
-            if text == "bad":
-                raise ConfigError("no such prompt")
+            if stream == 8:
+                raise RuntimeError("it is over")
             self.calls.append((stream, text, blend_chunks))
 
-    class Table:
-        note = ""
-
-    loop, table, streams = Loop(), Table(), {0: 7, 1: 9}
-    for line in ("a cat", "1: a dog", "5: a bird", "bad"):
-        live._change_prompt(loop, streams, line, 4, table)
+    loop, streams = Loop(), {0: 7, 1: 8, 2: 9}
+    said = [live._change_prompt(loop, streams, line, 4) for line in ("a cat", "2: a dog", "5: a bird")]
     assert loop.calls == [
         (7, "a cat", 4), (9, "a cat", 4), (9, "a dog", 4), (7, "5: a bird", 4), (9, "5: a bird", 4)
     ]  # fmt: skip
-    assert table.note == "not taken: no such prompt"
+    assert said == ["not taken: stream 1: it is over", "new prompt: a dog", "not taken: stream 1: it is over"]
 
 
 def until(is_so):
@@ -179,25 +181,78 @@ def test_what_is_typed_on_a_terminal_is_shown_before_it_is_taken():
     ours, theirs = os.openpty()
     lines, shown = [], []
     with os.fdopen(theirs) as terminal, TypedLines(lines.append, shown.append, terminal):
-        os.write(ours, b"a cx\x7fat\n")
+        os.write(ours, "caf\u00e9\x7f\x04e\x1b[A\n".encode())
         until(lambda: lines)
     os.close(ours)
-    assert lines == ["a cat"]
-    assert shown == ["a", "a ", "a c", "a cx", "a c", "a ca", "a cat"]
+    assert lines == ["cafe"]  # a character is deleted whole, an arrow and Ctrl-D are none
+    assert shown == ["c", "ca", "caf", "caf\u00e9", "caf", "cafe"]
 
 
-def test_a_video_holds_a_frame_where_others_were_dropped(tmp_path):
-    with VideoSink(tmp_path / "out.mkv", 16, HEIGHT, WIDTH) as sink:
-        for number, level in ((1, 50), (2, 90), (5, 200)):
-            sink(np.full((HEIGHT, WIDTH, 3), level, np.uint8), record(number))
-    levels = [round(float(frame.mean())) for frame in frames_of(tmp_path / "out.mkv")]
-    np.testing.assert_allclose(levels, [50, 50, 90, 90, 90, 200], atol=3)  # the codec is lossy
+@pytest.mark.parametrize(
+    ("records", "levels"),
+    [
+        # Dropped frames are held by the one before; what comes first is the first frame.
+        ([record(1), record(2), record(5)], [10, 20, 20, 20, 50]),
+        # Duplicates were dropped: numbers run ahead of time.
+        ([record(0, 0), record(4, 1), record(8, 2)], [0, 40, 80]),
+        # A camera of twice the rate: what comes in time for a frame that is taken already is left out.
+        ([record(0, 0), record(1, 0.5), record(2, 1), record(3, 1.6), record(4, 2)], [0, 20, 30]),
+        # Network jitter, told by timestamps; then a clock that jumps by an hour.
+        ([record(0, 0, 0), record(1, 1.7, 1), record(2, 2, 2), record(3, 3, 57600)], [0, 10, *[20] * 17, 30]),
+    ],
+)
+def test_a_video_has_each_frame_at_its_time(tmp_path, records, levels):
+    sink = VideoSink(tmp_path / "out.mkv", 16, HEIGHT, WIDTH)
+    sink.open()
+    for one in records:
+        sink(np.full((HEIGHT, WIDTH, 3), 30 + 10 * one.number, np.uint8), one)
+    assert sink.close() is None
+    seen = [float(frame.mean()) - 30 for frame in frames_of(tmp_path / "out.mkv")]
+    np.testing.assert_allclose(seen, levels, atol=3)  # the codec is lossy
 
 
 def test_a_video_without_a_frame_is_not_kept(tmp_path):
-    with VideoSink(tmp_path / "out.mp4", 16, HEIGHT, WIDTH):
-        pass
+    sink = VideoSink(tmp_path / "out.mp4", 16, HEIGHT, WIDTH)
+    sink.open()
+    assert sink.close() is None
     assert not list(tmp_path.iterdir())
+
+
+def test_each_video_is_kept_whatever_becomes_of_the_others(clip, tmp_path):
+    outputs = live._Outputs(plan(clip, specs=(spec(),) * 2, output=tmp_path / "out.mp4"), Metrics())
+    outputs.open()
+    for sink in outputs.sinks:
+        sink(np.zeros((HEIGHT, WIDTH, 3), np.uint8), record(0))
+    (tmp_path / "out-0.mp4").mkdir()  # so that it cannot be moved to its place
+    (problem,) = outputs.close()
+    assert "out-0.mp4" in problem
+    assert len(frames_of(tmp_path / "out-1.mp4")) == 1
+
+
+def test_a_listener_who_is_gone_does_not_cost_the_video(clip, tmp_path):
+    def gone(text):
+        raise BrokenPipeError
+
+    live_run = plan(clip, output=tmp_path / "out.mp4")
+    assert live.run(FakeEngine(device_ms=lambda *_: 1.0), live_run, PolicyConfig(), gone)
+    assert len(frames_of(tmp_path / "out.mp4")) == 33
+
+
+def test_a_stream_that_is_not_let_in_leaves_the_others_running(clip, tmp_path):
+    def source(i, stop):
+        if i == 0:
+            raise MediaError("no such camera")
+        return live.play_file(clip, HEIGHT, WIDTH, None, False, stop)
+
+    ended_well, said = run(plan(clip, specs=(spec(),) * 2, source=source, output=tmp_path / "out.mp4"))
+    assert not ended_well
+    assert "stream 0 ended early: no such camera" in said
+    assert len(frames_of(tmp_path / "out-1.mp4")) == 33
+
+
+def test_outputs_cannot_share_a_file(clip, tmp_path):
+    with pytest.raises(MediaError, match="two outputs cannot be one file"):
+        plan(clip, metrics=tmp_path / "out", picture=tmp_path / "out").check()
 
 
 def test_a_played_file_has_the_timestamps_of_its_rate_and_starts_over(clip):

@@ -7,8 +7,10 @@ defines each number.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -549,11 +551,15 @@ class JsonLines:
             self._write(line)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self.error is None:
-            try:
-                self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-            except OSError as e:
-                self.error = e
+        if self.error is not None:
+            return
+        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        try:
+            if (written := self._file.write(data)) != len(data):
+                self._file.truncate(self._file.tell() - (written or 0))  # whole lines only
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            self.error = e
 
 
 def to_dict(event: Event) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +17,7 @@ from svd2_jax.runtime.metrics import Metrics, Summary
 
 REFRESH_HZ = 4.0
 MOST_ROWS = 12  # of streams in the live table, those that are active latest
+GONE = (OSError, ValueError, SystemExit)  # raised when nobody reads what is printed; the last one by rich
 GOOD, FAIR, BAD = "green", "yellow", "red"
 MISS_FAIR, MISS_BAD = 0.001, 0.01  # shares of late frames: the goals below capacity and in overload
 
@@ -99,10 +101,11 @@ class LiveTable:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self._live is not None:
-            self._live.stop()
-        if self._metrics.streams:
-            self._console.print(self.final())
+        with suppress(*GONE):
+            if self._live is not None:
+                self._live.stop()
+            if self._metrics.streams:
+                self._console.print(self.final())
 
     def final(self) -> Group:
         """Returns the table of the whole run."""
@@ -120,9 +123,10 @@ class LiveTable:
         return Group(*lines, Text(self.note, style="dim")) if self.note else Group(*lines)
 
     def _refresh(self) -> None:
-        while not self._stop.wait(self._every_s):
-            if self._live is not None:
-                self._live.update(self._now(), refresh=True)
+        with suppress(*GONE):
+            while not self._stop.wait(self._every_s):
+                if self._live is not None:
+                    self._live.update(self._now(), refresh=True)
 
 
 def _add_row(table: Table, whole: Summary, now: Summary) -> None:
