@@ -351,14 +351,15 @@ def _offers(
             start += 1
         if start:
             drops.append(Drop(view.stream, tuple(range(start)), Reason.HOPELESS))
-        flush = bool(view.flight) and _must_flush(view, now_ns, time.one_ns + spare)
+        waits = len(queue) - start
+        whole = waits >= view.need or (view.ended and waits > 0)
+        flush = not whole and bool(view.flight) and _must_flush(view, now_ns, time.one_ns + spare)
         stalled = now_ns >= view.overdue_ns
-        if len(queue) > start:
+        if waits:
             # Part of a chunk enters when nothing more comes, or the oldest frame would be lost by waiting for more,
             # be it only for the end of a flush.
             latest = queue[start] - lone
             urgent = latest - spare - flush * time.batch_ns <= now_ns
-            whole = len(queue) - start >= view.need or view.ended
             if whole or urgent or (stalled and not overloaded):
                 if overloaded:
                     key = (view.served_ns - now_ns) / view.period_ns
