@@ -111,7 +111,7 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
     Raises:
       Svd2Error: the engine failed, or no stream could be opened.
     """
-    say, tell = _heard(say), _heard(functools.partial(print, flush=True))
+    say, tell = _heard(say, sys.stderr), _heard(functools.partial(print, flush=True), sys.stdout)
     metrics = Metrics()
     outputs = _Outputs(plan, metrics)
     with _Interrupts() as interrupts:
@@ -134,9 +134,9 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
             if error is not None:
                 problems.append(f"stream {i} ended early: {error}")
         for sink in outputs.sinks:
-            if sink.path is not None and sink.path.exists() and sink.frames:
+            if sink.is_kept:
                 tell(f"{sink.path}: {sink.frames} frames at {plan.settings.rate_hz:g} fps")
-        if plan.metrics is not None:
+        if plan.metrics is not None and not any(p.startswith(f"{plan.metrics}: ") for p in problems):
             tell(f"{plan.metrics}: what became of every frame, line by line")
         if plan.picture is not None:
             try:
@@ -263,15 +263,15 @@ class _Interrupts:
         self.count += 1
 
 
-def _heard(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Returns `say` for a listener who may have gone away: that must not end the streams."""
+def _heard(say: Callable[[str], None], stream: TextIO) -> Callable[[str], None]:
+    """Returns `say`, which writes to a stream that nobody may read any more: that must not end the streams."""
 
     def safely(text: str) -> None:
         try:
             say(text)
         except BrokenPipeError:
             with contextlib.suppress(OSError, ValueError):  # else Python complains again at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
             pass
 
@@ -356,7 +356,7 @@ class VideoSink:
         self.path, self.frames = path, 0
         self._fps = fps
         self._writer = None if path is None else media.VideoWriter(path, fps, height, width)
-        self._is_open = self._failed = False
+        self.is_kept = self._is_open = self._failed = False
         self._first: FrameRecord | None = None
         self._last: np.ndarray | None = None
 
@@ -376,6 +376,7 @@ class VideoSink:
             self._writer.__exit__(type(lost) if lost else None, lost, None)
         except Svd2Error as e:
             return str(e)
+        self.is_kept = lost is None
         return None
 
     def __call__(self, frame: np.ndarray, record: FrameRecord) -> None:

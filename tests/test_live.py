@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import signal
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +228,7 @@ def test_each_video_is_kept_whatever_becomes_of_the_others(clip, tmp_path):
     (tmp_path / "out-0.mp4").mkdir()  # so that it cannot be moved to its place
     (problem,) = outputs.close()
     assert "out-0.mp4" in problem
+    assert [sink.is_kept for sink in outputs.sinks] == [False, True]
     assert len(frames_of(tmp_path / "out-1.mp4")) == 1
 
 
@@ -248,6 +251,14 @@ def test_a_stream_that_is_not_let_in_leaves_the_others_running(clip, tmp_path):
     assert not ended_well
     assert "stream 0 ended early: no such camera" in said
     assert len(frames_of(tmp_path / "out-1.mp4")) == 33
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the file that is always full is Linux's")
+def test_metrics_that_could_not_be_written_are_not_said_to_be_there(clip, capsys):
+    ended_well, said = run(plan(clip, metrics=Path("/dev/full")))
+    assert not ended_well
+    assert "/dev/full: is not complete (No space left on device)" in said
+    assert "/dev/full" not in capsys.readouterr().out
 
 
 def test_outputs_cannot_share_a_file(clip, tmp_path):
