@@ -203,20 +203,6 @@ class FakeSession:
         if self.closed:
             raise SessionError("the session is closed")
 
-    # Not used by anything that shares ticks.
-
-    def push(self, frames: np.ndarray) -> list[FakeChunk]:
-        raise NotImplementedError
-
-    def advance(self) -> list[FakeChunk]:
-        raise NotImplementedError
-
-    def finish(self) -> list[FakeChunk]:
-        raise NotImplementedError
-
-    def run(self, *_: object, **__: object) -> Iterator[np.ndarray]:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
 class FakeTicket:

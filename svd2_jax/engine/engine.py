@@ -226,7 +226,8 @@ class DeviceEngine:
             for count in steps:
                 cfg = spec.stream.with_steps(count)
                 self.denoiser(cfg, split, lane)
-                for rows in steps if cfg.mode == "stream" else ():
+                others = [other for other in steps if other != count] if cfg.mode == "stream" else ()
+                for rows in others:
                     self._builder(cfg, lane).resize(split, rows)
 
     def prepare_prompt(self, prompt: str) -> None:

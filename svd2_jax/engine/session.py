@@ -274,12 +274,8 @@ class DeviceSession:
         return self._started
 
     def _tick(self, frames: np.ndarray | None, fresh: bool = True) -> list[DeviceChunk]:
-        """Dispatches a tick of this session alone; returns what finishes with it."""
-        if fresh:
-            self._update_prompt()
-        if not self._started:
-            return self._first_group(frames)
-        return self._bring_out(self._pipeline.tick(self._take_in(frames, fresh)))
+        """Dispatches a tick of this session alone, with or without a new chunk; returns what finishes with it."""
+        return _tick_batch([(self, frames, fresh)])[0]
 
     def _first_group(self, frames: np.ndarray | None) -> list[DeviceChunk]:
         programs = self._programs
@@ -351,7 +347,8 @@ def tick_sessions(
     they fill; the others follow one another.
     """
     groups: dict[Hashable, list[int]] = {}
-    for i, (session, _) in enumerate(parts):
+    for i, (session, frames) in enumerate(parts):
+        session._taken += 0 if frames is None else len(frames)
         line = session.pipeline
         groups.setdefault((line.cfg, line.mesh, line.split) if session.is_started else i, []).append(i)
     chunks: list[list[DeviceChunk]] = [[] for _ in parts]
@@ -359,25 +356,32 @@ def tick_sessions(
         while group:
             size = max(size for size in batch_sizes if size <= len(group))
             batch, group = group[:size], group[size:]
-            for i, done in zip(batch, _tick_batch([parts[i] for i in batch]), strict=True):
+            entering = [(*parts[i], parts[i][1] is not None) for i in batch]
+            for i, done in zip(batch, _tick_batch(entering), strict=True):
                 chunks[i] = done
     results = [chunk.result for done in chunks for chunk in done]
     return DeviceTicket(chunks, [results, [session.pipeline.came_back for session, _ in parts]])
 
 
-def _tick_batch(parts: Sequence[tuple[DeviceSession, np.ndarray | None]]) -> list[list[DeviceChunk]]:
-    """Dispatches one tick of sessions that share their programs, or the first group of one session."""
-    for session, frames in parts:
-        session._taken += 0 if frames is None else len(frames)
-    if len(parts) == 1:
-        ((session, frames),) = parts
-        return [session._tick(frames, frames is not None)]
-    for session, frames in parts:
-        if frames is not None:
+def _tick_batch(
+    parts: Sequence[tuple[DeviceSession, np.ndarray | None, bool]],
+) -> list[list[DeviceChunk]]:
+    """Dispatches one tick of sessions that share their programs, or the first group of one session.
+
+    Each part is the session, its frames, and whether something new enters.
+    """
+    for session, _, fresh in parts:
+        if fresh:
             session._update_prompt()
-    arrivals = [session._take_in(frames, frames is not None) for session, frames in parts]
-    finished = tick_together([session.pipeline for session, _ in parts], arrivals)
-    return [session._bring_out(done) for (session, _), done in zip(parts, finished, strict=True)]
+    lead, frames, _ = parts[0]
+    if not lead.is_started:
+        return [lead._first_group(frames)]
+    arrivals = [session._take_in(frames, fresh) for session, frames, fresh in parts]
+    if len(parts) == 1:
+        finished = [lead.pipeline.tick(arrivals[0])]
+    else:
+        finished = tick_together([session.pipeline for session, _, _ in parts], arrivals)
+    return [session._bring_out(done) for (session, _, _), done in zip(parts, finished, strict=True)]
 
 
 def _read(chunks: Iterable[DeviceChunk]) -> Iterator[np.ndarray]:

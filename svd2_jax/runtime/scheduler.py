@@ -318,7 +318,7 @@ class Scheduler:
                 self._finish(s, s.flight.popleft(), now_ns)
             for (
                 chunk
-            ) in s.flight:  # what the device did not finish is told by the device, not by our arithmetic
+            ) in s.flight:  # whether these are finished is for the device to say, not for our arithmetic
                 chunk.left = max(chunk.left, 1)
             self._forget_if_over(s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -288,7 +289,7 @@ class _Run:
             self._require(not stream.gone, "a closed stream in a tick")
             self._require(settings.floor_steps <= part.steps <= settings.steps, f"{part.steps} steps")
             frames = part.frames
-            ordered = all(a < b for a, b in zip((stream.entered, *frames), frames, strict=False))
+            ordered = all(a < b for a, b in itertools.pairwise((stream.entered, *frames)))
             self._require(ordered and all(n < stream.arrived for n in frames), f"takes frames {frames}")
             self._require(not any(n in stream.reported for n in frames), "takes frames that it dropped")
             if part.first:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -276,7 +278,7 @@ def test_a_backlog_has_the_time_to_spare_of_its_worst_chunk():
 def test_evenly_spaced_items_end_with_the_last(items, count):
     count = min(count, len(items))
     positions = evenly(range(len(items)), count)
-    gaps = {b - a for a, b in zip((-1, *positions), positions, strict=False)}
+    gaps = {b - a for a, b in itertools.pairwise((-1, *positions))}
     assert positions[-1] == len(items) - 1
     assert len(positions) == count
     assert max(gaps) - min(gaps) <= 1
