@@ -576,9 +576,11 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 
 def _live(args: argparse.Namespace) -> int:
     from svd2_jax import live
+    from svd2_jax.runtime import heap
     from svd2_jax.runtime.scheduler import PolicyConfig
     from svd2_jax.runtime.work import StreamSettings
 
+    heap.share()  # before JAX, which starts threads
     for name in ("streams", "blend"):
         if getattr(args, name) < (least := int(name == "streams")):
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
