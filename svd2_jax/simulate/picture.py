@@ -27,7 +27,7 @@ BINS = 150  # over a trace
 COLOURS = {"deadline": "#1f5fbf", "fifo": "#d9730d", "reference": "#7a7a7a"}
 SHADE = "#f7d9d4"
 PANEL = (7.2, 3.3)  # inches
-LEGEND = 0.75  # inches, above the panels
+LEGEND_LINE = 0.21  # inches, of each line above the panels
 DPI = 100
 
 
@@ -89,19 +89,21 @@ def draw(path: Path, sketches: Sequence[Sketch]) -> None:
         by_trace[id(one.trace)].append(one)
     columns = min(2, len(by_trace))
     rows = -(-len(by_trace) // columns)
-    width, height = PANEL[0] * columns, PANEL[1] * rows + LEGEND
+    handles = _legend([run.policy for run in sketches])
+    words = 2 * columns  # of the legend in a line
+    legend = 0.15 + LEGEND_LINE * -(-len(handles) // words)
+    width, height = PANEL[0] * columns, PANEL[1] * rows + legend
     figure = pyplot.figure(figsize=(width, height), dpi=DPI)
     grid = figure.add_gridspec(
         rows, columns, left=0.75 / width, right=1 - 0.6 / width, bottom=0.35 / height,
-        top=1 - (LEGEND + 0.3) / height, hspace=0.27, wspace=0.2,
+        top=1 - (legend + 0.3) / height, hspace=0.27, wspace=0.2,
     )  # fmt: skip
     for index, runs in enumerate(by_trace.values()):
         cell = grid[index // columns, index % columns].subgridspec(2, 1, height_ratios=(4, 1), hspace=0.08)
         above = figure.add_subplot(cell[0])
         _latencies(above, runs)
         _strip(figure.add_subplot(cell[1], sharex=above), runs)
-    handles = _legend([run.policy for run in sketches])
-    figure.legend(handles=handles, loc="upper center", ncols=2 * columns, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="upper center", ncols=words, frameon=False, fontsize=9)
     figure.savefig(path)
     pyplot.close(figure)
 
