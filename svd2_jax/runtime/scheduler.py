@@ -59,9 +59,8 @@ CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
 # So long after a frame was hopeless the device counts as overloaded. Otherwise streams could go on for ever with
 # frames so old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
 LOSSY_NS = 500 * MS
-# So long after its last tick a device that is believed too slow for any frame is tried again, with one chunk.
+# So long after its last tick a device that is believed too slow for any frame is tried again, with one frame.
 PROBE_NS = 500 * MS
-UNKNOWN = LatencyModel((1,)).costs(None, 1)  # a device that takes no time
 
 
 class Refused(SessionError):
@@ -350,13 +349,21 @@ class Scheduler:
         return self._lost and hopeless and idle and now_ns - self._ran_ns >= PROBE_NS
 
     def _probe(self, decision: Decision, views: Sequence[View], now_ns: int) -> Decision:
-        """Returns the decision with a try of the stream that waited longest, as if ticks took no time."""
-        view = min(views, key=lambda view: view.served_ns)
-        probe = decide(now_ns, [view], {view.group: UNKNOWN}, self.config, overloaded=True)
-        if probe.parts:
-            self.model.doubt()
-        drops = tuple(drop for drop in decision.drops if drop.stream != view.stream)
-        return probe._replace(drops=drops + probe.drops)
+        """Returns the decision with a try: the newest frame of the stream that waited longest, alone in its chunk.
+
+        Of all frames that one has the best chance to be in time, and no other is late with it.
+        """
+        coming = [self._view(s) for s in self._streams.values() if not s.queue and not s.ended]
+        awaited = [view for view in coming if now_ns < view.overdue_ns]
+        view = min([*views, *awaited], key=lambda view: view.served_ns)
+        if not view.queue:
+            return decision
+        newest = len(view.queue) - 1
+        self.model.doubt()
+        drops = [drop for drop in decision.drops if drop.stream != view.stream]
+        if newest:
+            drops.append(Drop(view.stream, tuple(range(newest)), Reason.HOPELESS))
+        return Decision(tuple(drops), (Choice(view.stream, (newest,), view.first),), None)
 
     def _look(self) -> tuple[list[View], dict[Group, Costs]]:
         """Returns what the policy looks at: streams with anything to do, and what ticks take."""
@@ -486,13 +493,20 @@ class Scheduler:
         self._report(StepChange(s.id, now_ns, before, after))
 
     def _finish(self, s: _Stream, chunk: _Chunk, now_ns: int) -> None:
-        """Gives the frames of a finished chunk the times at which they are shown."""
+        """Gives the frames of a finished chunk the times at which they are shown.
+
+        Of those that are late already only the newest is shown: the others would hold it up.
+        """
         settings, guard = s.settings, self.config.guard_ns
         streams = len(self._streams)
         nominal = overload.nominal_ns(settings, streams, self.model.costs, guard)
         s.playout = pacing.chunk_finished(s.playout, nominal, chunk.frames[0].media_ns, now_ns, s.budget_ns)
-        for frame in chunk.frames:
+        late = sum(frame.deadline_ns < now_ns for frame in chunk.frames)  # the oldest are
+        for i, frame in enumerate(chunk.frames):
             frame.done_ns, frame.steps = now_ns, chunk.steps
+            if i < late - 1:
+                self._drop(s, frame, Reason.HOPELESS)
+                continue
             s.playout, due = pacing.show_time(
                 s.playout, frame.media_ns, now_ns, frame.deadline_ns, s.interval_ns, guard
             )

@@ -36,12 +36,15 @@ automatic mode of StreamDiffusionV2's demo. Exit code 1 if the deadline policy m
 
 columns:
   load         the most frames demanded at any time, as a share of what the device can do at the fewest steps allowed
+  impossible   frames that no policy could show in time: alone on the device, at the fewest steps, they come too late;
+               shown, late, dropped, latencies, misses, steps and recovery are those of the others
   misses       late frames as a share of those shown
   p50 p95 p99  ms from a frame's arrival until it is shown; `budget` is the most that was asked for
   ratio        p99 to that of the deadline policy
   jitter       ms by which the time between two frames shown differs from that in the source, mean
   FPS          frames shown per second, mean of the streams; `busy`: share of the time that the device ran
-  of capacity  frames finished under overload, as a share of what the device could do then
+  of capacity  frames finished under overload, as a share of what the device could do then, where whole chunks can
+               be in time at all
   recovery     from an overload's end until a whole second of frames has all its steps and is in time
   goals        those of the deadline policy that were missed, or ok
 """

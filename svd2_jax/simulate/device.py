@@ -6,7 +6,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from svd2_jax.runtime.work import MS, SECOND, Part, StreamId, StreamSettings, Tick
+from svd2_jax.runtime.work import Part, StreamId, StreamSettings, Tick
 from svd2_jax.simulate.trace import DeviceTrace
 
 
@@ -51,7 +51,7 @@ class SimulatedDevice:
         """Starts a tick; `done_ns` says when it will be through."""
         assert self._running is None, "a tick runs already"
         work_ms = self._sample_ms(self.work_ms(tick))
-        self._running, self.done_ns = tick, self._end_ns(now_ns, work_ms)
+        self._running, self.done_ns = tick, self._trace.end_ns(now_ns, work_ms)
         self.busy_ns += self.done_ns - now_ns
 
     def finish(self) -> dict[StreamId, list[tuple[int, ...]]]:
@@ -94,15 +94,3 @@ class SimulatedDevice:
         trace, draw = self._trace, self._random
         outlier = trace.outlier_factor if draw.random() < trace.outlier_share else 1.0
         return work_ms * outlier * max(0.5, 1 + trace.noise * draw.gauss(0, 1))
-
-    def _end_ns(self, now_ns: int, work_ms: float) -> int:
-        """Returns when so much work is done that starts now, though the speed may change on the way."""
-        at_s, left_s = now_ns / SECOND, work_ms * MS / SECOND
-        for change_s, _ in self._trace.speed:
-            if change_s <= at_s:
-                continue
-            speed = self._trace.speed_at(at_s)
-            if at_s + left_s / speed <= change_s:
-                break
-            at_s, left_s = change_s, left_s - (change_s - at_s) * speed
-        return max(now_ns + 1, round((at_s + left_s / self._trace.speed_at(at_s)) * SECOND))

@@ -16,7 +16,6 @@ OWN_DROPS = (Reason.OVERLOAD, Reason.HOPELESS)  # the scheduler's doing; others 
 MOST_MISSED = 0.001  # share of shown frames, where the device can do all that is demanded
 MOST_MISSED_OVERLOADED = 0.01
 LEAST_THROUGHPUT = 0.95  # of the capacity
-MOST_LATENCY_HOPELESS = 2.0  # p99, in budgets, where at times no frame can be in time
 LONGEST_RECOVERY_S = 2.0
 LONGEST_GAP_S = 2.0  # without a frame of a stream, under overload
 SETTLED_NS = SECOND  # so long everything has to be well for a recovery
@@ -26,13 +25,18 @@ SETTLED_NS = SECOND  # so long everything has to be well for a recovery
 class Row:
     """One trace under one policy.
 
+    Frames that no policy whatever could show in time (`Outcome.is_possible`) are counted for themselves: what is said
+    of shown, late and dropped frames, of latencies, misses, steps and recovery is said of the others.
+
     Attributes:
       trace: name.
       policy: name.
       load: the most that is demanded at any time, as a share of the capacity at floor steps.
       streams: admitted.
       refused: streams that were not.
-      frames: that came in.
+      frames: that came in; `shown + late + dropped + impossible`.
+      impossible: frames that no policy could show in time.
+      impossible_shown: those of them that were shown, late as they were.
       shown: in time.
       late: shown behind their deadline.
       dropped: by reason.
@@ -42,12 +46,12 @@ class Row:
       worst_miss_rate: late frames as a share of those shown, of the stream where that is largest.
       fps: frames shown per second, mean of the streams.
       busy: share of the time that the device ran.
-      throughput: frames finished under overload, as a share of what the device could do then; None without overload.
+      throughput: frames finished under overload, as a share of what the device could do then; None without an overload
+        in which whole chunks can be in time.
       mean_steps: of the frames shown.
       recovery_s: from an overload's end until a whole second of frames has all its steps and comes in time; the
         longest; None if there is nothing to recover from, infinity if it never does.
       gap_s: the longest time without a frame of a stream under overload; None without overload.
-      hopeless: see `Trace`.
     """
 
     trace: str
@@ -69,7 +73,8 @@ class Row:
     mean_steps: float
     recovery_s: float | None
     gap_s: float | None
-    hopeless: bool = False
+    impossible: int = 0
+    impossible_shown: int = 0
 
     @property
     def miss_rate(self) -> float:
@@ -79,7 +84,7 @@ class Row:
     @property
     def missed_goals(self) -> tuple[str, ...]:
         """The goals that were missed, in words."""
-        overloaded = self.throughput is not None
+        overloaded = self.gap_s is not None
         most = MOST_MISSED_OVERLOADED if overloaded else MOST_MISSED
         checks = {
             "misses": self.miss_rate < most,
@@ -90,9 +95,6 @@ class Row:
             "starvation": self.gap_s is None or self.gap_s <= LONGEST_GAP_S,
             "recovery": self.recovery_s is None or self.recovery_s <= LONGEST_RECOVERY_S,
         }
-        if self.hopeless:
-            bounded = self.latency_ms[2] <= MOST_LATENCY_HOPELESS * self.budget_ms[1]
-            checks = {goal: checks[goal] for goal in ("starvation", "recovery")} | {"latency": bounded}
         return tuple(goal for goal, reached in checks.items() if not reached)
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,8 +108,12 @@ def summarise(outcome: Outcome) -> Row:
     trace = outcome.admitted
     overloads = trace.overloads
     metrics = Metrics(kept_streams=len(trace.sources))
+    impossible: list[FrameRecord] = []
     for event in outcome.events:
-        metrics(event)
+        if isinstance(event, FrameRecord) and not outcome.is_possible(event):
+            impossible.append(event)
+        else:
+            metrics(event)
     total, streams = metrics.summary(), [metrics.summary(stream) for stream in metrics.streams]
     budgets = [source.budget_ms for source in trace.sources]
     return Row(
@@ -116,7 +122,7 @@ def summarise(outcome: Outcome) -> Row:
         load=outcome.trace.peak_load,
         streams=len(outcome.trace.sources) - len(outcome.refused),
         refused=len(outcome.refused),
-        frames=total.frames_in,
+        frames=len(outcome.frames),
         shown=total.shown,
         late=total.late,
         dropped=dict(total.dropped),
@@ -126,20 +132,27 @@ def summarise(outcome: Outcome) -> Row:
         worst_miss_rate=max((s.miss_rate for s in streams), default=0.0),
         fps=sum(s.fps_shown for s in streams) / max(1, len(streams)),
         busy=outcome.busy_s / max(outcome.ended_s, 1e-9),
-        throughput=_throughput(outcome) if overloads else None,
+        throughput=_throughput(outcome),
         mean_steps=total.steps_mean,
         recovery_s=_recovery_s(outcome),
         gap_s=_gap_s(outcome) if overloads else None,
-        hopeless=trace.hopeless,
+        impossible=len(impossible),
+        impossible_shown=sum(frame.shown_ns is not None for frame in impossible),
     )
 
 
-def _throughput(outcome: Outcome) -> float:
-    """Returns the frames finished under overload as a share of what the device can finish at best."""
-    possible = sum((s.end_s - s.begin_s) * s.capacity_hz for s in outcome.admitted.segments if s.load > 1)
-    spans = [(round(a * SECOND), round(b * SECOND)) for a, b in outcome.admitted.overloads]
+def _throughput(outcome: Outcome) -> float | None:
+    """Returns the frames finished under overload as a share of what the device can finish at best.
+
+    Only where whole chunks can be in time: the best is reached with whole chunks. None where that is never.
+    """
+    overloads = [s for s in outcome.admitted.segments if s.load > 1 and s.takes_chunks]
+    if not overloads:
+        return None
+    best = sum((s.end_s - s.begin_s) * s.capacity_hz for s in overloads)
+    spans = [(round(s.begin_s * SECOND), round(s.end_s * SECOND)) for s in overloads]
     done = [f.done_ns for f in outcome.frames if f.done_ns is not None]
-    return sum(any(a <= at < b for a, b in spans) for at in done) / possible
+    return sum(any(a <= at < b for a, b in spans) for at in done) / best
 
 
 def _gap_s(outcome: Outcome) -> float:
@@ -169,7 +182,8 @@ def _recovery_s(outcome: Outcome) -> float | None:
     preferred: dict[int, int] = collections.defaultdict(int)  # steps by stream
     for frame in outcome.frames:
         preferred[frame.stream] = max(preferred[frame.stream], frame.steps or 0)
-    judged = [f for f in outcome.frames if f.fate is not Fate.DROPPED or f.reason in OWN_DROPS]
+    own = [f for f in outcome.frames if f.fate is not Fate.DROPPED or f.reason in OWN_DROPS]
+    judged = filter(outcome.is_possible, own)
     frames = sorted(judged, key=lambda f: f.arrival_ns)
     longest = 0.0
     for end_s in ends:
@@ -191,8 +205,8 @@ def _recovery_s(outcome: Outcome) -> float | None:
 
 
 COLUMNS = (
-    "trace", "policy", "load", "frames", "shown", "late", "dropped", "misses", "p50", "p95", "p99", "budget",
-    "ratio", "jitter", "FPS", "busy", "of capacity", "steps", "recovery", "goals",
+    "trace", "policy", "load", "frames", "impossible", "shown", "late", "dropped", "misses", "p50", "p95", "p99",
+    "budget", "ratio", "jitter", "FPS", "busy", "of capacity", "steps", "recovery", "goals",
 )  # fmt: skip
 
 
@@ -201,7 +215,7 @@ def table(rows: Sequence[Row], policy: str) -> str:
     p99_ms = {row.trace: row.latency_ms[2] for row in rows if row.policy == policy}
     lines = [COLUMNS, *(_cells(row, p99_ms.get(row.trace)) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    left = {0, 1, 6, len(COLUMNS) - 1}
+    left = {0, 1, COLUMNS.index("dropped"), len(COLUMNS) - 1}
     text = [
         "  ".join(
             c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
@@ -222,6 +236,7 @@ def _cells(row: Row, p99_ms: float | None) -> tuple[str, ...]:
         row.policy,
         f"{row.load:.2f}",
         str(row.frames),
+        f"{row.impossible} ({row.impossible_shown} shown)" if row.impossible else "0",
         str(row.shown),
         str(row.late),
         ", ".join(f"{count} {reason}" for reason, count in row.dropped.items()) or "0",

@@ -24,7 +24,7 @@ from svd2_jax.runtime.work import (
     Wait,
 )
 from svd2_jax.simulate.device import SimulatedDevice
-from svd2_jax.simulate.trace import Arrival, Trace, merged
+from svd2_jax.simulate.trace import Arrival, StreamTrace, Trace, earliest_ns, merged
 
 WARM_UP_TICKS = 5  # of each kind, measured before the streams open
 MOST_CALLS_AT_ONCE = 10_000  # at one moment; more is a policy that never waits
@@ -87,6 +87,7 @@ class Outcome:
       policy: by which policy.
       events: in order.
       refused: why each source that was not admitted was not, by its index.
+      streams: the source of each stream that was admitted.
       ended_s: when the last frame was accounted for.
       busy_s: how long the device ran.
     """
@@ -95,6 +96,7 @@ class Outcome:
     policy: str
     events: list[Event] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
+    streams: dict[StreamId, StreamTrace] = field(default_factory=dict)
     ended_s: float = 0.0
     busy_s: float = 0.0
 
@@ -108,6 +110,11 @@ class Outcome:
     def frames(self) -> list[FrameRecord]:
         """What became of each frame."""
         return [e for e in self.events if isinstance(e, FrameRecord)]
+
+    def is_possible(self, frame: FrameRecord) -> bool:
+        """Returns whether any policy could have shown a frame in time, see `earliest_ns`."""
+        source = self.streams[frame.stream]
+        return earliest_ns(self.trace.device, source, frame.arrival_ns) <= frame.deadline_ns
 
     @property
     def ticks(self) -> list[TickRecord]:
@@ -228,6 +235,7 @@ class _Run:
                 self.outcome.refused[source] = str(e)
                 return
             self.ids[source] = stream
+            self.outcome.streams[stream] = self.trace.sources[source]
             self.streams[stream] = _Stream(settings)
             self.device.open(stream, settings)
         elif source in self.ids:

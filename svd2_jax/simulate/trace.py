@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 LONGEST_S = 24 * 3600
 MOST_FRAMES = 5_000_000  # of a trace, a gigabyte of records
+LUCK = 4.0  # standard deviations by which no tick is faster than its typical time (one in 30 000 is)
 JITTER_TAIL = 5.0  # of the mean; exponential, cut off there
 
 
@@ -82,6 +83,18 @@ class DeviceTrace:
     def speed_at(self, at_s: float) -> float:
         """Returns the speed's factor at a time."""
         return next((factor for begin, factor in reversed(self.speed) if begin <= at_s), 1.0)
+
+    def end_ns(self, start_ns: int, work_ms: float) -> int:
+        """Returns when so much work, in ms at full speed, is done, though the speed may change on the way."""
+        at_s, left_s = start_ns / SECOND, work_ms * MS / SECOND
+        for change_s, _ in self.speed:
+            if change_s <= at_s:
+                continue
+            speed = self.speed_at(at_s)
+            if at_s + left_s / speed <= change_s:
+                break
+            at_s, left_s = change_s, left_s - (change_s - at_s) * speed
+        return max(start_ns + 1, round((at_s + left_s / self.speed_at(at_s)) * SECOND))
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,7 @@ class Segment:
       demand_hz: frames that come in a second, over all streams.
       capacity_hz: frames of these streams that the device can finish in a second, at floor steps and best batches.
       preferred_hz: the same at the steps that the streams prefer.
+      takes_chunks: whether every stream's whole chunks can be in time, on a device that has nothing else to do.
     """
 
     begin_s: float
@@ -183,6 +197,7 @@ class Segment:
     demand_hz: float
     capacity_hz: float
     preferred_hz: float
+    takes_chunks: bool
 
     @property
     def load(self) -> float:
@@ -203,8 +218,6 @@ class Trace:
       device: what runs the ticks.
       streams: what sends frames.
       seed: of everything random.
-      hopeless: at times the device is too slow for any frame to be in time, even with nothing else to do: a policy is
-        judged by whether it goes on and recovers, not by what is late or lost meanwhile.
     """
 
     name: str
@@ -215,7 +228,6 @@ class Trace:
     load: float | None = None
     budgets: str = ""
     seed: int = 0
-    hopeless: bool = False
 
     def __post_init__(self):
         _check(self, "duration_s", 0.1, LONGEST_S)
@@ -260,6 +272,10 @@ class Trace:
             sum(s.rate_hz for s in active),
             speed * capacity_hz(self.device, [(s, s.floor_steps) for s in active]),
             speed * capacity_hz(self.device, [(s, s.steps) for s in active]),
+            all(
+                (s.chunk_frames - 1) * 1000 / s.rate_hz + least_ms(self.device, s) / speed <= s.budget_ms
+                for s in active
+            ),
         )
 
     @property
@@ -295,6 +311,26 @@ def capacity_hz(device: DeviceTrace, active: Sequence[tuple[StreamTrace, int]]) 
         frames = sum(s.rate_hz for s in streams) / sum(s.rate_hz / s.chunk_frames for s in streams)
         time_share += sum(s.rate_hz for s in streams) / (1000 * chunks * frames)
     return sum(stream.rate_hz for stream, _ in active) / time_share if active else math.inf
+
+
+def least_ms(device: DeviceTrace, stream: StreamTrace) -> float:
+    """Returns the least work, in ms at full speed, that finishes a frame: all its ticks, at floor steps and alone.
+
+    A chunk takes at least (floor steps * stages) ticks of its stream, none shorter than one of one stream at the floor.
+    A first group takes as many passes. Both can be filled up, so neither has to wait for more frames.
+    """
+    passes = stream.floor_steps * stream.stages
+    rows = -(-stream.first_frames // stream.chunk_frames)
+    return min(passes * device.tick_ms(1, stream.floor_steps), device.sequential_ms(passes, rows))
+
+
+def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> int:
+    """Returns a time before which no policy whatever can finish a frame, even one that knows what will come.
+
+    It is the end of `least_ms` begun at its arrival, as fast as the device then is, with all the luck that its noise
+    can bring: nothing may enter before it is there, and no other chunk or stream makes a tick shorter.
+    """
+    return device.end_ns(arrival_ns, least_ms(device, stream) * max(0.5, 1 - LUCK * device.noise))
 
 
 @dataclass(frozen=True)

@@ -404,7 +404,7 @@ def test_overload_at_the_floor_skips_frames_evenly_and_keeps_the_newest():
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
-    """Eight times slower, two ticks take 1.3 s. A chunk every now and then, of each in turn, tries whether they do."""
+    """Eight times slower, two ticks take 1.3 s. A frame every now and then, of each in turn, tries whether they do."""
     sources_ = [regular(16, 480, i * 50 * MS, floor_steps=2, budget_ms=800) for i in range(streams)]
     world = World(sources_, slow(8)).run()
     at = {f: f.arrival_ns / SECOND for f in world.frames}
@@ -414,6 +414,24 @@ def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
     assert 2 <= len(tried) <= 3
     assert len(set(tried)) == min(streams, len(tried))
     assert {len(parts) for parts in tries} == {1}
+    assert {len(parts[0].frames) for parts in tries} == {0, 1}
+
+
+def test_of_frames_that_are_finished_too_late_only_the_newest_is_shown():
+    world = World([regular(16, 480, floor_steps=2, budget_ms=800)], slow(8)).run()
+    chunks: dict[int, list] = {}
+    for frame in world.frames:
+        if frame.started_ns is not None and frame.done_ns is not None:
+            chunks.setdefault(frame.started_ns, []).append(frame)
+    behind = [[f for f in chunk if f.done_ns > f.deadline_ns] for chunk in chunks.values()]
+    assert max(map(len, behind)) > 1
+    for late in filter(None, behind):
+        *older, newest = sorted(late, key=lambda f: f.number)
+        assert newest.fate is Fate.LATE
+        assert {(f.fate, f.reason) for f in older} <= {(Fate.DROPPED, Reason.HOPELESS)}
+    assert sum(map(len, behind)) - world.count(Fate.LATE) == sum(
+        f.fate is Fate.DROPPED and f.done_ns is not None for f in world.frames
+    )
 
 
 def test_a_stream_is_let_in_after_the_device_was_too_slow_for_the_one_before():

@@ -52,9 +52,9 @@ def test_a_trace_becomes_a_line_of_numbers(simulate, trace):
     code, out, err = simulate(trace, "--no-progress")
     assert (code, err) == (0, "")
     head, line = out.splitlines()
-    assert head.split()[:6] == ["trace", "policy", "load", "frames", "shown", "late"]
+    assert head.split()[:7] == ["trace", "policy", "load", "frames", "impossible", "shown", "late"]
     # 16 frames/s at 66.7 frames/s of one step; a frame every 62.5 ms for 12 s
-    assert line.split()[:6] == ["small", "deadline", "0.24", "192", "192", "0"]
+    assert line.split()[:7] == ["small", "deadline", "0.24", "192", "0", "192", "0"]
     assert line.endswith("ok")
 
 
@@ -69,7 +69,7 @@ def test_all_policies_are_compared_and_everything_is_written(simulate, trace, sl
     assert [(row["trace"], row["policy"]) for row in rows][:2] == [("small", "deadline"), ("small", "fifo")]
     assert rows[0]["frames"] == rows[0]["shown"] == 192
     assert rows[0]["missed_goals"] == []
-    assert "throughput" in rows[3]["missed_goals"]
+    assert "misses" in rows[3]["missed_goals"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert image.width > 1000

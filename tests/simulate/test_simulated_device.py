@@ -1,12 +1,14 @@
-"""The simulated device: when ticks end, and which chunks they finish, worked out by hand."""
+"""The simulated device: when ticks end, which chunks they finish, and what no policy can have it do."""
 
+import copy
 import dataclasses
+import itertools
 
 import pytest
 
 from svd2_jax.runtime.work import MS, SECOND, Part, StreamSettings, Tick
 from svd2_jax.simulate.device import SimulatedDevice
-from svd2_jax.simulate.trace import DeviceTrace
+from svd2_jax.simulate.trace import DeviceTrace, StreamTrace, earliest_ns
 
 EXACT = DeviceTrace(fixed_ms=100, row_ms=10, knee_rows=0, noise=0)
 SETTINGS = StreamSettings(rate_hz=10, budget_ms=500, steps=4)
@@ -103,3 +105,79 @@ def test_one_tick_runs_at_a_time():
     made.start(Tick(0, (Part(0, (0,)),), 0), SECOND)
     with pytest.raises(AssertionError, match="runs already"):
         made.start(Tick(1, (Part(0, (1,)),), 0), SECOND)
+
+
+# --- frames that no policy can show in time
+
+
+def alone_ms(device_trace: DeviceTrace, at_ms: int, **settings) -> float:
+    source = StreamTrace(**{"rate_hz": 10, "budget_ms": 500, "steps": 2, **settings})
+    return earliest_ns(device_trace, source, at_ms * MS) / MS
+
+
+def test_no_frame_is_finished_before_its_ticks_would_be_on_an_empty_device():
+    exact = DeviceTrace(fixed_ms=100, row_ms=10, knee_rows=0, noise=0, speed=((1.0, 0.5), (2.0, 1.0)))
+    assert alone_ms(exact, 0) == 110  # one step, one row
+    assert alone_ms(exact, 0, first_frames=4, floor_steps=2) == 220  # as a first group: two passes of one row
+    assert alone_ms(exact, 0, first_frames=5, floor_steps=2) == 240  # of two rows, as two ticks of two steps
+    assert alone_ms(exact, 0, floor_steps=2, stages=3) == 720
+    assert alone_ms(exact, 945) == 1055 + 55  # half of it at half the speed
+    assert alone_ms(exact, 1890) == 2000 + 55
+    lucky = dataclasses.replace(exact, noise=0.1)  # four times a tenth faster at most
+    assert alone_ms(lucky, 0) == pytest.approx(66)
+
+
+def in_time(trace: DeviceTrace, source: StreamTrace, arrivals_ms: list[int]) -> set[int]:
+    """Returns every frame that any sequence of ticks finishes by its deadline, found by trying all of them.
+
+    A policy may wait for any frame, take any of those that are there, leave others out, and take any steps; to start at
+    another time than that of an arrival or of a tick's end gains nothing.
+    """
+    settings = source.settings()
+    arrival_ns = [ms * MS for ms in arrivals_ms]
+    found: set[int] = set()
+
+    def go(device: SimulatedDevice, now_ns: int, entered: int, begun: bool) -> None:
+        if now_ns > arrival_ns[-1] + settings.budget_ns or len(found) == len(arrival_ns):
+            return
+        if later := [at for at in arrival_ns if at > now_ns]:
+            go(device, later[0], entered, begun)
+        there = [i for i, at in enumerate(arrival_ns) if at <= now_ns and i > entered]
+        need = settings.chunk_frames if begun else settings.first_frames
+        sizes = range(0 if device.under_way(0) else 1, need + 1)
+        chunks = [chunk for size in sizes for chunk in itertools.combinations(there, size)]
+        for chunk, steps in itertools.product(chunks, range(settings.floor_steps, settings.steps + 1)):
+            after = copy.deepcopy(device)
+            fill = need - len(chunk) if chunk else 0
+            after.start(Tick(0, (Part(0, chunk, fill, steps, first=not begun),), 0), now_ns)
+            end_ns = after.done_ns
+            assert end_ns is not None
+            done = [i for frames in after.finish()[0] for i in frames]
+            found.update(i for i in done if end_ns <= arrival_ns[i] + settings.budget_ns)
+            go(after, end_ns, max((entered, *chunk)), True)
+
+    start = SimulatedDevice(trace, seed=0)
+    start.open(0, settings)
+    go(start, arrival_ns[0], -1, False)
+    return found
+
+
+@pytest.mark.parametrize("speed", [((0.25, 0.5), (0.6, 1.0)), ((0.15, 0.25), (0.42, 1.0)), ((0.0, 0.45),)])
+@pytest.mark.parametrize(("floor_steps", "stages", "first_frames"), [(1, 1, 2), (2, 1, 2), (1, 2, 3)])
+@pytest.mark.parametrize("budget_ms", [130, 210, 260])
+def test_no_sequence_of_ticks_whatever_shows_a_frame_that_is_held_to_be_impossible(
+    speed, floor_steps, stages, first_frames, budget_ms
+):
+    trace = DeviceTrace(fixed_ms=80, row_ms=20, knee_rows=1, noise=0, speed=speed)
+    source = StreamTrace(
+        rate_hz=10, budget_ms=budget_ms, steps=2, floor_steps=floor_steps, stages=stages,
+        first_frames=first_frames, chunk_frames=2,
+    )  # fmt: skip
+    arrivals_ms = [0, 100, 230, 380]
+    possible = {
+        i for i, ms in enumerate(arrivals_ms) if earliest_ns(trace, source, ms * MS) <= (ms + budget_ms) * MS
+    }
+    shown = in_time(trace, source, arrivals_ms)
+    assert shown <= possible
+    if first_frames == source.chunk_frames:  # else a first group's second row may be what makes it late
+        assert shown == possible
