@@ -22,7 +22,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from svd2_jax import media
+from svd2_jax import files, media
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
 from svd2_jax.config import PRESETS, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
@@ -590,8 +590,8 @@ def _live(args: argparse.Namespace) -> int:
         raise ConfigError("--loop is for a file; a camera never ends")
     if args.camera and args.streams > 1:
         raise ConfigError("a camera can be opened once; use --streams 1, or play a file")
-    _check_target(args.metrics)
-    _check_target(args.picture)
+    for path in filter(None, (args.metrics, args.picture)):
+        files.check_target(path)
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
     if cfg.mode != "stream":
         raise ConfigError(
@@ -661,12 +661,13 @@ def _verify(args: argparse.Namespace) -> int:
     from svd2_jax import verify
     from svd2_jax.engine.mesh import stage_meshes
 
-    _check_target(args.json)
+    if args.json:
+        files.check_target(args.json)
     _check_devices()
     stage_meshes(1, args.stages)
-    files = verify.golden_files(args.folder)
+    goldens = verify.golden_files(args.folder)
     outcomes = []
-    with tqdm(total=len(files), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
+    with tqdm(total=len(goldens), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
         for outcome in _guarded(verify.verify(args.folder, args.dtype, args.stages)):
             outcomes.append(outcome)
             bar.write(outcome.line(), file=sys.stdout)
@@ -679,19 +680,8 @@ def _verify(args: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def _check_target(path: Path | None) -> None:
-    """Refuses, before the work is done, a file that could not be written behind it."""
-    if path and not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist; create it first")
-    if path and path.is_dir():
-        raise ConfigError(f"{path}: is a folder, expected a file name to write")
-
-
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    try:
-        path.write_text(json.dumps(values, indent=1) + "\n")
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be written ({e.strerror})") from e
+    files.write_whole(path, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
 
 
 # --- svd2 plan
@@ -720,7 +710,8 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     model, device, split = preset(args.preset), hardware(args.hardware), _parse_split(args.split)
-    _check_target(args.json)
+    if args.json:
+        files.check_target(args.json)
     cfg = _planned_stream(args)
     stages = len(split) if split and args.stages is None else args.stages
     devices = _virtual_devices(stages)

@@ -18,7 +18,7 @@ class CheckpointError(Svd2Error):
 
 
 class MediaError(Svd2Error):
-    """A video cannot be read or written."""
+    """A video, a picture or a report cannot be read or written."""
 
 
 class SessionError(Svd2Error):

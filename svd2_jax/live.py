@@ -20,7 +20,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
-from svd2_jax import media
+from svd2_jax import files, media
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.errors import ConfigError, MediaError, Svd2Error
 from svd2_jax.runtime import picture
@@ -140,10 +140,10 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
             tell(f"{plan.metrics}: what became of every frame, line by line")
         if plan.picture is not None:
             try:
-                picture.timeline(metrics, plan.picture)
+                files.write_whole(plan.picture, functools.partial(picture.timeline, metrics))
                 tell(f"{plan.picture}: latency against the budget")
-            except OSError as e:
-                problems.append(f"{plan.picture}: cannot be written ({e.strerror or e})")
+            except MediaError as e:
+                problems.append(str(e))
     for problem in problems:
         say(f"error: {problem}")
     return not problems

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -26,6 +25,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw
 
+from svd2_jax import files
 from svd2_jax.errors import MediaError
 
 FALLBACK_FPS = 24.0  # for the rare file whose container and codec both state no rate
@@ -254,14 +254,11 @@ class VideoWriter:
         """
         self.path = Path(path)
         suffix = self.path.suffix.lower()
-        if self.path.is_dir():
-            raise MediaError(f"{self.path}: is a folder, expected a file name to write")
+        files.check_target(self.path)
         if suffix not in _ENCODINGS:
             raise MediaError(
                 f"{self.path}: cannot write the format {suffix!r}; supported are {', '.join(_ENCODINGS)}"
             )
-        if not self.path.parent.is_dir():
-            raise MediaError(f"{self.path}: the folder {self.path.parent} does not exist; create it first")
         self._rate = Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR) if 0 < fps < 1e4 else Fraction(0)
         if not self._rate:
             raise MediaError(f"fps must be above 0 and below 10000, got {fps}")
@@ -270,8 +267,7 @@ class VideoWriter:
                 raise MediaError(f"{name} must be a positive even number of pixels, got {value}")
         self.size, self.fps = (height, width), fps
         self._encoding = _ENCODINGS[suffix]
-        # FFmpeg picks the container from the suffix, so the temporary name keeps it.
-        self._part = self.path.with_name(f".{self.path.stem}.{secrets.token_hex(4)}.part{suffix}")
+        self._part = files.part_of(self.path)
         self._reformatter = VideoReformatter()
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
@@ -454,7 +450,4 @@ def contact_sheet(
         while draw.textlength(text) > width and len(text) > 1:
             text = text[:-2].rstrip() + "…"
         draw.text((left, 2 * (gap + height) + gap // 2), text, fill="black")
-    try:
-        sheet.save(path)
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be written ({_reason(error)})") from error
+    files.write_whole(Path(path), sheet.save)

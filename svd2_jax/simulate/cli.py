@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from svd2_jax import files
 from svd2_jax.errors import MediaError
 
 if TYPE_CHECKING:
@@ -68,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from svd2_jax.simulate.report import summarise, table
     from svd2_jax.simulate.trace import read_trace
 
-    for path in (args.json, args.picture):
-        _check_writable(path)
+    for path in filter(None, (args.json, args.picture)):
+        files.check_target(path)
     if args.picture and args.picture.suffix.lower() != ".png":
         raise MediaError(f"{args.picture}: a picture's name ends in .png")
     traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
@@ -85,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
 
                 sketches.append(sketch(outcome))
     if args.json:
-        _write(args.json, lambda p: p.write_text(json.dumps([r.to_dict() for r in rows], indent=1) + "\n"))
+        text = json.dumps([row.to_dict() for row in rows], indent=1) + "\n"
+        files.write_whole(args.json, lambda path: path.write_text(text))
     if args.picture:
         from svd2_jax.simulate.picture import draw
 
-        _write(args.picture, lambda path: draw(path, sketches))
+        files.write_whole(args.picture, lambda path: draw(path, sketches))
     print(table(rows, DEADLINE))
     ours = [row for row in rows if row.policy == DEADLINE]
     return EXIT_MISSED if any(row.missed_goals for row in ours) else 0
@@ -119,22 +119,3 @@ def _maker(name: str) -> MakePolicy:
     if name == DEADLINE:
         return lambda sizes, report: Scheduler(PolicyConfig(), sizes, report)
     return baselines.Fifo if name == "fifo" else baselines.Reference
-
-
-def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise MediaError(f"{path}: the folder {path.parent} does not exist")
-    if path is not None and path.is_dir():
-        raise MediaError(f"{path}: is a folder; give a file's name")
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place and moves it there when it is whole."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(part)
-        part.replace(path)
-    except OSError as e:
-        raise MediaError(f"{path}: cannot be written ({os.strerror(e.errno or 0)})") from e
-    finally:
-        part.unlink(missing_ok=True)

@@ -96,7 +96,7 @@ def test_a_missed_goal_is_exit_code_1_only_for_the_policy_that_has_goals(simulat
         (json.dumps({**TRACE, "speed": 1}), [], "t.json: unknown key 'speed'; known are name, description"),
         (json.dumps({**TRACE, "duration_s": 0}), [], "t.json: duration_s must be 0.1 to 86400, got 0"),
         (json.dumps(TRACE), ["--json", "no/folder/x.json"], "the folder no/folder does not exist"),
-        (json.dumps(TRACE), ["--picture", "."], "is a folder; give a file's name"),
+        (json.dumps(TRACE), ["--picture", "."], "is a folder, expected a file name to write"),
         (json.dumps(TRACE), ["--picture", "x.mp4"], "x.mp4: a picture's name ends in .png"),
     ],
 )

@@ -1,0 +1,47 @@
+"""Files that are written: whether they can be, known before the work, and whole or not at all behind it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from svd2_jax.errors import MediaError
+
+
+def check_target(path: Path) -> None:
+    """Raises MediaError for a file that could not be written, before the work for it is done."""
+    if path.is_dir():
+        raise MediaError(f"{path}: is a folder, expected a file name to write")
+    if not path.parent.is_dir():
+        raise MediaError(f"{path}: the folder {path.parent} does not exist; create it first")
+
+
+def part_of(path: Path) -> Path:
+    """Returns a hidden name beside a file, for what will become it; the suffix stays, as it may choose the format."""
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has a file written beside its place and moves it there when it is whole; otherwise leaves all as it was.
+
+    Args:
+      path: the file; one that is there is replaced. What is there and no file, a pipe for instance, is written to.
+      write: writes the file whose name it is given.
+
+    Raises:
+      MediaError: the file cannot be written.
+    """
+    in_place = path.exists() and not path.is_file()
+    part = path if in_place else part_of(path)
+    try:
+        write(part)
+        if not in_place:
+            os.replace(part, path)
+    except OSError as e:
+        raise MediaError(f"{path}: cannot be written ({e.strerror or e})") from e
+    finally:
+        if not in_place:
+            part.unlink(missing_ok=True)

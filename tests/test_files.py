@@ -1,0 +1,66 @@
+"""Files that are written: refused before the work, and whole or not there behind it."""
+
+import os
+import threading
+
+import pytest
+
+from svd2_jax import files
+from svd2_jax.errors import MediaError
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_that_cannot_be_written_is_refused_beforehand(tmp_path):
+    files.check_target(tmp_path / "new.json")
+    (tmp_path / "old.json").write_text("old")
+    files.check_target(tmp_path / "old.json")
+    with pytest.raises(MediaError, match="is a folder, expected a file name to write"):
+        files.check_target(tmp_path)
+    with pytest.raises(MediaError, match="none does not exist; create it first"):
+        files.check_target(tmp_path / "none" / "x.json")
+    assert names(tmp_path) == {"old.json"}
+
+
+def test_a_file_takes_the_place_of_an_old_one_when_it_is_whole(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def write(part):
+        part.write_text("new")
+        assert part.suffix == ".json"
+        assert path.read_text() == "old"
+
+    files.write_whole(path, write)
+    assert path.read_text() == "new"
+    assert names(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a fault of ours")])
+def test_what_fails_half_way_leaves_all_as_it_was(tmp_path, error):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def write(part):
+        part.write_text("ne")
+        raise error
+
+    kind = MediaError if isinstance(error, OSError) else ValueError
+    with pytest.raises(kind, match=r"a\.json: cannot be written \(No space left on device\)|ours"):
+        files.write_whole(path, write)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == {"a.json"}
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_text()))
+    reader.start()
+    files.write_whole(path, lambda target: target.write_text("numbers"))
+    reader.join()
+    assert read == ["numbers"]
+    assert path.is_fifo()
