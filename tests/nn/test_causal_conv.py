@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +26,24 @@ def make(kernel_size, time_stride, frames, seed=0):
     return tuple(jnp.asarray(a) for a in (x, kernel, bias, tail))
 
 
+@pytest.mark.parametrize("is_start", [False, True])
+@pytest.mark.parametrize("formulation", ["taps", "stacked"])
 @pytest.mark.parametrize(("kernel_size", "time_stride", "frames"), SHAPES)
-def test_the_sum_over_time_taps_equals_the_3d_convolution(kernel_size, time_stride, frames):
+def test_every_formulation_equals_the_3d_convolution(kernel_size, time_stride, frames, formulation, is_start):
     x, kernel, bias, tail = make(kernel_size, time_stride, frames)
-    taps, tail_taps = causal_conv3d(x, kernel, bias, tail, time_stride=time_stride, formulation="taps")
-    full, tail_full = causal_conv3d(x, kernel, bias, tail, time_stride=time_stride, formulation="conv3d")
-    np.testing.assert_allclose(taps, full, atol=2e-5)  # other order of a sum of 81 products
-    np.testing.assert_array_equal(tail_taps, tail_full)
-    assert taps.shape == (2, frames // time_stride, 5, 6, 4)
+    tail = None if is_start else tail
+    convolve = functools.partial(causal_conv3d, x, kernel, bias, tail, time_stride=time_stride)
+    y, tail = convolve(formulation=formulation)
+    full, tail_full = convolve(formulation="conv3d")
+    np.testing.assert_allclose(y, full, atol=2e-5)  # other order of a sum of 81 products
+    np.testing.assert_array_equal(tail, tail_full)
+    assert y.shape == (2, frames // time_stride, 5, 6, 4)
+
+
+def test_a_picture_at_the_start_of_a_stream_costs_one_2d_convolution():
+    x, kernel, bias, _ = make((3, 3, 3), 1, 1)
+    text = jax.jit(functools.partial(causal_conv3d, formulation="taps")).lower(x, kernel, bias).as_text()
+    assert text.count("stablehlo.convolution") == 1
 
 
 @pytest.mark.parametrize(("kernel_size", "time_stride"), [((3, 3, 3), 1), ((3, 1, 1), 2)])
