@@ -1,0 +1,87 @@
+"""Phrasings: enough of them, each for one look, held-out ones new as a whole but made of known words."""
+
+import re
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from svd2_jax.dataset.looks import LOOKS
+from svd2_jax.dataset.phrasings import all_text, phrasings, sample
+from svd2_jax.errors import ConfigError
+
+
+def _plain(text: str) -> str:
+    return text.lower().rstrip(".")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.lower())
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_each_look_has_many_phrasings(look: str):
+    assert len(set(map(_plain, phrasings(look, "train")))) >= 60
+    assert len(set(map(_plain, phrasings(look, "held_out")))) >= 15
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_no_held_out_phrasing_is_trained_on_in_any_writing(look: str):
+    train = set(map(_plain, all_text("train")))
+    assert not train & set(map(_plain, phrasings(look, "held_out")))
+
+
+def test_every_phrasing_belongs_to_one_look():
+    owners = defaultdict(set)
+    for look in LOOKS:
+        for text in (*phrasings(look, "train"), *phrasings(look, "held_out")):
+            owners[_plain(text)].add(look)
+    assert {text: looks for text, looks in owners.items() if len(looks) > 1} == {}
+
+
+def test_every_held_out_word_occurs_in_train():
+    known = {word for text in all_text("train") for word in _words(text)}
+    assert {word for text in all_text("held_out") for word in _words(text)} <= known
+
+
+def test_phrasings_are_filled_in_and_tidy():
+    for text in (*all_text("train"), *all_text("held_out")):
+        assert text == " ".join(text.split())
+        assert "{" not in text
+        assert not re.search(r"\b(a|an|the) (a|an|the)\b|\ba [aeiou]", text.lower()), text
+
+
+@pytest.mark.parametrize(
+    ("look", "text"),
+    [
+        ("unchanged", "leave it as it is"),
+        ("pencil_sketch", "pencil drawing of a harbour"),
+        ("oil_painting", "turn it into an oil painting"),
+        ("watercolour", "a watercolor painting"),
+        ("neon_night", "cyberpunk"),
+        ("winter", "a snowy winter day"),
+        ("thermal", "thermal vision"),
+        ("mosaic", "pixel art"),
+        ("sepia", "an old sepia photograph"),
+    ],
+)
+def test_common_prompts_are_among_them(look: str, text: str):
+    assert text in (*phrasings(look, "train"), *phrasings(look, "held_out"))
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_samples_come_from_the_split_and_repeat_with_the_seed(split):
+    first, second = (
+        [sample("winter", split, rng) for _ in range(50)]
+        for rng in (np.random.default_rng(5), np.random.default_rng(5))
+    )
+    assert first == second
+    assert set(first) <= set(phrasings("winter", split))
+    assert len(set(first)) > 20
+
+
+def test_unknown_looks_and_splits_are_refused():
+    with pytest.raises(ConfigError, match=r"no phrasings for look 'cubism'; known: unchanged, "):
+        phrasings("cubism", "train")
+    with pytest.raises(ConfigError, match=r"unknown split 'test'"):
+        sample("winter", "test", np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
