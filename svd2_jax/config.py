@@ -168,13 +168,23 @@ class TAEHVConfig(_Config):
 
 @dataclass(frozen=True)
 class ModelConfig(_Config):
-    """All networks of one checkpoint; `name` is the preset it was recognised as, or "custom"."""
+    """All networks of one checkpoint.
+
+    Attributes:
+      name: the preset it was recognised as, or "custom".
+      dit: the transformer.
+      vae: encoder and decoder.
+      text: the text encoder.
+      taehv: the small decoder, where there is one.
+      picture: (height, width) in pixels that the model was trained at, a stream's default.
+    """
 
     name: str
     dit: DiTConfig
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     taehv: TAEHVConfig = field(default_factory=TAEHVConfig)
+    picture: tuple[int, int] = (480, 832)
 
     def __post_init__(self):
         if self.dit.text_dim != self.text.dim:
@@ -197,11 +207,12 @@ class ModelConfig(_Config):
 PRESETS: Mapping[str, ModelConfig] = {
     "wan-1.3b": ModelConfig("wan-1.3b", DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)),
     "wan-14b": ModelConfig("wan-14b", DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)),
-    "tiny": ModelConfig(
+    "tiny": ModelConfig(  # ships with the package
         "tiny",
-        DiTConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=4, freq_dim=32, text_dim=48, text_len=16),
-        VAEConfig(dim=8),
-        TextConfig(vocab=300, dim=48, dim_attn=64, dim_ffn=96, num_heads=4, num_layers=3),
+        DiTConfig(dim=128, ffn_dim=384, num_heads=4, num_layers=5, freq_dim=64, text_dim=64, text_len=24),
+        VAEConfig(dim=8, dim_mult=(1, 2, 5, 8), num_res_blocks=1),
+        TextConfig(vocab=1024, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2),
+        picture=(96, 160),
     ),
 }
 

@@ -1,0 +1,147 @@
+"""What `scripts/train_tiny.py` runs: data, VAE, transformer with text encoder, checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from svd2_jax.config import LATENT_STRIDE, StreamConfig, VAEConfig, preset
+from svd2_jax.engine.checkpoint import TOKENIZER, CheckpointWriter, Manifest
+from svd2_jax.engine.tokenizer import Tokenizer
+from svd2_jax.models import vae
+from svd2_jax.training import autoencoder, denoiser, fit, pairs, words
+from svd2_jax.training.fit import Run
+
+WINDOW = 64  # pixels of the VAE's training clips in both directions
+WINDOW_FRAMES = 9
+PICTURES_BATCH, CLIPS_BATCH = 8, 2
+LATENT_NOISE = 0.05
+SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
+LONG_BATCH = 4
+SHORT, SHORT_BATCH = 4, 8  # latent frames and sequences of the first part: looks are learned frame by frame
+SCENES = 120
+
+
+def main() -> None:
+    """Trains what is not trained yet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of all that is made")
+    parser.add_argument("--only", choices=("vae", "transformer", "export"), help="one part")
+    parser.add_argument("--checkpoint", type=Path, help="folder to export to (default OUT/checkpoint)")
+    parser.add_argument("--quick", action="store_true", help="a hundredth of everything, to try it out")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    share = 0.01 if args.quick else 1.0
+    if args.only in (None, "vae"):
+        train_vae(args.out, share)
+    if args.only in (None, "transformer"):
+        train_transformer(args.out, share)
+    if args.only in (None, "export"):
+        export(args.out, args.checkpoint or args.out / "checkpoint", share)
+
+
+def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
+    """Returns the trained VAE, float32 on the host."""
+    cfg = preset("tiny").vae
+    pool = pairs.window_pool(folder / "windows.npy", _part(1200, share), 4, WINDOW_FRAMES, WINDOW, seed=0)
+    shown = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, 8).astype(int)])
+    sample = functools.partial(autoencoder.draw_sample, cfg, shown[:, :5])
+
+    def batch(run: Run, count: int, frames: int, step: int) -> np.ndarray:
+        rng = np.random.default_rng([run.seed, step])
+        clips = rng.integers(len(pool), size=count)
+        first = rng.integers(WINDOW_FRAMES - frames + 1, size=count)
+        flip = rng.random(count) < 0.5
+        chosen = [pool[i, t : t + frames] for i, t in zip(clips, first, strict=True)]
+        return np.stack([c[:, :, ::-1] if f else c for c, f in zip(chosen, flip, strict=True)])
+
+    def trained(run: Run, params: autoencoder.Params, count: int, frames: int, noise: float):
+        loss = functools.partial(autoencoder.loss, cfg, noise)
+        at = functools.partial(batch, run, count, frames)
+        return fit.fit(run, folder / run.name, params, loss, at, sample)
+
+    pictures = Run("vae-pictures", _part(3000, share), rate=0.02, vector_rate=2e-3, seed=1)
+    clips = Run("vae-clips", _part(2500, share), rate=0.01, vector_rate=1e-3, seed=2)
+    params = jax.tree.map(jnp.asarray, autoencoder.init_params(cfg, seed=0))
+    params = trained(pictures, params, PICTURES_BATCH, 1, 0.0)
+    params = trained(clips, params, CLIPS_BATCH, 5, LATENT_NOISE)
+    return jax.tree.map(np.asarray, params)
+
+
+def train_transformer(folder: Path, share: float = 1.0) -> denoiser.Params:
+    """Returns the trained transformer and text encoder, float32 on the host."""
+    model, cfg = preset("tiny"), tiny_stream()
+    vae_params = scaled_vae(folder, share)
+    words.train_tokenizer(folder / TOKENIZER, model.text.vocab)
+    tokenizer = Tokenizer.from_folder(folder / TOKENIZER, model.dit.text_len)
+    encode = jax.jit(lambda clips: _encode(model.vae, vae_params, clips))
+    frames = 1 + LATENT_STRIDE * (SEQUENCE - 1)
+    latents = pairs.latent_pool(
+        folder / "latents.npy",
+        lambda clips: np.concatenate([np.asarray(encode(one[None])) for one in clips]),
+        _part(SCENES, share),
+        (SEQUENCE, *cfg.latent_size, model.vae.z_dim),
+        frames,
+        (cfg.height, cfg.width),
+        seed=10_000,
+    )
+
+    def trained(run: Run, params: denoiser.Params, count: int, frames: int) -> denoiser.Params:
+        def batch(step: int) -> denoiser.Batch:
+            rng = np.random.default_rng([run.seed, step])
+            return denoiser.random_batch(tokenizer, cfg, latents, count, frames, rng)
+
+        loss = functools.partial(denoiser.loss, model, cfg)
+        return fit.fit(run, folder / run.name, params, loss, batch, adam_only=denoiser.is_table)
+
+    short = Run("transformer-short", _part(3000, share), rate=0.02, vector_rate=2e-3, seed=3)
+    long = Run("transformer-long", _part(1000, share), rate=0.01, vector_rate=1e-3, seed=4)
+    params = jax.tree.map(jnp.asarray, denoiser.init_params(model, seed=0))
+    params = trained(short, params, SHORT_BATCH, SHORT)
+    params = trained(long, params, LONG_BATCH, SEQUENCE)
+    return jax.tree.map(np.asarray, params)
+
+
+def tiny_stream() -> StreamConfig:
+    """Returns what a stream of the tiny model computes: its own picture size, everything else as published."""
+    height, width = preset("tiny").picture
+    return StreamConfig(height=height, width=width)
+
+
+def scaled_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
+    """Returns the trained VAE with latents of one size in all channels, measured on the training windows."""
+    cfg, params = preset("tiny").vae, train_vae(folder, share)
+    pool = np.load(folder / "windows.npy", mmap_mode="r")
+    clips = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, min(len(pool), 200)).astype(int)])
+    latents = np.asarray(jax.jit(lambda x: _encode(cfg, params, x))(clips), np.float64)
+    mean, deviation = latents.mean(axis=(0, 1, 2, 3)), latents.std(axis=(0, 1, 2, 3))
+    return autoencoder.scale_latents(cfg, params, mean, deviation, denoiser.LATENT_SIZE)
+
+
+def export(folder: Path, checkpoint: Path, share: float = 1.0) -> None:
+    """Writes the checkpoint, in bfloat16, of what was trained; one that is there is replaced."""
+    model = preset("tiny")
+    items = {**scaled_vae(folder, share), **train_transformer(folder, share)}
+    if checkpoint.exists():
+        shutil.rmtree(checkpoint)
+    with CheckpointWriter(checkpoint) as writer:
+        for name, tree in items.items():
+            writer.write_item(name, jax.tree.map(lambda x: np.asarray(x, ml_dtypes.bfloat16), tree))
+        writer.add_tokenizer({file.name: file for file in sorted((folder / TOKENIZER).iterdir())})
+        writer.finish(Manifest(model, "bfloat16", tuple(items)))
+
+
+def _encode(cfg: VAEConfig, params: autoencoder.Params, clips: jax.Array) -> jax.Array:
+    latents, _ = vae.encode_first(cfg, params[vae.ENCODER_ITEM], autoencoder.to_pixels(clips))
+    return latents
+
+
+def _part(steps: int, share: float) -> int:
+    return max(2, round(steps * share))

@@ -1,0 +1,114 @@
+"""Clips and latents to train on, made once from a seed and kept in files."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from svd2_jax.dataset import scenes
+from svd2_jax.dataset.looks import LOOKS, apply_look
+from svd2_jax.dataset.scenes import Split
+
+Array = np.ndarray
+FARTHEST_FRAME = 1000  # clips start anywhere up to here: motions are periodic and do not get dull
+
+
+def window_pool(file: Path, scenes_: int, windows: int, frames: int, size: int, seed: int) -> Array:
+    """Returns clips of square windows, uint8 [scenes * windows, T, size, size, 3], half of them in a look.
+
+    Args:
+      file: where they are kept; read if it is there.
+      scenes_: number of scenes.
+      windows: clips of each.
+      frames: T.
+      size: pixels.
+      seed: of the first scene.
+    """
+    jobs = [(seed + i, windows, frames, size) for i in range(scenes_)]
+    return _kept(file, (scenes_ * windows, frames, size, size, 3), _windows, jobs)
+
+
+def clip_pool(
+    file: Path, scenes_: int, frames: int, height: int, width: int, seed: int, split: Split = "train"
+) -> Array:
+    """Returns scenes in all looks, uint8 [scenes, looks, T, H, W, 3]; kept in a file as by `window_pool`."""
+    jobs = [(seed + i, frames, height, width, split) for i in range(scenes_)]
+    return _kept(file, (scenes_, len(LOOKS), frames, height, width, 3), _all_looks, jobs)
+
+
+def latent_pool(
+    file: Path,
+    encode: Callable[[Array], Array],
+    scenes_: int,
+    latents: tuple[int, ...],
+    frames: int,
+    size: tuple[int, int],
+    seed: int,
+) -> Array:
+    """Returns the latents of scenes in all looks, float16 [scenes, looks, N, h, w, C]; kept in a file.
+
+    Args:
+      file: where they are kept; read if it is there.
+      encode: clips, uint8 [looks, T, H, W, 3] -> latents [looks, N, h, w, C].
+      scenes_: number of scenes.
+      latents: shape (N, h, w, C) of one clip's.
+      frames: T.
+      size: (H, W).
+      seed: of the first scene.
+    """
+    jobs = [(seed + i, frames, *size, "train") for i in range(scenes_)]
+    shape = (scenes_, len(LOOKS), *latents)
+    return _kept(file, shape, _all_looks, jobs, np.float16, lambda piece: encode(piece[0])[None])
+
+
+def all_looks(clip: Array) -> Array:
+    """Returns a clip [T, H, W, 3] in all looks [looks, T, H, W, 3], in the order of `LOOKS`."""
+    return np.stack([apply_look(name, clip) for name in LOOKS])
+
+
+def _windows(job: tuple[int, int, int, int]) -> Array:
+    seed, windows, frames, size = job
+    rng, scene, names, clips = np.random.default_rng([seed, 1]), scenes.make_scene(seed), list(LOOKS), []
+    for number in range(windows):
+        clip = scenes.clip(scene, frames, size, size, int(rng.integers(FARTHEST_FRAME)))
+        look = names[int(rng.integers(1, len(names)))] if number % 2 else "unchanged"
+        clips.append(apply_look(look, clip))
+    return np.stack(clips)
+
+
+def _all_looks(job: tuple[int, int, int, int, Split]) -> Array:
+    seed, frames, height, width, split = job
+    scene = scenes.make_scene(seed, split)
+    first = int(np.random.default_rng([seed, 2]).integers(FARTHEST_FRAME))
+    return all_looks(scenes.clip(scene, frames, height, width, first))[None]
+
+
+def _kept(
+    file: Path,
+    shape: tuple[int, ...],
+    make: Callable[..., Array],
+    jobs: list,
+    dtype: type = np.uint8,
+    then: Callable[[Array], Array] = lambda piece: piece,
+) -> Array:
+    """Returns the file's array, made first by all processors where it is not there, each job a piece of it."""
+    if not file.is_file():
+        part = file.with_suffix(".part.npy")
+        filled = np.lib.format.open_memmap(part, mode="w+", dtype=dtype, shape=shape)
+        each = shape[0] // len(jobs)
+        # Not forked: JAX has threads by now.
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
+            made = tqdm(pool.map(make, jobs, chunksize=2), total=len(jobs), desc=file.stem, unit="scene")
+            for start, piece in zip(itertools.count(step=each), made, strict=False):
+                filled[start : start + each] = then(piece)
+        filled.flush()
+        part.replace(file)
+    return np.load(file, mmap_mode="r")
