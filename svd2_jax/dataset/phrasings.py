@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from types import MappingProxyType
-from typing import Literal
 
 import numpy as np
 
+from svd2_jax.dataset import Split
 from svd2_jax.errors import ConfigError
-
-Split = Literal["train", "held_out"]
 
 HELD_OUT_EVERY = 5  # of the combinations of a template with what fills it
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from svd2_jax.dataset import scenes
+from svd2_jax.dataset import Split, scenes
 from svd2_jax.dataset.looks import LOOKS, apply_look
-from svd2_jax.dataset.scenes import Split
 
 Array = np.ndarray
 FARTHEST_FRAME = 1000  # clips start anywhere up to here: motions are periodic and do not get dull
