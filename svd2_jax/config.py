@@ -207,6 +207,12 @@ class ModelConfig(_Config):
 PRESETS: Mapping[str, ModelConfig] = {
     "wan-1.3b": ModelConfig("wan-1.3b", DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)),
     "wan-14b": ModelConfig("wan-14b", DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)),
+    "golden": ModelConfig(  # the models of tests/goldens
+        "golden",
+        DiTConfig(dim=96, ffn_dim=192, num_heads=3, num_layers=4, freq_dim=32, text_dim=48, text_len=16),
+        VAEConfig(dim=8),
+        TextConfig(vocab=300, dim=48, dim_attn=64, dim_ffn=96, num_heads=4, num_layers=3),
+    ),
     "tiny": ModelConfig(  # ships with the package
         "tiny",
         DiTConfig(dim=128, ffn_dim=384, num_heads=4, num_layers=5, freq_dim=64, text_dim=64, text_len=24),

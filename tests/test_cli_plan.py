@@ -8,7 +8,7 @@ import pytest
 from svd2_jax import cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SMALL = ["--preset", "tiny", "--height", 48, "--width", 64]
+SMALL = ["--preset", "golden", "--height", 48, "--width", 64]
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_real_programs_are_compiled_and_their_needs_are_part_of_the_plan(pla
     )
     assert code == 0
     assert err.splitlines() == ["compiling the tick, 3 blocks a stage", "compiling encoder and decoder"]
-    assert "tiny, 64x48, 2 steps, t2v, mode stream, decoder taehv, bfloat16" in out  # and one clean pass
+    assert "golden, 64x48, 2 steps, t2v, mode stream, decoder taehv, bfloat16" in out  # and one clean pass
     assert "2 x h100: 79.1 GiB" in out
     values = json.loads(file.read_text())
     assert [d["blocks"] for d in values["devices"]] == [3, 1]
@@ -73,8 +73,8 @@ def test_a_pipeline_that_does_not_fit_is_planned_and_fails(plan):
 
 def test_settings_of_a_stream_come_from_its_file_and_options(plan):
     config = CONFIGS / "v2v_fast.yaml"
-    assert "decoder taehv" in plan("--quick", "--preset", "tiny", "--config", config)[1]
-    assert "t2v" in plan("--quick", "--preset", "tiny", "--config", CONFIGS / "t2v.yaml")[1].splitlines()[0]
+    assert "decoder taehv" in plan("--quick", "--preset", "golden", "--config", config)[1]
+    assert "t2v" in plan("--quick", "--preset", "golden", "--config", CONFIGS / "t2v.yaml")[1].splitlines()[0]
     options = ("--mode", "sequential", "--cache-frames", 8, "--dtype", "float32", "--decoder", "wan")
     out = plan("--quick", *SMALL, "--config", config, *options)[1]
     assert "64x48" in out
@@ -84,7 +84,7 @@ def test_settings_of_a_stream_come_from_its_file_and_options(plan):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--preset", "wan-15b"], "unknown preset 'wan-15b'; known presets are wan-1.3b, wan-14b, tiny"),
+        (["--preset", "wan-15b"], "unknown preset 'wan-15b'; known presets are wan-1.3b, wan-14b, golden, tiny"),
         (["--hardware", "h1000"], "unknown hardware 'h1000'; known are h100, "),
         (["--stages", 41], "stages must be 1 to 40, the blocks of wan-14b; got 41"),
         (["--stages", 0], "stages must be 1 to 40, the blocks of wan-14b; got 0"),

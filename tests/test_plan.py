@@ -16,7 +16,7 @@ TINY = StreamConfig(height=48, width=64)
 
 
 def tiny(stages=2, stream=TINY, device=H100, **settings):
-    return plan_lib.plan(preset("tiny"), stream, stages, device, **settings)
+    return plan_lib.plan(preset("golden"), stream, stages, device, **settings)
 
 
 def device_with(memory=80 * GIB, rate=1e12):
@@ -198,7 +198,7 @@ def test_a_device_that_is_too_small_gets_a_line_of_its_own(large):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stages": 5}, "stages must be 1 to 4, the blocks of tiny; got 5"),
+        ({"stages": 5}, "stages must be 1 to 4, the blocks of golden; got 5"),
         ({"stages": 0}, "got 0"),
         ({"stages": 2, "split": (3, 2)}, "the split has to give 2 stages all 4 blocks"),
         ({"stages": 2, "split": (4, 0)}, "at least one each"),

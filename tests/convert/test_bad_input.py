@@ -21,7 +21,7 @@ from svd2_jax.errors import ConversionError
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GENERATOR = GOLDENS / "wan_causal/model.pt"
 WAN = GOLDENS / "wan_models/Wan2.1-T2V-tiny"
-TINY = preset("tiny").dit
+TINY = preset("golden").dit
 
 
 def tiny_weights(**changes):
@@ -84,7 +84,7 @@ def other_size(tmp):
         GENERATOR,
         "--wan",
         tmp / "wan",
-    ], r"its width is 96, .* says 1536; is this a tiny checkpoint"
+    ], r"its width is 96, .* says 1536; is this a golden checkpoint"
 
 
 def parts_of_two_models(tmp):
@@ -252,4 +252,4 @@ def test_the_module_runs_as_a_command_and_its_help_shows_an_example():
 def test_the_command_converts_and_says_what_it_made(tmp_path, capsys):
     out = tmp_path / "c"
     assert cli.main(["--vae", str(WAN / "Wan2.1_VAE.pth"), "--out", str(out), "--no-progress"]) == 0
-    assert capsys.readouterr().out == f"{out}: tiny, bfloat16, 2 items\n"
+    assert capsys.readouterr().out == f"{out}: golden, bfloat16, 2 items\n"

@@ -24,7 +24,7 @@ from svd2_jax.models import dit, taehv, text_encoder, vae
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GENERATOR = GOLDENS / "wan_causal/model.pt"
 WAN = GOLDENS / "wan_models/Wan2.1-T2V-tiny"
-TINY = preset("tiny")
+TINY = preset("golden")
 
 
 def weights(path):

@@ -13,7 +13,7 @@ from svd2_jax.config import PRESETS, DiTConfig, preset
 from svd2_jax.errors import ConversionError
 from svd2_jax.models import dit
 
-TINY = preset("tiny").dit
+TINY = preset("golden").dit
 WAN = Table(wan_dit.RULES, wan_dit.IGNORED)
 
 

@@ -38,7 +38,7 @@ def main():
     port, process, result = sys.argv[1:]
     with cluster.join(f"localhost:{port}", int(process), 2):
         # Three stages: the second process drives one of them.
-        engine = DeviceEngine.random("tiny", meshes=stage_meshes(1, 3))
+        engine = DeviceEngine.random("golden", meshes=stage_meshes(1, 3))
         if frames := draw(engine, MOVES):
             np.save(result, np.concatenate(frames))
 

@@ -20,7 +20,7 @@ ITEMS = {
     },
     "dit.head": {"modulation": np.full((8, 2), 1 + 2**-9, np.float32)},
 }
-MANIFEST = Manifest(preset("tiny"), "float32", tuple(ITEMS), (SourceFile("model.pt", "ab" * 32),))
+MANIFEST = Manifest(preset("golden"), "float32", tuple(ITEMS), (SourceFile("model.pt", "ab" * 32),))
 
 
 def write(path, items=ITEMS, manifest=MANIFEST):

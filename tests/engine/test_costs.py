@@ -15,7 +15,7 @@ from svd2_jax.engine.programs import Builder
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, hardware, roofline
 
-TINY, LARGE = preset("tiny"), preset("wan-14b")
+TINY, LARGE = preset("golden"), preset("wan-14b")
 SMALL_PICTURE = StreamConfig(height=48, width=64)
 F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 H100 = "NVIDIA H100 80GB HBM3"

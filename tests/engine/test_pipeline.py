@@ -330,7 +330,7 @@ def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
     ]
     inputs = [clip(27, seed) for seed in (0, 1)]
     options = PipelineOptions(rebalance=None)
-    both = DeviceEngine.random("tiny", meshes=stage_meshes(2, 2), options=options)
+    both = DeviceEngine.random("golden", meshes=stage_meshes(2, 2), options=options)
     sessions = [both.open(spec) for spec in specs]
     devices = [{d for x in jax.tree.leaves(s._pipeline.state) for d in x.devices()} for s in sessions]
     assert [len(d) for d in devices] == [2, 2]
@@ -343,7 +343,7 @@ def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
         np.concatenate([c.frames() for c in [*done, *s.finish()]])
         for s, done in zip(sessions, chunks, strict=True)
     ]
-    single = DeviceEngine.random("tiny", options=options)
+    single = DeviceEngine.random("golden", options=options)
     for spec, frames, got in zip(specs, inputs, together, strict=True):
         with single.open(spec) as session:
             alone = np.concatenate(list(session.run(frames)))
@@ -368,13 +368,13 @@ def test_more_stages_than_devices_says_how_to_get_virtual_ones():
 
 def test_more_stages_than_blocks_is_refused():
     with pytest.raises(ConfigError, match="5 stages are more than the model's 4 blocks"):
-        DeviceEngine.random("tiny", meshes=stage_meshes(1, 5))
+        DeviceEngine.random("golden", meshes=stage_meshes(1, 5))
 
 
 @pytest.mark.parametrize("split", [(2, 1), (4,), (4, 0)])
 def test_a_split_that_does_not_add_up_is_refused(split):
     with pytest.raises(ConfigError, match="has to give 2 stages all 4 blocks"):
-        DeviceEngine.random("tiny", meshes=stage_meshes(1, 2), options=PipelineOptions(split=split))
+        DeviceEngine.random("golden", meshes=stage_meshes(1, 2), options=PipelineOptions(split=split))
 
 
 def test_arrays_over_the_stages_keep_their_buffers():

@@ -37,7 +37,7 @@ def test_two_processes_of_two_devices_draw_the_video_of_one_even_when_blocks_cha
     port, script = free_port(), Path(one_of_two.__file__)
     logs = [tmp_path / f"{i}.log" for i in range(2)]
     both = [start([script, port, i, tmp_path / f"{i}.npy"], logs[i]) for i in range(2)]
-    alone = np.concatenate(one_of_two.draw(DeviceEngine.random("tiny")))
+    alone = np.concatenate(one_of_two.draw(DeviceEngine.random("golden")))
     try:
         for process, log in zip(both, logs, strict=True):
             assert process.wait(TIMEOUT_S) == 0, log.read_text()

@@ -10,7 +10,7 @@ from svd2_jax.engine.params import random_items, with_random_text
 from svd2_jax.engine.prompt import REMEMBERED_PROMPTS, PromptEncoder
 from svd2_jax.engine.tokenizer import Tokenizer
 
-MODEL = with_random_text(preset("tiny"))
+MODEL = with_random_text(preset("golden"))
 
 
 @pytest.fixture

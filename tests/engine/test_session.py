@@ -38,7 +38,7 @@ def test_as_many_frames_come_out_as_go_in(engine, cfg, frames):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_tiny_decoder_loses_no_frame_either(steps):
-    engine = DeviceEngine.random("tiny")
+    engine = DeviceEngine.random("golden")
     cfg = StreamConfig(height=HEIGHT, width=WIDTH, timesteps=STREAM.timesteps[:steps], decoder="taehv")
     assert redraw(engine, cfg, 10).shape == (10, HEIGHT, WIDTH, 3)
 
