@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the project up and re-draws a short synthetic clip with small random weights: out/demo.mp4, out/demo.png.
+# Sets the project up and re-draws a short clip with the small model that comes with it: out/demo.mp4, out/demo.png.
 #
 #   bash scripts/demo.sh [options of `svd2 demo`]
 #

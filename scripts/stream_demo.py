@@ -1,6 +1,6 @@
 """Plays a file or a camera as a live source through the scheduler, several streams if asked for: `svd2 live`.
 
-python scripts/stream_demo.py --checkpoint random:tiny --input in.mp4 --loop --height 64 --width 64 --fps 8 \
+python scripts/stream_demo.py --input in.mp4 --loop --fps 8 \
     --prompt "a watercolour painting" --output out.mp4 --metrics out.jsonl --picture out.png
 python scripts/stream_demo.py --help
 """

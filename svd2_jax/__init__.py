@@ -1,8 +1,8 @@
 """StreamDiffusionV2 in JAX: live video re-drawn to a text prompt.
 
 ```
-engine = svd2_jax.load("checkpoint")  # or svd2_jax.random_engine("tiny")
-with engine.open(svd2_jax.SessionSpec("a watercolour painting")) as session:
+engine = svd2_jax.load("tiny")  # or the folder of a converted checkpoint
+with engine.open(svd2_jax.SessionSpec("a watercolour painting", engine.stream_config())) as session:
     for chunk in session.push(frames):  # uint8 [T, H, W, 3]
         show(chunk.frames())
 ```
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal
 
+from svd2_jax import shipped
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import (
@@ -46,7 +47,7 @@ __all__ = [
 
 
 def load(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] = "tiny",
     dtype: Literal["float32", "bfloat16"] | None = None,
     text_encoder: Literal["host", "device", "disk"] = "host",
     stages: int = 1,
@@ -56,7 +57,7 @@ def load(
     """Returns an engine that runs a converted checkpoint on JAX's devices.
 
     Args:
-      checkpoint: the folder that `svd2 convert` wrote.
+      checkpoint: the folder that `svd2 convert` wrote, or "tiny", the small model that comes with the package.
       dtype: to compute in; None takes the checkpoint's.
       text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
       stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
@@ -73,7 +74,8 @@ def load(
 
     meshes = stage_meshes(streams, stages)
     options = PipelineOptions(batch_sizes=batch_sizes)
-    return DeviceEngine.from_checkpoint(os.fspath(checkpoint), dtype, text_encoder, meshes, options)
+    folder = shipped.checkpoint_folder(checkpoint)
+    return DeviceEngine.from_checkpoint(folder, dtype, text_encoder, meshes, options)
 
 
 def random_engine(

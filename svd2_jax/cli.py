@@ -22,9 +22,9 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from svd2_jax import files, media
+from svd2_jax import files, media, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
-from svd2_jax.config import PRESETS, StreamConfig, preset
+from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
 from svd2_jax.hardware import HARDWARE, hardware
 
@@ -43,7 +43,8 @@ _END_BYTES = 1 << 20  # of each end of a file, to tell it from another
 RANDOM = "random:"
 MOST_STAGES = 8  # that a plan compares
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
-DEMO_PROMPTS = {0: "a neon city at night", 24: "an oil painting of the sea", 48: "a pencil sketch"}
+DEMO_PROMPTS = ("a neon city at night", "an oil painting", "a pencil sketch")
+DEMO_HEIGHT = 384  # pixels of the demo's picture, about: small frames are enlarged
 
 RUN_EXAMPLES = """\
 examples:
@@ -71,8 +72,8 @@ examples:
   svd2 live --checkpoint ckpt --input in.mp4 --streams 4 --prompt "a sketch" --prompt "an oil painting" \\
       --steps 4 --floor-steps 1 --budget 800 --output out.mp4
 
-  # what this machine can do, without a model
-  svd2 live --checkpoint random:tiny --input in.mp4 --height 64 --width 64 --fps 8 --prompt "anything" --output out.mp4
+  # with the small model that comes with the package
+  svd2 live --input in.mp4 --loop --fps 8 --prompt "a pencil sketch" --output out.mp4
 
 While it runs, type a prompt and press enter to change it, `1: a prompt` for stream 1 only. Ctrl-C ends it: what is
 under way is finished, and the video can be played. docs/scheduling.md says how frames are scheduled.
@@ -101,10 +102,12 @@ A plan fills up to 90 % of a device. JAX takes 75 % of a GPU's memory unless it 
 XLA_CLIENT_MEM_FRACTION=0.9 where the plan says "of device" is above 75 %. Exit code 1 if a device is too small.
 """
 DEMO_EXAMPLES = """\
-example:
+examples:
   svd2 demo --out out
+  svd2 demo --input in.mp4 --prompt "a watercolour painting" --prompt "thermal camera" --out out
 
-Re-draws a short synthetic clip, with two changes of prompt on the way, and writes demo.mp4 and demo.png.
+Re-draws a short clip with the small model that comes with the package, with two changes of prompt on the way, and
+writes demo.mp4, input beside output, and demo.png, a contact sheet.
 """
 
 
@@ -167,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate_cli.add_arguments(
         command("simulate", simulate_cli.run, "try the scheduler on recorded loads, without a model", None)
     )
-    _add_demo(command("demo", _demo, "see it work in a minute, without any weights", DEMO_EXAMPLES))
+    _add_demo(command("demo", _demo, "see it work in a minute, nothing to download", DEMO_EXAMPLES))
     return parser
 
 
@@ -226,8 +229,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", required=True, metavar="FOLDER",
-        help=f"folder that `svd2 convert` wrote, or {RANDOM}PRESET for random weights ({', '.join(PRESETS)})",
+        "--checkpoint", default=shipped.TINY, metavar="FOLDER",
+        help=f"folder that `svd2 convert` wrote; {shipped.TINY}: the small model that comes with the package "
+        f"(default); {RANDOM}PRESET: random weights ({', '.join(PRESETS)})",
     )  # fmt: skip
 
 
@@ -241,14 +245,15 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
 
 def _add_shape(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
     """Adds what `_stream_config` reads."""
-    stream = StreamConfig()
     shape = parser.add_argument_group(title)
     shape.add_argument(
         "--config", type=Path, metavar="YAML", help="stream settings, e.g. configs/v2v_fast.yaml"
     )
     shape.add_argument("--steps", type=int, help="denoising steps, 1 to 4 (default 2, or --config's)")
-    shape.add_argument("--height", type=int, help=f"pixels, a multiple of 16 (default {stream.height})")
-    shape.add_argument("--width", type=int, help=f"pixels, a multiple of 16 (default {stream.width})")
+    shape.add_argument(
+        "--height", type=int, help="pixels, a multiple of 16 (default: what the model was trained at)"
+    )
+    shape.add_argument("--width", type=int, help="the same")
     shape.add_argument(
         "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)"
     )
@@ -314,7 +319,7 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
     """Meets the other processes that run the same command, if there are any."""
     from svd2_jax.engine import cluster
 
-    manifest = Path(args.checkpoint) / "manifest.json"
+    manifest = shipped.checkpoint_folder(args.checkpoint) / "manifest.json"
     settings = (spec, sorted(prompts.items()), args.blend, args.frames, args.dtype, args.attention)
     same = {
         "a model": _digest(args.checkpoint.encode(), manifest),
@@ -403,7 +408,21 @@ def _stream_config(args: argparse.Namespace) -> StreamConfig:
             settings[name] = value
     if args.steps is not None:
         settings.pop("timesteps", None)
+    if not {"height", "width"} <= settings.keys():
+        height, width = _model(args).picture
+        settings = {"height": height, "width": width, **settings}
     return StreamConfig.for_task(task, 2 if args.steps is None else args.steps, **settings)
+
+
+def _model(args: argparse.Namespace) -> ModelConfig:
+    """Returns the sizes of the model that the options name."""
+    if "preset" in args:
+        return preset(args.preset)
+    if args.checkpoint.startswith(RANDOM):
+        return preset(args.checkpoint.removeprefix(RANDOM))
+    from svd2_jax.engine.checkpoint import Checkpoint
+
+    return Checkpoint.open(shipped.checkpoint_folder(args.checkpoint)).manifest.model
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -472,7 +491,8 @@ def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: Pipe
         _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
         return DeviceEngine.random(name, dtype=args.dtype or "float32", meshes=meshes, options=options)
     _say(f"loading {args.checkpoint}")
-    return DeviceEngine.from_checkpoint(args.checkpoint, args.dtype, args.text_encoder, meshes, options)
+    folder = shipped.checkpoint_folder(args.checkpoint)
+    return DeviceEngine.from_checkpoint(folder, args.dtype, args.text_encoder, meshes, options)
 
 
 def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter | None, total: int | None) -> None:
@@ -766,40 +786,55 @@ def _virtual_devices(stages: int | None) -> list[Any]:
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--input", type=Path, default=shipped.DEMO_CLIP, help="video to re-draw (default: a cat)"
+    )
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT",
+        help="what it should look like; several share the clip (default: " + ", ".join(DEMO_PROMPTS) + ")",
+    )  # fmt: skip
+    parser.add_argument("--frames", type=int, help="of the clip (default: all)")
     parser.add_argument(
         "--out", type=Path, default=Path("out"), help="folder for the results (default %(default)s)"
     )
-    parser.add_argument("--frames", type=int, default=73, help="length of the clip (default %(default)s)")
-    parser.set_defaults(
-        checkpoint=f"{RANDOM}tiny", dtype=None, text_encoder="host", attention="auto", verbose=False,
-        stages=1, split=None, no_rebalance=True,
-    )  # fmt: skip
+    _add_noise(parser)
+    _add_shape(parser, "what is computed (defaults: published settings)")
+    _add_machine(parser)
+    parser.set_defaults(mode=None, stages=1, split=None, no_rebalance=True)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if args.frames < 1:
+    if args.frames is not None and args.frames < 1:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise MediaError(f"{args.out}: cannot be made ({os.strerror(e.errno or 0)})") from e
-    cfg = StreamConfig.for_task("v2v", height=128, width=224)
-    _say("No trained model ships with the project yet: this runs the whole pipeline on small RANDOM weights.")
-    _say("Expect moving noise, not pictures; convert the published weights to see the real thing (README).")
-    clip = list(media.synthetic_clip(args.frames, cfg.height, cfg.width))
-    writer = media.VideoWriter(args.out / "demo.mp4", T2V_FPS, cfg.height, cfg.width)
+    cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
+    with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
+        clip, fps = list(reader), reader.fps
+    prompts = {round(i * len(clip) / len(texts)): text for i, text in enumerate(texts)}
+    scale = max(1, round(DEMO_HEIGHT / cfg.height))
+    height = cfg.height * scale + media.CAPTION_HEIGHT
+    writer = media.VideoWriter(args.out / "demo.mp4", fps, height, 2 * cfg.width * scale)
     shown: list[np.ndarray] = []
 
-    def keep(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def beside_input(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for chunk in chunks:
-            shown.extend(chunk)
-            yield chunk
+            pairs = []
+            for frame in chunk:
+                prompt = prompts[max(at for at in prompts if at <= len(shown))]
+                pairs.append(media.side_by_side(clip[len(shown)], frame, prompt, scale))
+                shown.append(frame)
+            yield np.stack(pairs)
 
-    changes = {frame: prompt for frame, prompt in DEMO_PROMPTS.items() if frame}
+    changes = {frame: prompt for frame, prompt in prompts.items() if frame}
+    spec = SessionSpec(prompts[0], cfg, args.noise_scale, args.seed)
     _check_devices()
-    with _open(args, SessionSpec(DEMO_PROMPTS[0], cfg), _meshes(args), _pipeline_options(args)) as session:
-        _write(keep(session.run(clip, prompts=changes, blend_chunks=2)), writer, len(clip))
+    with _open(args, spec, _meshes(args), _pipeline_options(args)) as session:
+        _write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
     sheet = args.out / "demo.png"
-    media.contact_sheet(sheet, clip, shown, DEMO_PROMPTS)
+    media.contact_sheet(sheet, clip, shown, prompts)
     print(f"{sheet}: input above output, prompts as captions")
     return 0

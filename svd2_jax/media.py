@@ -23,7 +23,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from svd2_jax import files
 from svd2_jax.errors import MediaError
@@ -36,6 +36,7 @@ VP9_CRF = "24"  # about the same quality on VP9's scale
 # swscale's bilinear widens its filter when it shrinks a picture, which is what "antialias" means elsewhere.
 # The other two flags cost nothing measurable and remove a bias of 1 to 1.5 levels from YUV to RGB.
 _SCALING = int(Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
+CAPTION_HEIGHT = 32  # pixels of a caption below a frame
 _BT709 = 1  # ITU-T H.273 code of BT.709: matrix, primaries and transfer share it
 
 
@@ -414,6 +415,29 @@ def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Itera
             inside = np.clip(radii[i] - distance + 0.5, 0, 1)[..., None]  # one pixel of soft edge
             picture = picture * (1 - inside) + colours[i] * inside
         yield np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, caption: str, scale: int) -> np.ndarray:
+    """Returns two frames of one size beside each other, each pixel `scale` wide, and a line of text below.
+
+    Args:
+      left: uint8 [H, W, 3].
+      right: uint8 [H, W, 3].
+      caption: cut where it is too long.
+      scale: pixels for each pixel, smoothly.
+
+    Returns:
+      uint8 [H * scale + CAPTION_HEIGHT, 2 * W * scale, 3].
+    """
+    height, width = left.shape[:2]
+    picture = Image.fromarray(np.concatenate([left, right], axis=1))
+    picture = picture.resize((2 * width * scale, height * scale), Image.Resampling.BICUBIC)
+    whole = Image.new("RGB", (picture.width, picture.height + CAPTION_HEIGHT), "black")
+    whole.paste(picture, (0, 0))
+    font = ImageFont.load_default(CAPTION_HEIGHT * 0.6)
+    draw = ImageDraw.Draw(whole)
+    draw.text((whole.width // 2, whole.height - CAPTION_HEIGHT // 2), caption, "white", font, "mm")
+    return np.asarray(whole)
 
 
 def contact_sheet(

@@ -28,6 +28,7 @@ COMMANDS = [
 
 def test_the_readme_shows_every_kind_of_command():
     assert {command.split()[1] for command in COMMANDS} == {
+        "demo",
         "run",
         "live",
         "simulate",

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,14 @@ class DeviceEngine:
         home = meshes[0].home
         prompts = PromptEncoder(model.text, tokenizer, lambda item: read_item(item, home), keep=True)
         return cls(model, read_item, prompts, compute, meshes, options)
+
+    def stream_config(self, **settings: Any) -> StreamConfig:
+        """Returns the published video-to-video configuration at the size that the model was trained at.
+
+        `settings` replace single fields of `StreamConfig`; `steps` takes so many denoising steps.
+        """
+        height, width = self.model.picture
+        return StreamConfig.for_task("v2v", **{"height": height, "width": width, **settings})
 
     @property
     def stages(self) -> int:

@@ -1,0 +1,15 @@
+"""What comes with the package: a small trained model and a clip to try it on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+TINY = "tiny"
+DEMO_CLIP = ASSETS / "demo.mp4"
+
+
+def checkpoint_folder(name: str | os.PathLike[str]) -> Path:
+    """Returns the folder of a checkpoint: "tiny" is the model that comes with the package, all else is a path."""
+    return ASSETS / TINY if name == TINY else Path(name)
