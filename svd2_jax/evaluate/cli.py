@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,12 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
         files.check_target(path)
     if args.picture and args.picture.suffix.lower() != ".png":
         raise MediaError(f"{args.picture}: a picture's name ends in .png")
-    if cfg.task != "v2v":
-        raise ConfigError(f"clips are re-drawn (task v2v); the settings are for {cfg.task}")
+    if args.frames is not None and args.frames < 2:
+        raise ConfigError(f"--frames must be at least 2, got {args.frames}")
+    if args.minutes < 0:
+        raise ConfigError(f"--minutes must be at least 0, got {args.minutes}")
+    if not 0 < args.fps < math.inf:
+        raise ConfigError(f"--fps must be above 0, got {args.fps:g}")
     folder = clips.read_folder(args.clips, args.prompt, args.look)
     spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
     plan = Plan(folder, spec, args.fps, args.frames, args.minutes)

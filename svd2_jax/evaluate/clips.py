@@ -57,11 +57,6 @@ class ClipFolder:
     clips: tuple[Clip, ...]
     looks: tuple[Look, ...]
 
-    @property
-    def has_targets(self) -> bool:
-        """Whether it is known what the looks make of the clips."""
-        return self.looks[0].name is not None
-
 
 def read_folder(path: Path, prompts: Sequence[str] = (), looks: Sequence[str] = ()) -> ClipFolder:
     """Returns what a folder of clips holds; no video is opened.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from svd2_jax.api import Chunk, Engine, SessionSpec
-from svd2_jax.errors import ConfigError, MediaError
+from svd2_jax.errors import MediaError
 from svd2_jax.evaluate import measures
 from svd2_jax.evaluate.clips import Clip, ClipFolder, read_clip, read_target
 from svd2_jax.evaluate.measures import Likeness, Motion, SteadinessMeter, Tone
@@ -38,8 +38,8 @@ class Plan:
     Attributes:
       folder: clips and what to re-draw them to.
       spec: of every stream, but for its prompt.
-      rate_hz: frames per second that times are told at.
-      most_frames: of each clip; None: all of them.
+      rate_hz: frames per second that times are told at, above 0.
+      most_frames: of each clip, at least 2; None: all of them.
       minutes: length of the long stream; 0: none.
     """
 
@@ -48,14 +48,6 @@ class Plan:
     rate_hz: float = 16.0
     most_frames: int | None = None
     minutes: int = 0
-
-    def __post_init__(self):
-        if not 0 < self.rate_hz < math.inf:
-            raise ConfigError(f"rate_hz must be above 0, got {self.rate_hz}")
-        if self.most_frames is not None and self.most_frames < 2:
-            raise ConfigError(f"most_frames must be at least 2, got {self.most_frames}")
-        if self.minutes < 0:
-            raise ConfigError(f"minutes must be at least 0, got {self.minutes}")
 
     @property
     def frames_per_minute(self) -> int:
