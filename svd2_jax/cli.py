@@ -702,7 +702,7 @@ def _add_eval(
     _add_noise(parser)
     _add_shape(parser, "what is computed (defaults: published settings)")
     _add_machine(parser)
-    parser.set_defaults(mode=None, input=True)
+    parser.set_defaults(mode=None, input=True)  # video to video
 
 
 def _eval(args: argparse.Namespace) -> int:
