@@ -24,6 +24,7 @@ PANEL = (6.0, 3.6)  # inches
 SAMPLE_WIDTH = 1.85  # inches
 SAMPLES_IN_A_ROW = 7
 CAPTION = 36  # letters
+CAPTION_HEIGHT = 0.4  # inches, of two lines
 DPI = 100
 
 Panel = Callable[[Any, Report], None]
@@ -36,15 +37,17 @@ def draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
     rows = -(-len(samples) // SAMPLES_IN_A_ROW)
     pictures = 3 if samples[0].target is not None else 2
     height, width = samples[0].input.shape[:2]
-    strip = rows * (pictures * SAMPLE_WIDTH * height / width + 0.45)
+    tall = pictures * SAMPLE_WIDTH * height / width  # inches, of a sample
+    strip = rows * (tall + CAPTION_HEIGHT)
     below = -(-len(panels) // columns)
     size = (columns * PANEL[0] + 1.5, 0.7 + strip + below * PANEL[1])
     figure = pyplot.figure(figsize=size, dpi=DPI)
     settings = report.settings
     stream = settings.stream
+    steps = len(stream["timesteps"])
     figure.suptitle(
         f"{settings.checkpoint} on {settings.clips}: {stream['width']}x{stream['height']}, "
-        f"{len(stream['timesteps'])} steps, noise scale {settings.noise_scale:g}, seed {settings.seed}",
+        f"{steps} step{'s'[: steps - 1]}, noise scale {settings.noise_scale:g}, seed {settings.seed}",
         fontsize=11, x=0.02, y=1 - 0.12 / size[1], ha="left", va="top",
     )  # fmt: skip
     figure.text(
@@ -52,14 +55,16 @@ def draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
         fontsize=9, va="top",
     )  # fmt: skip
     grid = figure.add_gridspec(
-        rows, SAMPLES_IN_A_ROW, left=0.02, right=0.98, top=1 - 0.85 / size[1], bottom=1 - (0.7 + strip) / size[1],
-        wspace=0.04, hspace=0.12,
+        rows, SAMPLES_IN_A_ROW, left=0.02, right=0.98, top=1 - 0.85 / size[1], bottom=1 - (0.5 + strip) / size[1],
+        wspace=0.04, hspace=CAPTION_HEIGHT / tall,
     )  # fmt: skip
     for index, sample in enumerate(samples):
         axes = figure.add_subplot(grid[divmod(index, SAMPLES_IN_A_ROW)])
         shown = [sample.input, sample.output, *([] if sample.target is None else [sample.target])]
         axes.imshow(np.concatenate(shown))
-        axes.set_title(sample.title[:CAPTION], fontsize=7, pad=2)
+        lines = [line[:CAPTION] for line in (sample.look, sample.prompt) if line]
+        axes.set_title("\n".join(lines), fontsize=7, pad=2)
+        axes.set_anchor("N")
         axes.axis("off")
     margin = 1.35 / size[0]
     grid = figure.add_gridspec(
@@ -140,7 +145,7 @@ def _steadiness(axes: Any, report: Report) -> None:
         bars = axes.bar(places, heights, 0.26, color=colour, label=label)
         axes.bar_label(bars, fmt="%.3g", fontsize=7)
     axes.set_xticks(range(3), ["warp error", "flicker", "distance"], fontsize=8)
-    axes.margins(y=0.15)
+    axes.margins(y=0.25)
     axes.legend(fontsize=7, frameon=False)
     _finish(axes, "change from frame to frame, 1/1000")
 

@@ -78,7 +78,8 @@ class Plan:
 class Sample:
     """A frame to look at, uint8 [H, W, 3]: of the clip, of what came out, and of the look's target."""
 
-    title: str
+    look: str | None
+    prompt: str
     input: np.ndarray
     output: np.ndarray
     target: np.ndarray | None
@@ -230,8 +231,7 @@ class _Clip:
             self._name, look.name, prompt, len(output), measures.steadiness(output, self._motion), self._steadiness
         )  # fmt: skip
         middle = len(output) // 2
-        title = f"{look.name}: {prompt}" if look.name else prompt
-        sample = Sample(title, self._frames[middle], output[middle], None)
+        sample = Sample(look.name, prompt, self._frames[middle], output[middle], None)
         if not self._targets:
             return result, sample
         target = self._targets[index]
