@@ -1,9 +1,10 @@
-"""The command line: `svd2 run | live | convert | verify | plan | simulate | demo`."""
+"""The command line: `svd2 run | live | convert | verify | eval | plan | simulate | demo`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from svd2_jax import files, media, shipped
-from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
+from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
 from svd2_jax.hardware import HARDWARE, hardware
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
     from svd2_jax.engine.mesh import StageMesh
     from svd2_jax.engine.session import DeviceSession
+    from svd2_jax.evaluate.run import Rebuild
 
 T = TypeVar("T")
 
@@ -132,6 +134,7 @@ def entry_point() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from convert import cli as convert_cli
+    from svd2_jax.evaluate import cli as evaluate_cli
     from svd2_jax.simulate import cli as simulate_cli
 
     parser = argparse.ArgumentParser(
@@ -164,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     _add_verify(command("verify", _verify, "check the numbers against the reference's", VERIFY_EXAMPLES))
+    _add_eval(
+        command("eval", _eval, "measure the quality of the pictures on a folder of clips", None),
+        evaluate_cli.add_arguments,
+    )
     _add_plan(
         command("plan", _plan, "say what a pipeline needs and how fast it can be, without one", PLAN_EXAMPLES)
     )
@@ -702,6 +709,36 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     files.write_whole(path, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
+
+
+# --- svd2 eval
+
+
+def _add_eval(
+    parser: argparse.ArgumentParser, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    _add_checkpoint(parser)
+    add_arguments(parser)
+    _add_noise(parser)
+    _add_shape(parser, "what is computed (defaults: published settings)")
+    _add_machine(parser)
+    parser.set_defaults(mode=None, input=True)  # video to video
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from svd2_jax.evaluate import cli as evaluate_cli
+
+    def open_model() -> tuple[Engine, Rebuild]:
+        _check_devices()
+        from svd2_jax.engine.autoencode import rebuild
+        from svd2_jax.engine.engine import PipelineOptions
+        from svd2_jax.engine.mesh import stage_meshes
+
+        engine = _engine(args, stage_meshes(1, 1), PipelineOptions(args.attention, rebalance=None))
+        return engine, functools.partial(rebuild, engine, cfg)
+
+    cfg = _stream_config(args)
+    return _device_errors(evaluate_cli.run, args, cfg, open_model)
 
 
 # --- svd2 plan

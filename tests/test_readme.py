@@ -34,6 +34,7 @@ def test_the_readme_shows_every_kind_of_command():
         "simulate",
         "convert",
         "verify",
+        "eval",
         "plan",
     }
 

@@ -1,0 +1,111 @@
+"""The command line of the evaluation, for `svd2 eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from svd2_jax import files
+from svd2_jax.api import Engine, SessionSpec
+from svd2_jax.config import StreamConfig
+from svd2_jax.errors import ConfigError, MediaError
+
+if TYPE_CHECKING:
+    from svd2_jax.evaluate.run import Rebuild
+
+DEFAULT_RATE_HZ = 16.0  # that Wan2.1 was trained at
+
+EXAMPLES = """\
+examples:
+  python scripts/make_eval_clips.py --out clips --split held_out --clips 8 --frames 49
+  svd2 eval --checkpoint ckpt --clips clips --height 96 --width 160 --json eval.json --picture eval.png
+  svd2 eval --checkpoint ckpt --clips clips --look sepia --look comic --minutes 10 --json eval.json
+
+  # videos of your own, without targets
+  svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --prompt "an oil painting" --frames 81
+
+A folder of clips holds video files, which are re-drawn to each --prompt; or, with a file prompts.json
+({"LOOK": ["phrasing", ...]}), folders NAME with input.mp4 and LOOK.mp4, what the look should make of it. Each clip is
+given one phrasing of each look, in turn. docs/evaluation.md defines every number. Needs pip install "svd2-jax[eval]".
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the evaluation's own options to a parser."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("--clips", required=True, type=Path, metavar="FOLDER", help="clips to re-draw")
+    parser.add_argument(
+        "--prompt", action="append", default=[],
+        help="what to re-draw clips without targets to; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--look", action="append", default=[], metavar="NAME",
+        help="of clips with targets, take only this look; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("--frames", type=int, metavar="N", help="take so many of each clip (default: all)")
+    parser.add_argument(
+        "--minutes", type=int, default=0, metavar="N",
+        help="also play the first clip forwards and backwards for so long, and tell what drifts (default: no)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fps", type=float, default=DEFAULT_RATE_HZ, metavar="X",
+        help="rate at which minutes and delays are told (default %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples and numbers there")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tuple[Engine, Rebuild]]) -> int:
+    """Evaluates as the parsed options say and returns the exit code; raises Svd2Error on bad input.
+
+    Args:
+      args: the parsed options.
+      cfg: what the streams compute.
+      open_model: loads the model; returns it, and what its VAE alone makes of a clip.
+    """
+    from svd2_jax.evaluate import clips
+    from svd2_jax.evaluate.report import Report, Settings, table
+    from svd2_jax.evaluate.run import Plan, check_clips, evaluate
+
+    for path in filter(None, (args.json, args.picture)):
+        files.check_target(path)
+    if args.picture and args.picture.suffix.lower() != ".png":
+        raise MediaError(f"{args.picture}: a picture's name ends in .png")
+    if args.frames is not None and args.frames < 2:
+        raise ConfigError(f"--frames must be at least 2, got {args.frames}")
+    if args.minutes < 0:
+        raise ConfigError(f"--minutes must be at least 0, got {args.minutes}")
+    if not 0 < args.fps < math.inf:
+        raise ConfigError(f"--fps must be above 0, got {args.fps:g}")
+    folder = clips.read_folder(args.clips, args.prompt, args.look)
+    spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
+    plan = Plan(folder, spec, args.fps, args.frames, args.minutes)
+    total = check_clips(plan)
+    engine, rebuild = open_model()
+    with tqdm(
+        total=total, unit="frame", desc="evaluating", dynamic_ncols=True, disable=args.no_progress, file=sys.stderr
+    ) as bar:  # fmt: skip
+        found = evaluate(engine, rebuild, plan, bar.update)
+    settings = Settings(
+        args.checkpoint, str(args.clips), cfg.to_dict(), args.noise_scale, args.seed, args.fps
+    )
+    looks = tuple(look.name for look in folder.looks if look.name is not None)
+    report = Report(settings, looks, found.streams, found.rebuilt, found.changes, found.long)
+    if args.json:
+        text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+        files.write_whole(args.json, lambda path: path.write_text(text))
+    if args.picture:
+        from svd2_jax.evaluate.picture import draw
+
+        files.write_whole(args.picture, lambda path: draw(path, report, found.samples))
+    print(table(report))
+    return 0

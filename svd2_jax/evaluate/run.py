@@ -1,0 +1,344 @@
+"""Streams clips through an engine and measures what comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from svd2_jax.api import Chunk, Engine, SessionSpec
+from svd2_jax.errors import MediaError
+from svd2_jax.evaluate import measures
+from svd2_jax.evaluate.clips import Clip, ClipFolder, read_clip, read_target
+from svd2_jax.evaluate.measures import Likeness, Motion, SteadinessMeter, Tone
+from svd2_jax.evaluate.report import (
+    CHANGED_BELOW,
+    SETTLED_BELOW,
+    LongStream,
+    Minute,
+    PromptChange,
+    Rebuilt,
+    StreamResult,
+)
+
+Rebuild = Callable[[np.ndarray], np.ndarray]
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate.
+
+    Attributes:
+      folder: clips and what to re-draw them to.
+      spec: of every stream, but for its prompt.
+      rate_hz: frames per second that times are told at, above 0.
+      most_frames: of each clip, at least 2; None: all of them.
+      minutes: length of the long stream; 0: none.
+    """
+
+    folder: ClipFolder
+    spec: SessionSpec
+    rate_hz: float = 16.0
+    most_frames: int | None = None
+    minutes: int = 0
+
+    @property
+    def frames_per_minute(self) -> int:
+        """Frames in a minute of the long stream."""
+        return max(1, round(60 * self.rate_hz))
+
+    def read(self, clip: Clip) -> np.ndarray:
+        """Returns a clip's input, uint8 [T, H, W, 3].
+
+        Raises:
+          MediaError: it cannot be read, or has a single frame.
+        """
+        frames = read_clip(clip.input, self.spec.stream.height, self.spec.stream.width, self.most_frames)
+        if len(frames) < 2:
+            raise MediaError(f"{clip.input}: has one frame; at least two are needed")
+        return frames
+
+    def read_target(self, path: Path, like: np.ndarray) -> np.ndarray:
+        """Returns a target of the shape of its input's frames; raises MediaError if it is not as long."""
+        return read_target(path, like, self.most_frames)
+
+    def spec_for(self, prompt: str) -> SessionSpec:
+        """Returns what a stream with this prompt computes."""
+        return dataclasses.replace(self.spec, prompt=prompt)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A frame to look at, uint8 [H, W, 3]: of the clip, of what came out, and of the look's target."""
+
+    look: str | None
+    prompt: str
+    input: np.ndarray
+    output: np.ndarray
+    target: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the clips and the long stream gave."""
+
+    streams: tuple[StreamResult, ...]
+    rebuilt: tuple[Rebuilt, ...]
+    changes: tuple[PromptChange, ...]
+    long: LongStream | None
+    samples: tuple[Sample, ...]
+
+
+def evaluate(engine: Engine, rebuild: Rebuild, plan: Plan, advance: Advance = lambda _: None) -> Found:
+    """Re-draws each clip to each look, changes the prompt in one stream of each, and plays the long stream.
+
+    Args:
+      engine: the model.
+      rebuild: what the VAE alone makes of a clip, uint8 [T, H, W, 3].
+      plan: what to do.
+      advance: is told of frames that are done.
+    """
+    streams: list[StreamResult] = []
+    rebuilt: list[Rebuilt] = []
+    changes: list[PromptChange] = []
+    samples: list[Sample] = []
+    for number, clip in enumerate(plan.folder.clips):
+        frames = plan.read(clip)
+        targets = [plan.read_target(path, frames) for path in clip.targets]
+        rebuilt.append(Rebuilt(clip.name, None, measures.likeness(rebuild(frames), frames)))
+        for look, target in zip(plan.folder.looks, targets, strict=False):
+            rebuilt.append(Rebuilt(clip.name, look.name, measures.likeness(rebuild(target), target)))
+        done = _Clip(plan, number, clip.name, frames, targets)
+        for index in range(len(plan.folder.looks)):
+            result, sample = done.redraw(engine, index, advance)
+            streams.append(result)
+            if not number:
+                samples.append(sample)
+        if (change := done.change_prompt(engine, advance)) is not None:
+            changes.append(change)
+    long = _play_long(engine, plan, advance) if plan.minutes else None
+    return Found(tuple(streams), tuple(rebuilt), tuple(changes), long, tuple(samples))
+
+
+def check_clips(plan: Plan) -> int:
+    """Reads every video once, before anything takes long; returns how many frames `advance` will be told of.
+
+    Raises:
+      ConfigError: what measures the pictures is not installed.
+      MediaError: a video cannot be read, or is not as long as it must be.
+    """
+    measures.require_tools()
+    count = plan.minutes * plan.frames_per_minute
+    for clip in plan.folder.clips:
+        frames, looks = plan.read(clip), len(plan.folder.looks)
+        for target in clip.targets:
+            plan.read_target(target, frames)
+        changes = looks > 1 and change_frame(plan.spec, len(frames)) is not None
+        count += len(frames) * (looks + changes)
+    return count
+
+
+# --- streams
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Frames that came out.
+
+    Attributes:
+      first: index of the first of them.
+      frames: uint8 [T, H, W, 3].
+      taken: how many input frames had been handed in by then; None where they came out because the input ended.
+    """
+
+    first: int
+    frames: np.ndarray
+    taken: int | None
+
+
+def play(
+    engine: Engine, spec: SessionSpec, frames: Iterable[np.ndarray], prompt_at: tuple[int, str] | None = None
+) -> Iterator[Shown]:
+    """Streams frames, uint8 [H, W, 3] each, one by one as a camera gives them; yields what comes out.
+
+    Args:
+      engine: the model.
+      spec: what to compute.
+      frames: the input.
+      prompt_at: another prompt, and the frame before which it comes.
+    """
+    if prompt_at is not None:
+        engine.prepare_prompt(prompt_at[1])
+    with contextlib.closing(engine.open(spec)) as session:
+        held: list[tuple[Chunk, int | None]] = []
+        for number, frame in enumerate(frames):
+            if prompt_at is not None and number == prompt_at[0]:
+                session.set_prompt(prompt_at[1])
+            if chunks := session.push(frame[None]):
+                yield from _read(held)  # waits for the device, so the next chunk is given to it first
+                held = [(chunk, number + 1) for chunk in chunks]
+        yield from _read([*held, *((chunk, None) for chunk in session.finish())])
+
+
+def _read(chunks: Iterable[tuple[Chunk, int | None]]) -> Iterator[Shown]:
+    for chunk, taken in chunks:
+        yield Shown(chunk.first_frame, chunk.frames(), taken)
+
+
+def there_and_back(length: int) -> Iterator[int]:
+    """Yields 0, 1, ..., length - 1, length - 2, ..., 0, 1, ... for ever: a clip that goes on without a jump."""
+    yield 0
+    while True:
+        yield from range(1, length)
+        yield from range(length - 2, -1, -1)
+
+
+def change_frame(spec: SessionSpec, frames: int) -> int | None:
+    """Returns where a prompt changes: the beginning of the chunk in the middle; None if a clip is too short for it."""
+    first, step = spec.stream.first_frames, spec.stream.chunk_frames
+    chunks = (frames - first) // step
+    return first + (chunks // 2) * step if chunks >= 2 else None
+
+
+class _Clip:
+    """A clip with its targets, and what of it is needed for more than one stream."""
+
+    def __init__(self, plan: Plan, number: int, name: str, frames: np.ndarray, targets: Sequence[np.ndarray]):
+        self._plan, self._number, self._name = plan, number, name
+        self._frames, self._targets = frames, targets
+        self._motion = measures.motion(frames)
+        self._steadiness = measures.steadiness(frames, self._motion)
+        self._blurred = [measures.blurred(target) for target in targets]
+        looks = plan.folder.looks
+        self._old, self._new = number % len(looks), (number + 1) % len(looks)  # of the change of the prompt
+        self._outputs: dict[int, np.ndarray] = {}  # of these two looks
+
+    def redraw(self, engine: Engine, index: int, advance: Advance) -> tuple[StreamResult, Sample]:
+        """Re-draws the clip to a look."""
+        look = self._plan.folder.looks[index]
+        prompt = look.phrasing(self._number)
+        output = self._collect(play(engine, self._plan.spec_for(prompt), self._frames), advance)
+        if index in (self._old, self._new):
+            self._outputs[index] = output
+        result = StreamResult(
+            self._name, look.name, prompt, len(output), measures.steadiness(output, self._motion), self._steadiness
+        )  # fmt: skip
+        middle = len(output) // 2
+        sample = Sample(look.name, prompt, self._frames[middle], output[middle], None)
+        if not self._targets:
+            return result, sample
+        target = self._targets[index]
+        closest = measures.nearest(measures.blurred(output), self._blurred)
+        result = dataclasses.replace(
+            result,
+            target=measures.steadiness(target, self._motion),
+            to_target=measures.likeness(output, target),
+            input_to_target=measures.likeness(self._frames, target),
+            nearest=self._plan.folder.looks[closest].name,
+        )
+        return result, dataclasses.replace(sample, target=target[middle])
+
+    def change_prompt(self, engine: Engine, advance: Advance) -> PromptChange | None:
+        """Changes from one look to the next one in the middle of the clip; both were re-drawn before."""
+        at = change_frame(self._plan.spec, len(self._frames))
+        if at is None or self._old == self._new:
+            return None
+        looks = self._plan.folder.looks
+        old, new = (looks[i].phrasing(self._number) for i in (self._old, self._new))
+        came: dict[int, int | None] = {}  # frames handed in when a frame came out
+        shown: list[Shown] = []
+        for part in play(engine, self._plan.spec_for(old), self._frames, (at, new)):
+            shown.append(part)
+            came.update((part.first + i, part.taken) for i in range(len(part.frames)))
+        changed = self._collect(shown, advance)
+        shares = measures.shares_of_old(changed, self._outputs[self._old], self._outputs[self._new])
+        first = measures.first_below(shares, at, CHANGED_BELOW)
+        settled = measures.stays_below(shares, at, SETTLED_BELOW)
+
+        def seconds(frame: int | None) -> float | None:
+            taken = None if frame is None else came[frame]
+            return None if taken is None else (taken - at) / self._plan.rate_hz
+
+        known = tuple(None if math.isnan(share) else float(share) for share in shares)
+        return PromptChange(self._name, old, new, at, known, first, settled, seconds(first), seconds(settled))
+
+    def _collect(self, shown: Iterable[Shown], advance: Advance) -> np.ndarray:
+        output = np.empty_like(self._frames)
+        for part in shown:
+            output[part.first : part.first + len(part.frames)] = part.frames
+            advance(len(part.frames))
+        return output
+
+
+# --- a long stream
+
+
+def _play_long(engine: Engine, plan: Plan, advance: Advance) -> LongStream:
+    """Plays the first clip forwards and backwards, to the first look, and measures each minute of it."""
+    clip, look = plan.folder.clips[0], plan.folder.looks[0]
+    frames = plan.read(clip)
+    motion = measures.motion(frames)
+    target = plan.read_target(clip.targets[0], frames) if clip.targets else None
+    total = plan.minutes * plan.frames_per_minute
+    order = list(itertools.islice(there_and_back(len(frames)), total))
+    minutes: list[Minute] = []
+    meter = _MinuteMeter(frames, motion, target)
+    prompt = look.phrasing(0)
+    for part in play(engine, plan.spec_for(prompt), (frames[i] for i in order)):
+        for number, frame in enumerate(part.frames, start=part.first):
+            meter.add(frame, order[number], order[number - 1] if number else None)
+            if (number + 1) % plan.frames_per_minute == 0:
+                minutes.append(meter.take())
+        advance(len(part.frames))
+    return LongStream(clip.name, look.name, prompt, tuple(minutes))
+
+
+class _MinuteMeter:
+    """Measures a long stream, a minute at a time."""
+
+    def __init__(self, frames: np.ndarray, motion: Motion, target: np.ndarray | None):
+        self._frames, self._motion, self._target = frames, motion, target
+        self._output, self._input = SteadinessMeter(), SteadinessMeter()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tones: list[tuple[Tone, Tone]] = []
+        self._errors: list[float] = []
+        self._similar: list[float] = []
+
+    def add(self, frame: np.ndarray, index: int, before: int | None) -> None:
+        """Takes an output frame, the index of its input frame in the clip, and that of the frame before."""
+        flow = None
+        if before is not None:
+            flow = self._motion.to_previous[before] if before < index else self._motion.to_next[index]
+        self._output.add(frame, flow)
+        self._input.add(self._frames[index], flow)
+        self._tones.append((measures.tone(frame), measures.tone(self._frames[index])))
+        if self._target is not None:
+            self._errors.append(measures.squared_error(frame, self._target[index]))
+            self._similar.append(measures.ssim(frame, self._target[index]))
+
+    def take(self) -> Minute:
+        """Returns the means since the last call."""
+        likeness = None
+        if self._errors:
+            likeness = Likeness(measures.psnr_db(measures.mean(self._errors)), measures.mean(self._similar))
+        ours, own = (_mean_tone([pair[i] for pair in self._tones]) for i in (0, 1))
+        minute = Minute(self._output.take(), self._input.take(), ours, own, likeness)
+        self._begin()
+        return minute
+
+
+def _mean_tone(tones: Sequence[Tone]) -> Tone:
+    return Tone(
+        measures.mean(t.brightness for t in tones),
+        measures.mean(t.contrast for t in tones),
+        measures.mean(t.saturation for t in tones),
+    )
