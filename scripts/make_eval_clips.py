@@ -63,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(args: argparse.Namespace) -> None:
     """Writes the folder; raises Svd2Error on bad input."""
-    for name in ("clips", "frames"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name, least in (("clips", 1), ("frames", 2), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if min(args.height, args.width) < 16 or args.height % 16 or args.width % 16:
         raise ConfigError(f"height and width must be multiples of 16, got {args.height}x{args.width}")
     # What changes nothing comes last: the first look is what a long stream is re-drawn to.
-    looks = args.look or sorted(LOOKS, key=lambda name: name == "unchanged")
+    looks = list(dict.fromkeys(args.look)) or sorted(LOOKS, key=lambda name: name == "unchanged")
     for look in looks:
         if look not in LOOKS:
             raise ConfigError(f"unknown look {look!r}; known: {', '.join(LOOKS)}")

@@ -58,7 +58,7 @@ def load(
 
     Args:
       checkpoint: the folder that `svd2 convert` wrote, or "tiny", the small model that comes with the package.
-      dtype: to compute in; None takes the checkpoint's.
+      dtype: to compute in; None takes the checkpoint's, but float32 for a small model on a CPU.
       text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
       stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
       streams: sets of so many devices; sessions open at once are spread over them.

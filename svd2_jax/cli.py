@@ -24,7 +24,7 @@ import yaml
 from tqdm import tqdm
 
 from svd2_jax import files, media, shipped
-from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec
+from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
 from svd2_jax.hardware import HARDWARE, hardware
@@ -274,7 +274,9 @@ def _add_shape(parser: argparse.ArgumentParser, title: str) -> argparse._Argumen
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("where and how it runs")
     machine.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="to compute in (default: the checkpoint's)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="to compute in (default: the checkpoint's; float32 for a small one on a CPU)",
     )
     machine.add_argument(
         "--attention", choices=("auto", "xla", "blocked", "cudnn"), default="auto",
@@ -415,6 +417,10 @@ def _stream_config(args: argparse.Namespace) -> StreamConfig:
             settings[name] = value
     if args.steps is not None:
         settings.pop("timesteps", None)
+    if task == "t2v" and getattr(args, "checkpoint", None) == shipped.TINY:
+        raise ConfigError(
+            f"the model {shipped.TINY!r} re-draws videos and makes none from text; add --input VIDEO"
+        )
     if not {"height", "width"} <= settings.keys():
         height, width = _model(args).picture
         settings = {"height": height, "width": width, **settings}
@@ -844,13 +850,19 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> int:
     if args.frames is not None and args.frames < 1:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
+    cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
+    for text in texts:
+        check_prompt(text)
+    with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
+        clip, fps = list(reader), reader.fps
+    if len(clip) < len(texts):
+        raise ConfigError(
+            f"{len(texts)} prompts cannot share {len(clip)} frames; give fewer prompts or more frames"
+        )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise MediaError(f"{args.out}: cannot be made ({os.strerror(e.errno or 0)})") from e
-    cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
-    with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
-        clip, fps = list(reader), reader.fps
     prompts = {round(i * len(clip) / len(texts)): text for i, text in enumerate(texts)}
     scale = max(1, round(DEMO_HEIGHT / cfg.height))
     height = cfg.height * scale + media.CAPTION_HEIGHT

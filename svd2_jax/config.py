@@ -113,6 +113,7 @@ class VAEConfig(_Config):
       dim_mult: channel multiplier of each level.
       num_res_blocks: residual blocks per encoder level (the decoder has one more).
       temporal_downsample: for each level but the last, whether it halves time as well as space.
+      encodes_normalised: whether the encoder gives latents as `decode` takes them; Wan's have to be normalised first.
     """
 
     dim: int = 96
@@ -120,6 +121,7 @@ class VAEConfig(_Config):
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
+    encodes_normalised: bool = False
 
     def __post_init__(self):
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
@@ -216,7 +218,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "tiny": ModelConfig(  # ships with the package
         "tiny",
         DiTConfig(dim=128, ffn_dim=384, num_heads=4, num_layers=5, freq_dim=64, text_dim=64, text_len=24),
-        VAEConfig(dim=8, dim_mult=(1, 2, 5, 8), num_res_blocks=1),
+        VAEConfig(dim=8, dim_mult=(1, 2, 5, 8), num_res_blocks=1, encodes_normalised=True),
         TextConfig(vocab=1024, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2),
         picture=(96, 160),
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -436,8 +436,16 @@ def side_by_side(left: np.ndarray, right: np.ndarray, caption: str, scale: int) 
     whole.paste(picture, (0, 0))
     font = ImageFont.load_default(CAPTION_HEIGHT * 0.6)
     draw = ImageDraw.Draw(whole)
+    caption = _shortened(caption, whole.width, lambda text: draw.textlength(text, font))
     draw.text((whole.width // 2, whole.height - CAPTION_HEIGHT // 2), caption, "white", font, "mm")
     return np.asarray(whole)
+
+
+def _shortened(text: str, width: int, measured: Callable[[str], float]) -> str:
+    """Returns a text that is no wider than `width` pixels, cut at its end."""
+    while measured(text) > width and len(text) > 1:
+        text = text[:-2].rstrip() + "…"
+    return text
 
 
 def contact_sheet(
@@ -470,8 +478,6 @@ def contact_sheet(
         sheet.paste(Image.fromarray(inputs[frame]), (left, gap))
         sheet.paste(Image.fromarray(outputs[frame]), (left, 2 * gap + height))
         prompt = prompts[max(at for at in prompts if at <= frame)]
-        text = f"{frame}: {prompt}"
-        while draw.textlength(text) > width and len(text) > 1:
-            text = text[:-2].rstrip() + "…"
+        text = _shortened(f"{frame}: {prompt}", width, draw.textlength)
         draw.text((left, 2 * (gap + height) + gap // 2), text, fill="black")
     files.write_whole(Path(path), sheet.save)

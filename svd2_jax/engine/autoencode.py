@@ -39,7 +39,7 @@ def rebuild(engine: DeviceEngine, cfg: StreamConfig, frames: np.ndarray) -> np.n
         return jax.device_put(np.zeros((latents, *shape), np.float32), mesh.first)
 
     def clean(noisy: jax.Array, scale: jax.Array) -> jax.Array:
-        return jax.device_put(vae.normalise(noisy / (jnp.float32(1) - scale)), mesh.last)
+        return jax.device_put(vae.decodable(engine.model.vae, noisy / (jnp.float32(1) - scale)), mesh.last)
 
     group = jax.device_put(padded[:first], mesh.first)
     input_, noisy = ends.encode_first(params.encoder, group, no_noise(cfg.first_latents), silence)

@@ -19,7 +19,7 @@ from svd2_jax.api import SessionSpec, Work
 from svd2_jax.config import ModelConfig, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import BalancePolicy
-from svd2_jax.engine.checkpoint import Checkpoint
+from svd2_jax.engine.checkpoint import Checkpoint, Manifest
 from svd2_jax.engine.costs import default_split
 from svd2_jax.engine.memory import check_memory
 from svd2_jax.engine.mesh import StageMesh
@@ -63,6 +63,7 @@ class PipelineOptions:
 
 
 DEFAULT_OPTIONS = PipelineOptions()
+SMALL_BYTES = 1 << 30  # parameters in float32 that no machine minds
 
 
 class DeviceEngine:
@@ -114,7 +115,7 @@ class DeviceEngine:
 
         Args:
           path: the folder that `svd2 convert` wrote.
-          dtype: "float32" or "bfloat16" to compute in; None takes the checkpoint's.
+          dtype: "float32" or "bfloat16" to compute in; None: see `default_dtype`.
           text: where the text encoder lives, see `PromptEncoder`.
           meshes: see `stage_meshes`; None is one stage on JAX's default device.
           options: how the pipeline runs.
@@ -127,7 +128,7 @@ class DeviceEngine:
         checkpoint.require(("dit", "vae", "text"))
         model = checkpoint.manifest.model
         meshes = _checked_meshes(model, meshes)
-        compute = checked_dtype(dtype or checkpoint.manifest.dtype)
+        compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, meshes[0].first))
 
         def read_item(item: str, device: Device) -> params_lib.Params:
             return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
@@ -325,6 +326,18 @@ class DeviceEngine:
     def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
         options, mesh = self._options, self.meshes[lane]
         return Builder(self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes)
+
+
+def default_dtype(manifest: Manifest, device: Device) -> str:
+    """Returns what to compute a checkpoint in: its own dtype, but float32 on a CPU where that takes little memory.
+
+    XLA's CPU backend mostly turns bfloat16 into float32 and back around every operation.
+    """
+    if device.platform != "cpu":
+        return manifest.dtype
+    shapes = params_lib.abstract_items(manifest.model)
+    held = jax.tree.leaves([shapes[item] for item in manifest.items])
+    return "float32" if sum(x.size for x in held) * 4 < SMALL_BYTES else manifest.dtype
 
 
 def checked_dtype(name: str) -> jnp.dtype:

@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     )
     looks = tuple(look.name for look in folder.looks if look.name is not None)
     report = Report(settings, looks, found.streams, found.rebuilt, found.changes, found.long)
+    print(table(report))
     if args.json:
         text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
         files.write_whole(args.json, lambda path: path.write_text(text))
@@ -107,5 +108,4 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
         from svd2_jax.evaluate.picture import draw
 
         files.write_whole(args.picture, lambda path: draw(path, report, found.samples))
-    print(table(report))
     return 0

@@ -96,7 +96,7 @@ def _with_targets(path: Path, names: Sequence[str]) -> ClipFolder:
             )
     looks = [look for look in known if not names or look.name in names]
     clips = []
-    for folder in sorted(f for f in path.iterdir() if f.is_dir()):
+    for folder in sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")):
         input_ = _video(folder, INPUT)
         for file in sorted(filter(_is_video, folder.iterdir())):
             if file.stem not in {INPUT, *(look.name for look in known)}:
@@ -113,13 +113,15 @@ def _folder(path: Path, clips: Sequence[Clip], looks: Sequence[Look]) -> ClipFol
 
 def _read_prompts(path: Path) -> list[Look]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
     except ValueError as e:
         raise ConfigError(f"{path}: is not JSON ({e})") from e
     if not isinstance(values, dict) or not values:
         raise ConfigError(f"{path}: expected {{look: [phrasing, ...]}}")
+    if INPUT in values:
+        raise ConfigError(f"{path}: a look cannot be called {INPUT!r}, the name of each clip's own video")
     for name, phrasings in values.items():
         if not isinstance(phrasings, list) or not phrasings:
             raise ConfigError(f"{path}: the look {name!r} has no phrasings; expected [phrasing, ...]")

@@ -32,6 +32,11 @@ Panel = Callable[[Any, Report], None]
 
 def draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
     """Writes a PNG: samples above, a panel for each kind of number below."""
+    with pyplot.rc_context({"text.parse_math": False}):  # a prompt may hold dollar signs
+        _draw(path, report, samples)
+
+
+def _draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
     panels = _panels(report)
     columns = 2
     rows = -(-len(samples) // SAMPLES_IN_A_ROW)

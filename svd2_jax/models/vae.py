@@ -223,6 +223,11 @@ def normalise(latents: jax.Array) -> jax.Array:
     return _affine(latents, 1.0 / np.asarray(LATENT_STD), -np.asarray(LATENT_MEAN) / np.asarray(LATENT_STD))
 
 
+def decodable(cfg: VAEConfig, latents: jax.Array) -> jax.Array:
+    """Returns latents [..., 16] of a stream's encoder as `decode` takes them."""
+    return latents if cfg.encodes_normalised else normalise(latents)
+
+
 def denormalise(latents: jax.Array) -> jax.Array:
     """Undoes `normalise`."""
     return _affine(latents, np.asarray(LATENT_STD), np.asarray(LATENT_MEAN))
@@ -343,7 +348,7 @@ def decode(
 def encode_offline(cfg: VAEConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """Returns the normalised latents [B, 1 + k, h, w, C] of a whole clip [B, 1 + 4k, H, W, 3] in [-1, 1]."""
     latents, _ = encode_first(cfg, params, pixels)
-    return normalise(latents)
+    return decodable(cfg, latents)
 
 
 def decode_offline(cfg: VAEConfig, params: Params, latents: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def causal_conv3d(
       time_stride: input frames per output frame.
       formulation: "taps" sums one 2-D convolution per time tap; "stacked" is one 2-D convolution over the taps' frames
         one behind the other as channels; "conv3d" is one 3-D convolution, slow on XLA:CPU, and on a GPU XLA turns it
-        to channels first. All are equal. "auto" takes "stacked" for few channels, else "taps".
+        to channels first. All are equal but for rounding. "auto" takes "stacked" for few channels, else "taps".
 
     Returns:
       ([B, T // time_stride, H, W, out], [B, time taps - time_stride, H, W, C]), both in the input's dtype.

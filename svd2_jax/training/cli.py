@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +14,10 @@ import ml_dtypes
 import numpy as np
 
 from svd2_jax.config import LATENT_STRIDE, StreamConfig, VAEConfig, preset
-from svd2_jax.engine.checkpoint import TOKENIZER, CheckpointWriter, Manifest
+from svd2_jax.dataset import scenes
+from svd2_jax.engine.checkpoint import MANIFEST, TOKENIZER, CheckpointWriter, Manifest
 from svd2_jax.engine.tokenizer import Tokenizer
+from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import vae
 from svd2_jax.training import autoencoder, denoiser, fit, pairs, words
 from svd2_jax.training.fit import Run
@@ -26,25 +29,45 @@ LATENT_NOISE = 0.05
 SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
 LONG_BATCH = 4
 SHORT, SHORT_BATCH = 4, 8  # latent frames and sequences of the first part: looks are learned frame by frame
-SCENES = 120
+SCENES = 64
 
 
-def main() -> None:
-    """Trains what is not trained yet."""
+def main() -> int:
+    """Trains what is not trained yet, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of all that is made")
     parser.add_argument("--only", choices=("vae", "transformer", "export"), help="one part")
     parser.add_argument("--checkpoint", type=Path, help="folder to export to (default OUT/checkpoint)")
     parser.add_argument("--quick", action="store_true", help="a hundredth of everything, to try it out")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    share = 0.01 if args.quick else 1.0
+    try:
+        _run(args)
+    except Svd2Error as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was saved last", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    # A short run's files are not a long run's.
+    folder, share = (args.out / "quick", 0.01) if args.quick else (args.out, 1.0)
+    checkpoint = args.checkpoint or folder / "checkpoint"
+    if checkpoint.exists() and not (checkpoint / MANIFEST).is_file():
+        raise ConfigError(f"{checkpoint}: is there and is not a checkpoint; name another place")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"{folder}: cannot be made ({e.strerror})") from e
+    scenes.photograph(scenes.PHOTOGRAPHS["train"][0])  # fails at once where they are not installed
     if args.only in (None, "vae"):
-        train_vae(args.out, share)
+        train_vae(folder, share)
     if args.only in (None, "transformer"):
-        train_transformer(args.out, share)
+        train_transformer(folder, share)
     if args.only in (None, "export"):
-        export(args.out, args.checkpoint or args.out / "checkpoint", share)
+        export(folder, checkpoint, share)
 
 
 def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
@@ -101,8 +124,8 @@ def train_transformer(folder: Path, share: float = 1.0) -> denoiser.Params:
         loss = functools.partial(denoiser.loss, model, cfg)
         return fit.fit(run, folder / run.name, params, loss, batch, adam_only=denoiser.is_table)
 
-    short = Run("transformer-short", _part(3000, share), rate=0.02, vector_rate=2e-3, seed=3)
-    long = Run("transformer-long", _part(1000, share), rate=0.01, vector_rate=1e-3, seed=4)
+    short = Run("transformer-short", _part(1200, share), rate=0.02, vector_rate=2e-3, seed=3)
+    long = Run("transformer-long", _part(200, share), rate=0.01, vector_rate=1e-3, seed=4)
     params = jax.tree.map(jnp.asarray, denoiser.init_params(model, seed=0))
     params = trained(short, params, SHORT_BATCH, SHORT)
     params = trained(long, params, LONG_BATCH, SEQUENCE)
@@ -129,13 +152,18 @@ def export(folder: Path, checkpoint: Path, share: float = 1.0) -> None:
     """Writes the checkpoint, in bfloat16, of what was trained; one that is there is replaced."""
     model = preset("tiny")
     items = {**scaled_vae(folder, share), **train_transformer(folder, share)}
-    if checkpoint.exists():
-        shutil.rmtree(checkpoint)
-    with CheckpointWriter(checkpoint) as writer:
+    new = checkpoint.with_name(f".{checkpoint.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of an export that was interrupted
+    with CheckpointWriter(new) as writer:
         for name, tree in items.items():
             writer.write_item(name, jax.tree.map(lambda x: np.asarray(x, ml_dtypes.bfloat16), tree))
         writer.add_tokenizer({file.name: file for file in sorted((folder / TOKENIZER).iterdir())})
         writer.finish(Manifest(model, "bfloat16", tuple(items)))
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    new.rename(checkpoint)
+    print(
+        f"{checkpoint}: {sum(x.size for x in jax.tree.leaves(items)) / 1e6:.2f} million parameters, bfloat16"
+    )
 
 
 def _encode(cfg: VAEConfig, params: autoencoder.Params, clips: jax.Array) -> jax.Array:

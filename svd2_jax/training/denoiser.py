@@ -224,7 +224,7 @@ def random_batch(
     frames: int,
     rng: np.random.Generator,
 ) -> Batch:
-    """Returns `count` sequences of `frames` latent frames.
+    """Returns `count` (even) sequences of `frames` latent frames.
 
     Their source are latents of scenes in all looks, [scenes, looks, N, h, w, C], N at least `frames`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,11 +120,11 @@ def fit(
       batch_at: the batch of a step; called ahead of time, in a thread.
       sample: draws pictures of what the parameters do, to a file.
       adam_only: parameters that are no linear map although they are matrices, by their path.
-      devices: to train on; None is all of JAX's.
+      devices: to train on, as many of them as divide a batch; None is all of JAX's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     update = optimiser(run, adam_only)
-    mesh = Mesh(np.array(devices or jax.devices()), ("data",))
+    mesh = Mesh(np.array(_fitting(devices or jax.devices(), batch_at(0))), ("data",))
     everywhere, cut = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
     def init(params: Params) -> TrainState:
@@ -173,3 +174,9 @@ def fit(
                     sample(state.average, folder / f"sample_{number + 1:06d}.png")
         bar.close()
     return state.average
+
+
+def _fitting(devices: Sequence[Device], batch: Any) -> list[Device]:
+    """Returns the first devices, as many as every array of a batch can be cut into along its first axis."""
+    largest = math.gcd(*(x.shape[0] for x in jax.tree.leaves(batch)))
+    return list(devices)[: max(n for n in range(1, len(devices) + 1) if largest % n == 0)]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from svd2_jax.dataset import Split, scenes
 from svd2_jax.dataset.looks import LOOKS, apply_look
+from svd2_jax.errors import ConfigError
 
 Array = np.ndarray
 FARTHEST_FRAME = 1000  # clips start anywhere up to here: motions are periodic and do not get dull
@@ -32,14 +33,6 @@ def window_pool(file: Path, scenes_: int, windows: int, frames: int, size: int, 
     """
     jobs = [(seed + i, windows, frames, size) for i in range(scenes_)]
     return _kept(file, (scenes_ * windows, frames, size, size, 3), _windows, jobs)
-
-
-def clip_pool(
-    file: Path, scenes_: int, frames: int, height: int, width: int, seed: int, split: Split = "train"
-) -> Array:
-    """Returns scenes in all looks, uint8 [scenes, looks, T, H, W, 3]; kept in a file as by `window_pool`."""
-    jobs = [(seed + i, frames, height, width, split) for i in range(scenes_)]
-    return _kept(file, (scenes_, len(LOOKS), frames, height, width, 3), _all_looks, jobs)
 
 
 def latent_pool(
@@ -110,4 +103,9 @@ def _kept(
                 filled[start : start + each] = then(piece)
         filled.flush()
         part.replace(file)
-    return np.load(file, mmap_mode="r")
+    kept = np.load(file, mmap_mode="r")
+    if (kept.shape, kept.dtype) != (shape, np.dtype(dtype)):
+        raise ConfigError(
+            f"{file}: holds {kept.dtype} {kept.shape}, expected {shape}; it is of another run, remove it"
+        )
+    return kept

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from svd2_jax.training import fit
 from svd2_jax.training.fit import Run
@@ -27,10 +28,12 @@ def start():
     return {"kernel": jnp.zeros((6, 3)), "bias": jnp.zeros((3,))}
 
 
-def trained(folder, steps, stop_after=None):
+def trained(folder, steps, stop_after=None, asked=None):
     run = Run("line", steps, rate=0.1, vector_rate=0.01, warmup=5, save_every=10)
 
     def at(step):
+        if asked is not None:
+            asked.append(step)
         if step == stop_after:
             raise KeyboardInterrupt
         return batch_at(step)
@@ -49,16 +52,17 @@ def test_training_finds_a_linear_map_on_all_devices(tmp_path):
 
 def test_an_interrupted_run_goes_on_to_the_same_parameters(tmp_path):
     whole = trained(tmp_path / "whole", 40)
-    try:
+    with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", 40, stop_after=25)
-    except KeyboardInterrupt:
-        cut = True
-    assert cut
-    resumed = trained(tmp_path / "cut", 40)
+    asked = []
+    resumed = trained(tmp_path / "cut", 40, asked=asked)
+    assert asked[1:] == list(
+        range(20, 41)
+    )  # saved every ten steps; before that the sizes of a batch, behind it one ahead
     np.testing.assert_array_equal(resumed["kernel"], whole["kernel"])
 
 
 def test_a_complete_run_is_not_trained_again(tmp_path):
     whole = trained(tmp_path, 20)
-    again = trained(tmp_path, 20, stop_after=0)
+    again = trained(tmp_path, 20, stop_after=1)
     np.testing.assert_array_equal(again["kernel"], whole["kernel"])
