@@ -236,7 +236,7 @@ CASES = {
     "many stages": (["--stages", 9], "9 stages need 9 devices, JAX sees 8 (cpu); for virtual CPU devices set XLA_FL"),
     "few blocks": (["--stages", 5], "5 stages are more than the model's 4 blocks; use at most 4"),
     "split in words": (["--split", "all"], "--split takes blocks per stage, for example 8,12,12,8; got 'all'"),
-    "split too large": (["--stages", 2, "--split", "3,3"], "has to give 2 stages all 4 blocks, at least one each"),
+    "split too large": (["--stages", 2, "--split", "3,3"], "has to give 2 stages all 5 blocks, at least one each"),
     "id alone": (["--process-id", 1], "--coordinator"),
     "no port": (["--coordinator", "host", "--process-id", 0, "--num-processes", 2], "HOST:PORT"),
     "no config": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory)"),
@@ -449,7 +449,7 @@ def test_convert_makes_a_checkpoint_that_run_takes(svd2, tmp_path, golden_folder
     weights = ["--wan", golden_folder / "wan_models/Wan2.1-T2V-tiny"]
     code, said, _ = svd2("convert", *weights, "--dtype", "float32", "--out", out, "--no-progress")
     assert code == 0
-    assert said == f"{out}: tiny, float32, 13 items\n"
+    assert said == f"{out}: golden, float32, 13 items\n"
     result = svd2("run", "--checkpoint", out, "--input", "nowhere.mp4", "--prompt", "x", "--output", "o.mp4")
     check_refused(result, "nowhere.mp4: no such file")
 
