@@ -234,7 +234,7 @@ CASES = {
     "sink threshold": (["--sink-threshold", 2], "sink_threshold must be in [-1, 1]"),
     "no stage": (["--stages", 0], "stages must be at least 1, got 0"),
     "many stages": (["--stages", 9], "9 stages need 9 devices, JAX sees 8 (cpu); for virtual CPU devices set XLA_FL"),
-    "few blocks": (["--stages", 5], "5 stages are more than the model's 4 blocks; use at most 4"),
+    "few blocks": (["--stages", 6], "6 stages are more than the model's 5 blocks; use at most 5"),
     "split in words": (["--split", "all"], "--split takes blocks per stage, for example 8,12,12,8; got 'all'"),
     "split too large": (["--stages", 2, "--split", "3,3"], "has to give 2 stages all 5 blocks, at least one each"),
     "id alone": (["--process-id", 1], "--coordinator"),
@@ -290,7 +290,7 @@ def change_manifest(checkpoint: Path, **changes: object) -> None:
 def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, clip, tmp_path):
     run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--output"]
     assert svd2(*run, tmp_path / "one.mp4")[0] == 0
-    code, out, err = svd2(*run, tmp_path / "two.mp4", "--stages", 2, "--split", "3,1", "-v")
+    code, out, err = svd2(*run, tmp_path / "two.mp4", "--stages", 2, "--split", "3,2", "-v")
     assert code == 0
     assert out.startswith(f"{tmp_path / 'two.mp4'}: 11 frames")
     assert difference(load_clip(tmp_path / "one.mp4"), load_clip(tmp_path / "two.mp4")) < CODEC
