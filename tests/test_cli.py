@@ -297,7 +297,7 @@ def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, c
     lines = [line for line in err.splitlines() if line.startswith("  stage ")]
     assert [re.sub(r"[\d.]+ GiB", "X GiB", line) for line in lines] == [
         "  stage 0, blocks 0 to 2: X GiB of parameters on cpu 0",
-        "  stage 1, blocks 3 to 3: X GiB of parameters on cpu 1",
+        "  stage 1, blocks 3 to 4: X GiB of parameters on cpu 1",
     ]
 
 
