@@ -143,6 +143,9 @@ class CheckpointWriter:
                 (self._folder / name).absolute(),
                 ocp.args.PyTreeSave(tree, save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES),
             )
+            # Orbax's note that it is done: it holds the path of this machine, and nothing reads it. What says that the
+            # folder is complete is its name.
+            (self._folder / name / "commit_success.txt").unlink(missing_ok=True)
 
     def add_tokenizer(self, files: Mapping[str, Path]) -> None:
         """Copies the tokenizer's files, target name -> source."""
