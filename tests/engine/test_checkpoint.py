@@ -43,6 +43,11 @@ def test_items_and_manifest_come_back(written):
         jax.tree.map(np.testing.assert_array_equal, checkpoint.restore(name), tree)
 
 
+def test_no_file_names_the_folder_that_it_was_written_in(written):
+    folder = str(written.parent).encode()
+    assert not [file for file in written.rglob("*") if file.is_file() and folder in file.read_bytes()]
+
+
 def test_leaves_go_to_the_first_local_device_by_default(written):
     bias = Checkpoint.open(written).restore("dit.embed")["patch"]["bias"]
     assert bias.devices() == {jax.local_devices()[0]}
