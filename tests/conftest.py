@@ -42,3 +42,19 @@ def engine(golden_checkpoint):
     from svd2_jax.engine.engine import DeviceEngine
 
     return DeviceEngine.from_checkpoint(golden_checkpoint)
+
+
+@pytest.fixture
+def svd2(capsys):
+    """Runs a command as a user types it; returns its exit code, standard output and standard error."""
+    from svd2_jax import cli
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = cli.main([str(a) for a in args])
+        except SystemExit as e:  # argparse
+            code = e.code if isinstance(e.code, int) else 1
+        return code, *capsys.readouterr()
+
+    return run

@@ -50,21 +50,6 @@ def clip(tmp_path_factory) -> Path:
     return save_clip(tmp_path_factory.mktemp("clip") / "in.mp4", 11)
 
 
-@pytest.fixture
-def svd2(capsys):
-    """Runs a command; returns its exit code, standard output and standard error."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main([str(a) for a in args])
-        except SystemExit as e:  # argparse
-            code = e.code if isinstance(e.code, int) else 1
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def listing(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 

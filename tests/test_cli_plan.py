@@ -1,29 +1,18 @@
 """`svd2 plan` as a user types it: what it prints and writes, and what it says when something is wrong."""
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
-
-from svd2_jax import cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = ["--preset", "golden", "--height", 48, "--width", 64]
 
 
 @pytest.fixture
-def plan(capsys):
-    """Runs the command; returns its exit code, standard output and standard error."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main(["plan", *map(str, args)])
-        except SystemExit as e:  # argparse
-            code = e.code if isinstance(e.code, int) else 1
-        return code, *capsys.readouterr()
-
-    return run
+def plan(svd2):
+    return functools.partial(svd2, "plan")
 
 
 def check_refused(result: tuple[int, str, str], message: str) -> None:

@@ -1,30 +1,20 @@
 """`svd2 eval` as a user types it: what it prints and writes, and what it says when something is wrong."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from svd2_jax import cli
 from svd2_jax.media import VideoWriter, synthetic_clip
 
 SIZE = ("--height", 32, "--width", 32)
 
 
 @pytest.fixture
-def evaluate(capsys):
-    """Runs the command; returns its exit code, standard output and standard error."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main(["eval", "--checkpoint", "random:tiny", *map(str, args)])
-        except SystemExit as e:  # argparse
-            code = e.code if isinstance(e.code, int) else 1
-        return code, *capsys.readouterr()
-
-    return run
+def evaluate(svd2):
+    return functools.partial(svd2, "eval", "--checkpoint", "random:tiny")
 
 
 @pytest.fixture

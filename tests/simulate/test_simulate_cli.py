@@ -1,13 +1,12 @@
 """`svd2 simulate` as a user types it: what it prints and writes, and what it says when something is wrong."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
-
-from svd2_jax import cli
 
 TRACE = {
     "name": "small",
@@ -20,18 +19,8 @@ SLOWED = {**TRACE, "name": "slowed", "device": {"fixed_ms": 60, "row_ms": 20, "s
 
 
 @pytest.fixture
-def simulate(capsys):
-    """Runs the command; returns its exit code, standard output and standard error."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = cli.main(["simulate", *map(str, args)])
-        except SystemExit as e:  # argparse
-            code = e.code if isinstance(e.code, int) else 1
-        return code, *capsys.readouterr()
-
-    return run
+def simulate(svd2):
+    return functools.partial(svd2, "simulate")
 
 
 @pytest.fixture
