@@ -7,10 +7,10 @@ in them and their licences. Scenes of the split "held_out" share no photograph w
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -82,16 +82,15 @@ class Scene:
     angle: Sine
     shapes: tuple[_Shape, ...]
 
-    def frame(self, number: int, height: int, width: int, scale: float | None = None) -> np.ndarray:
+    def frame(self, number: int, height: int, width: int) -> np.ndarray:
         """Returns frame `number` (0, 1, ...) of any size, uint8 [H, W, 3].
 
         Args:
           number: of the frame; motions have no end.
           height: pixels.
           width: pixels.
-          scale: pixels of the whole picture's height, of which height and width may be a part; None is `height`.
         """
-        zoom = self.zoom.at(number) * NOMINAL_HEIGHT / (scale or height)
+        zoom = self.zoom.at(number) * NOMINAL_HEIGHT / height
         level = min(max(0, math.floor(math.log2(max(zoom, 1.0)))), len(self.levels) - 1)
         full_w, full_h = self.levels[0].size
         centre = np.array([self.x.at(number) * full_w, self.y.at(number) * full_h])
@@ -174,24 +173,15 @@ def clip(scene: Scene, frames: int, height: int, width: int, first: int = 0) -> 
     return np.stack([scene.frame(first + t, height, width) for t in range(frames)])
 
 
-def endless(scene: Scene, height: int, width: int) -> Iterator[np.ndarray]:
-    """Yields a scene's frames, uint8 [H, W, 3], for ever."""
-    number = 0
-    while True:
-        yield scene.frame(number, height, width)
-        number += 1
-
-
 @functools.cache
 def photograph(name: str) -> np.ndarray:
     """Returns a photograph of `PHOTOGRAPHS`, uint8 [H, W, 3]; raises ConfigError if its package is not installed."""
     try:
         if "." in name:
-            datasets: Any = __import__("sklearn.datasets", fromlist=["load_sample_image"])
-            picture = datasets.load_sample_image(name)
+            picture = importlib.import_module("sklearn.datasets").load_sample_image(name)
         else:
-            io: Any = __import__("skimage.data", fromlist=[name])
-            picture = io.stereo_motorcycle()[0] if name == "motorcycle_left" else getattr(io, name)()
+            data = importlib.import_module("skimage.data")
+            picture = data.stereo_motorcycle()[0] if name == "motorcycle_left" else getattr(data, name)()
     except ImportError:
         raise ConfigError(
             'scenes are made of photographs that other packages carry; install them: pip install "svd2-jax[train]"'

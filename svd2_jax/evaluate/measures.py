@@ -6,6 +6,7 @@ floating point, never between bytes, which wrap around.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ def require_tools() -> None:
 def _skimage(module: str) -> Any:
     """Imports a module of scikit-image."""
     try:
-        return __import__(f"skimage.{module}", fromlist=[module])
+        return importlib.import_module(f"skimage.{module}")
     except ImportError:
         raise ConfigError(
             'measuring pictures needs scikit-image; install it: pip install "svd2-jax[eval]"'
