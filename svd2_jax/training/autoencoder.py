@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from svd2_jax.config import VAEConfig
+from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.models import vae
 from svd2_jax.nn.random_params import random_params
 
@@ -90,7 +91,7 @@ def loss(
       clips: to be reconstructed.
       key: of the noise.
     """
-    pixels = to_pixels(clips)
+    pixels = pixels_from_uint8(clips)
     noise = None
     if latent_noise:
         batch, frames, height, width, _ = clips.shape
@@ -102,11 +103,6 @@ def loss(
     slopes = jnp.abs(jnp.diff(error, axis=3)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
     value = jnp.abs(error).mean() + SQUARE_WEIGHT * square + GRADIENT_WEIGHT * slopes
     return value, {"psnr": psnr(drawn, pixels)}
-
-
-def to_pixels(clips: jax.Array) -> jax.Array:
-    """Maps uint8 to float32 in [-1, 1]."""
-    return clips.astype(jnp.float32) / 127.5 - 1.0
 
 
 def psnr(drawn: jax.Array, pixels: jax.Array) -> jax.Array:
@@ -147,7 +143,7 @@ def scale_latents(
 
 def draw_sample(cfg: VAEConfig, clips: np.ndarray, params: Params, file: Path) -> None:
     """Writes a picture of clips, uint8 [B, T, H, W, 3]: first frames, what is drawn of them, and last frames so."""
-    _, drawn = _reconstruct(cfg, params, to_pixels(jnp.asarray(clips)))
+    _, drawn = _reconstruct(cfg, params, pixels_from_uint8(jnp.asarray(clips)))
     shown = np.clip((np.asarray(drawn) + 1.0) * 127.5 + 0.5, 0, 255).astype(np.uint8)
     rows = [
         np.concatenate([clip[end] for clip in pair], axis=1) for end in (0, -1) for pair in (clips, shown)

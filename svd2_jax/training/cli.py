@@ -6,6 +6,7 @@ import argparse
 import functools
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from svd2_jax.config import LATENT_STRIDE, StreamConfig, VAEConfig, preset
 from svd2_jax.dataset import scenes
+from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.engine.checkpoint import MANIFEST, TOKENIZER, CheckpointWriter, Manifest
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, Svd2Error
@@ -62,16 +64,16 @@ def _run(args: argparse.Namespace) -> None:
     except OSError as e:
         raise ConfigError(f"{folder}: cannot be made ({e.strerror})") from e
     scenes.photograph(scenes.PHOTOGRAPHS["train"][0])  # fails at once where they are not installed
-    if args.only in (None, "vae"):
-        train_vae(folder, share)
-    if args.only in (None, "transformer"):
-        train_transformer(folder, share)
-    if args.only in (None, "export"):
-        export(folder, checkpoint, share)
+    trained_vae = train_vae(folder, share)  # what is trained already returns at once
+    if args.only == "vae":
+        return
+    transformer = train_transformer(folder, trained_vae, share)
+    if args.only != "transformer":
+        export(folder, checkpoint, {**trained_vae, **transformer})
 
 
 def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
-    """Returns the trained VAE, float32 on the host."""
+    """Returns the trained VAE with latents of one size in all channels, float32 on the host."""
     cfg = preset("tiny").vae
     pool = pairs.window_pool(folder / "windows.npy", _part(1200, share), 4, WINDOW_FRAMES, WINDOW, seed=0)
     shown = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, 8).astype(int)])
@@ -95,16 +97,20 @@ def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
     params = jax.tree.map(jnp.asarray, autoencoder.init_params(cfg, seed=0))
     params = trained(pictures, params, PICTURES_BATCH, 1, 0.0)
     params = trained(clips, params, CLIPS_BATCH, 5, LATENT_NOISE)
-    return jax.tree.map(np.asarray, params)
+    some = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, min(len(pool), 200)).astype(int)])
+    latents = np.asarray(jax.jit(lambda x: _encode(cfg, params, x))(some), np.float64)
+    mean, deviation = latents.mean(axis=(0, 1, 2, 3)), latents.std(axis=(0, 1, 2, 3))
+    return autoencoder.scale_latents(
+        cfg, jax.tree.map(np.asarray, params), mean, deviation, denoiser.LATENT_SIZE
+    )
 
 
-def train_transformer(folder: Path, share: float = 1.0) -> denoiser.Params:
-    """Returns the trained transformer and text encoder, float32 on the host."""
+def train_transformer(folder: Path, trained_vae: autoencoder.Params, share: float = 1.0) -> denoiser.Params:
+    """Returns the transformer and text encoder, float32 on the host, trained on latents of a trained VAE."""
     model, cfg = preset("tiny"), tiny_stream()
-    vae_params = scaled_vae(folder, share)
     words.train_tokenizer(folder / TOKENIZER, model.text.vocab)
     tokenizer = Tokenizer.from_folder(folder / TOKENIZER, model.dit.text_len)
-    encode = jax.jit(lambda clips: _encode(model.vae, vae_params, clips))
+    encode = jax.jit(lambda clips: _encode(model.vae, trained_vae, clips))
     frames = 1 + LATENT_STRIDE * (SEQUENCE - 1)
     latents = pairs.latent_pool(
         folder / "latents.npy",
@@ -138,27 +144,15 @@ def tiny_stream() -> StreamConfig:
     return StreamConfig(height=height, width=width)
 
 
-def scaled_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
-    """Returns the trained VAE with latents of one size in all channels, measured on the training windows."""
-    cfg, params = preset("tiny").vae, train_vae(folder, share)
-    pool = np.load(folder / "windows.npy", mmap_mode="r")
-    clips = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, min(len(pool), 200)).astype(int)])
-    latents = np.asarray(jax.jit(lambda x: _encode(cfg, params, x))(clips), np.float64)
-    mean, deviation = latents.mean(axis=(0, 1, 2, 3)), latents.std(axis=(0, 1, 2, 3))
-    return autoencoder.scale_latents(cfg, params, mean, deviation, denoiser.LATENT_SIZE)
-
-
-def export(folder: Path, checkpoint: Path, share: float = 1.0) -> None:
-    """Writes the checkpoint, in bfloat16, of what was trained; one that is there is replaced."""
-    model = preset("tiny")
-    items = {**scaled_vae(folder, share), **train_transformer(folder, share)}
+def export(folder: Path, checkpoint: Path, items: Mapping[str, autoencoder.Params]) -> None:
+    """Writes the checkpoint, in bfloat16, of all items; one that is there is replaced."""
     new = checkpoint.with_name(f".{checkpoint.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of an export that was interrupted
     with CheckpointWriter(new) as writer:
         for name, tree in items.items():
             writer.write_item(name, jax.tree.map(lambda x: np.asarray(x, ml_dtypes.bfloat16), tree))
         writer.add_tokenizer({file.name: file for file in sorted((folder / TOKENIZER).iterdir())})
-        writer.finish(Manifest(model, "bfloat16", tuple(items)))
+        writer.finish(Manifest(preset("tiny"), "bfloat16", tuple(items)))
     shutil.rmtree(checkpoint, ignore_errors=True)
     new.rename(checkpoint)
     print(
@@ -167,7 +161,7 @@ def export(folder: Path, checkpoint: Path, share: float = 1.0) -> None:
 
 
 def _encode(cfg: VAEConfig, params: autoencoder.Params, clips: jax.Array) -> jax.Array:
-    latents, _ = vae.encode_first(cfg, params[vae.ENCODER_ITEM], autoencoder.to_pixels(clips))
+    latents, _ = vae.encode_first(cfg, params[vae.ENCODER_ITEM], pixels_from_uint8(clips))
     return latents
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from svd2_jax.dataset import Split, scenes
+from svd2_jax.dataset import scenes
 from svd2_jax.dataset.looks import LOOKS, apply_look
 from svd2_jax.errors import ConfigError
 
@@ -55,14 +54,9 @@ def latent_pool(
       size: (H, W).
       seed: of the first scene.
     """
-    jobs = [(seed + i, frames, *size, "train") for i in range(scenes_)]
+    jobs = [(seed + i, frames, *size) for i in range(scenes_)]
     shape = (scenes_, len(LOOKS), *latents)
     return _kept(file, shape, _all_looks, jobs, np.float16, lambda piece: encode(piece[0])[None])
-
-
-def all_looks(clip: Array) -> Array:
-    """Returns a clip [T, H, W, 3] in all looks [looks, T, H, W, 3], in the order of `LOOKS`."""
-    return np.stack([apply_look(name, clip) for name in LOOKS])
 
 
 def _windows(job: tuple[int, int, int, int]) -> Array:
@@ -75,11 +69,11 @@ def _windows(job: tuple[int, int, int, int]) -> Array:
     return np.stack(clips)
 
 
-def _all_looks(job: tuple[int, int, int, int, Split]) -> Array:
-    seed, frames, height, width, split = job
-    scene = scenes.make_scene(seed, split)
+def _all_looks(job: tuple[int, int, int, int]) -> Array:
+    seed, frames, height, width = job
     first = int(np.random.default_rng([seed, 2]).integers(FARTHEST_FRAME))
-    return all_looks(scenes.clip(scene, frames, height, width, first))[None]
+    clip = scenes.clip(scenes.make_scene(seed), frames, height, width, first)
+    return np.stack([apply_look(name, clip) for name in LOOKS])[None]
 
 
 def _kept(
@@ -99,8 +93,8 @@ def _kept(
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), spawn) as pool:
             made = tqdm(pool.map(make, jobs, chunksize=2), total=len(jobs), desc=file.stem, unit="scene")
-            for start, piece in zip(itertools.count(step=each), made, strict=False):
-                filled[start : start + each] = then(piece)
+            for number, piece in enumerate(made):
+                filled[number * each : (number + 1) * each] = then(piece)
         filled.flush()
         part.replace(file)
     kept = np.load(file, mmap_mode="r")

@@ -9,6 +9,7 @@ import pytest
 
 from svd2_jax.config import VAEConfig
 from svd2_jax.dataset import scenes
+from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.models import vae
 from svd2_jax.training import autoencoder
 
@@ -21,7 +22,7 @@ def params():
 
 
 def clip(frames=9):
-    return autoencoder.to_pixels(jnp.asarray(scenes.clip(scenes.make_scene(4), frames, 16, 16))[None])
+    return pixels_from_uint8(jnp.asarray(scenes.clip(scenes.make_scene(4), frames, 16, 16))[None])
 
 
 def test_a_still_clip_starts_as_good_as_its_picture():
