@@ -93,12 +93,12 @@ def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
         return fit.fit(run, folder / run.name, params, loss, at, sample)
 
     pictures = Run("vae-pictures", _part(3000, share), rate=0.02, vector_rate=2e-3, seed=1)
-    clips = Run("vae-clips", _part(2500, share), rate=0.01, vector_rate=1e-3, seed=2)
+    clips = Run("vae-clips", _part(7000, share), rate=0.01, vector_rate=1e-3, seed=2)
     params = jax.tree.map(jnp.asarray, autoencoder.init_params(cfg, seed=0))
     params = trained(pictures, params, PICTURES_BATCH, 1, 0.0)
     params = trained(clips, params, CLIPS_BATCH, 5, LATENT_NOISE)
     some = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, min(len(pool), 200)).astype(int)])
-    latents = np.asarray(jax.jit(lambda x: _encode(cfg, params, x))(some), np.float64)
+    latents = np.asarray(_encode(cfg, params, some), np.float64)
     mean, deviation = latents.mean(axis=(0, 1, 2, 3)), latents.std(axis=(0, 1, 2, 3))
     return autoencoder.scale_latents(
         cfg, jax.tree.map(np.asarray, params), mean, deviation, denoiser.LATENT_SIZE
@@ -110,11 +110,10 @@ def train_transformer(folder: Path, trained_vae: autoencoder.Params, share: floa
     model, cfg = preset("tiny"), tiny_stream()
     words.train_tokenizer(folder / TOKENIZER, model.text.vocab)
     tokenizer = Tokenizer.from_folder(folder / TOKENIZER, model.dit.text_len)
-    encode = jax.jit(lambda clips: _encode(model.vae, trained_vae, clips))
     frames = 1 + LATENT_STRIDE * (SEQUENCE - 1)
     latents = pairs.latent_pool(
         folder / "latents.npy",
-        lambda clips: np.concatenate([np.asarray(encode(one[None])) for one in clips]),
+        lambda clips: np.concatenate([np.asarray(_encode(model.vae, trained_vae, c[None])) for c in clips]),
         _part(SCENES, share),
         (SEQUENCE, *cfg.latent_size, model.vae.z_dim),
         frames,
@@ -160,6 +159,9 @@ def export(folder: Path, checkpoint: Path, items: Mapping[str, autoencoder.Param
     )
 
 
+# Parameters are an argument: as constants of the program they make XLA:CPU of jax 0.10 compute wrong latents, each
+# compilation others (seen at 100 clips of 9 frames).
+@functools.partial(jax.jit, static_argnums=0)
 def _encode(cfg: VAEConfig, params: autoencoder.Params, clips: jax.Array) -> jax.Array:
     latents, _ = vae.encode_first(cfg, params[vae.ENCODER_ITEM], pixels_from_uint8(clips))
     return latents
