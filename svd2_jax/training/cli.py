@@ -30,7 +30,7 @@ PICTURES_BATCH, CLIPS_BATCH = 8, 2
 LATENT_NOISE = 0.05
 SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
 LONG_BATCH = 4
-SHORT, SHORT_BATCH = 4, 8  # latent frames and sequences of the first part: looks are learned frame by frame
+SHORT, SHORT_BATCH = 3, 12  # latent frames and sequences of the first part: looks are learned frame by frame
 SCENES = 64
 
 
@@ -129,8 +129,8 @@ def train_transformer(folder: Path, trained_vae: autoencoder.Params, share: floa
         loss = functools.partial(denoiser.loss, model, cfg)
         return fit.fit(run, folder / run.name, params, loss, batch, adam_only=denoiser.is_table)
 
-    short = Run("transformer-short", _part(1200, share), rate=0.02, vector_rate=2e-3, seed=3)
-    long = Run("transformer-long", _part(200, share), rate=0.01, vector_rate=1e-3, seed=4)
+    short = Run("transformer-short", _part(9000, share), rate=0.02, vector_rate=2e-3, seed=3)
+    long = Run("transformer-long", _part(600, share), rate=0.005, vector_rate=5e-4, seed=4)
     params = jax.tree.map(jnp.asarray, denoiser.init_params(model, seed=0))
     params = trained(short, params, SHORT_BATCH, SHORT)
     params = trained(long, params, LONG_BATCH, SEQUENCE)
