@@ -305,7 +305,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
     options = _pipeline_options(args)
     with _join(args, spec, prompts) as group:
-        _check_devices()
+        _prepare_devices()
         meshes = _meshes(args)
         if cfg.task == "t2v":
             writer = _writer(args, T2V_FPS, cfg, meshes, group)
@@ -484,9 +484,12 @@ def _open(
     return session
 
 
-def _check_devices() -> None:
+def _prepare_devices() -> None:
     import jax
 
+    from svd2_jax.engine.kept_programs import keep_programs
+
+    keep_programs()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # JAX asserts that the platform it was told to use is there
@@ -663,7 +666,7 @@ def _live(args: argparse.Namespace) -> int:
         specs, settings, source, args.output, args.metrics, args.picture, args.seconds, args.blend
     )
     plan.check()
-    _check_devices()
+    _prepare_devices()
     from svd2_jax.engine.engine import PipelineOptions
     from svd2_jax.engine.mesh import stage_meshes
 
@@ -696,7 +699,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.json:
         files.check_target(args.json)
-    _check_devices()
+    _prepare_devices()
     stage_meshes(1, args.stages)
     goldens = verify.golden_files(args.folder)
     outcomes = []
@@ -735,7 +738,7 @@ def _eval(args: argparse.Namespace) -> int:
     from svd2_jax.evaluate import cli as evaluate_cli
 
     def open_model() -> tuple[Engine, Rebuild]:
-        _check_devices()
+        _prepare_devices()
         from svd2_jax.engine.autoencode import rebuild
         from svd2_jax.engine.engine import PipelineOptions
         from svd2_jax.engine.mesh import stage_meshes
@@ -880,7 +883,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     changes = {frame: prompt for frame, prompt in prompts.items() if frame}
     spec = SessionSpec(prompts[0], cfg, args.noise_scale, args.seed)
-    _check_devices()
+    _prepare_devices()
     with _open(args, spec, _meshes(args), _pipeline_options(args)) as session:
         _write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
     sheet = args.out / "demo.png"

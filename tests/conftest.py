@@ -8,8 +8,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 from pathlib import Path
 
+# Of all workers and of the commands they start: most tests want the same few programs.
+os.environ["SVD2_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
+
 import jax
 import pytest
+
+from svd2_jax.engine.kept_programs import keep_programs
+
+keep_programs()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
