@@ -31,7 +31,7 @@ LATENT_NOISE = 0.05
 SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
 LONG_BATCH = 4
 SHORT, SHORT_BATCH = 3, 12  # latent frames and sequences of the first part: looks are learned frame by frame
-SCENES = 64
+SCENES = 96
 
 
 def main() -> int:
@@ -94,9 +94,12 @@ def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
 
     pictures = Run("vae-pictures", _part(3000, share), rate=0.02, vector_rate=2e-3, seed=1)
     clips = Run("vae-clips", _part(7000, share), rate=0.01, vector_rate=1e-3, seed=2)
+    # Only from the third latent frame on is the network's memory what it is in a stream.
+    streams = Run("vae-streams", _part(1200, share), rate=0.005, vector_rate=5e-4, seed=5)
     params = jax.tree.map(jnp.asarray, autoencoder.init_params(cfg, seed=0))
     params = trained(pictures, params, PICTURES_BATCH, 1, 0.0)
-    params = trained(clips, params, CLIPS_BATCH, 5, LATENT_NOISE)
+    params = trained(clips, params, CLIPS_BATCH, 1 + LATENT_STRIDE, LATENT_NOISE)
+    params = trained(streams, params, CLIPS_BATCH, WINDOW_FRAMES, LATENT_NOISE)
     some = np.stack([pool[i] for i in np.linspace(0, len(pool) - 1, min(len(pool), 200)).astype(int)])
     latents = np.asarray(_encode(cfg, params, some), np.float64)
     mean, deviation = latents.mean(axis=(0, 1, 2, 3)), latents.std(axis=(0, 1, 2, 3))
@@ -129,8 +132,8 @@ def train_transformer(folder: Path, trained_vae: autoencoder.Params, share: floa
         loss = functools.partial(denoiser.loss, model, cfg)
         return fit.fit(run, folder / run.name, params, loss, batch, adam_only=denoiser.is_table)
 
-    short = Run("transformer-short", _part(9000, share), rate=0.02, vector_rate=2e-3, seed=3)
-    long = Run("transformer-long", _part(600, share), rate=0.005, vector_rate=5e-4, seed=4)
+    short = Run("transformer-short", _part(6800, share), rate=0.02, vector_rate=2e-3, seed=3)
+    long = Run("transformer-long", _part(400, share), rate=0.005, vector_rate=5e-4, seed=4)
     params = jax.tree.map(jnp.asarray, denoiser.init_params(model, seed=0))
     params = trained(short, params, SHORT_BATCH, SHORT)
     params = trained(long, params, LONG_BATCH, SEQUENCE)
