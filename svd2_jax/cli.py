@@ -409,8 +409,8 @@ def _stream_config(args: argparse.Namespace) -> StreamConfig:
     task = "v2v" if args.input else "t2v"
     # A file holds differences from StreamConfig's defaults, so one that names no task is for video-to-video.
     if args.config and (of_file := settings.pop("task", StreamConfig().task)) != task:
-        hint = "leave out --input" if args.input else "add --input VIDEO, or `task: t2v` to the file"
-        raise ConfigError(f"{args.config}: has settings for the task {of_file!r}; {hint}")
+        hint = "" if args.input else "; add --input VIDEO, or `task: t2v` to the file"
+        raise ConfigError(f"{args.config}: has settings for the task {of_file!r}, expected {task!r}{hint}")
     for name in ("height", "width", "mode", "decoder", "cache_frames", "sink_frames", "sink_threshold"):
         value = getattr(args, name)
         if value is not None:

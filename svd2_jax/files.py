@@ -17,6 +17,8 @@ def check_target(path: Path) -> None:
         raise MediaError(f"{path}: is a folder, expected a file name to write")
     if not path.parent.is_dir():
         raise MediaError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise MediaError(f"{path}: the folder {path.parent} cannot be written to")
 
 
 def part_of(path: Path) -> Path:

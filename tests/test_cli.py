@@ -231,7 +231,7 @@ CASES = {
     "config is a list": (["--config", "list.yaml"], "list.yaml: expected lines of `name: value`, got list"),
     "config word": (["--config", "word.yaml"], "word.yaml: height takes a value like 480, got 'tall'"),
     "config number": (["--config", "number.yaml"], "timesteps takes a value like (700, 500), got 700"),
-    "config of t2v": (["--config", CONFIGS / "t2v.yaml"], "settings for the task 't2v'; leave out --input"),
+    "config of t2v": (["--config", CONFIGS / "t2v.yaml"], "settings for the task 't2v', expected 'v2v'"),
 }  # fmt: skip
 
 
@@ -306,7 +306,7 @@ def test_a_config_for_video_is_refused_without_a_video(svd2, tmp_path):
     result = svd2(
         "run", *RANDOM, "--prompt", "x", "--frames", 9, "--config", config, "--output", tmp_path / "o.mp4"
     )
-    check_refused(result, "settings for the task 'v2v'; add --input VIDEO")
+    check_refused(result, "settings for the task 'v2v', expected 't2v'; add --input VIDEO")
 
 
 @pytest.mark.parametrize("args", [["--steps", "two"], ["--mode", "fast"], ["--frames", "1.5"], ["--colour"]])

@@ -24,6 +24,12 @@ def test_a_file_that_cannot_be_written_is_refused_beforehand(tmp_path):
     assert names(tmp_path) == {"old.json"}
 
 
+def test_a_folder_without_the_right_to_write_is_refused_beforehand(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    with pytest.raises(MediaError, match="cannot be written to"):
+        files.check_target(tmp_path / "new.json")
+
+
 def test_a_file_takes_the_place_of_an_old_one_when_it_is_whole(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")

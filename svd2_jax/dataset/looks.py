@@ -28,7 +28,7 @@ REFERENCE_HEIGHT = 96  # lines of the picture for which lengths in pixels are gi
 MIN_SIDE = 16
 FRAMES_AT_ONCE = 4  # keeps the temporaries of 96x160 frames in the cache; a speed matter only
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 # Helpers ----------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def _bytes(picture: Array) -> Array:
 
 
 def _luma(picture: Array) -> Array:
-    red, green, blue = _LUMA
+    red, green, blue = LUMA
     return red * picture[..., 0] + green * picture[..., 1] + blue * picture[..., 2]
 
 

@@ -21,7 +21,10 @@ def keep_programs() -> Path | None:
       The folder: the environment's `SVD2_CACHE`, else "svd2-jax" where the user's caches are; None if nothing was
       changed.
     """
-    if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
+    if (
+        jax.config.values["jax_compilation_cache_dir"]
+        or not jax.config.values["jax_enable_compilation_cache"]
+    ):
         return None
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = Path(os.environ.get(CACHE_VARIABLE) or caches / "svd2-jax")

@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from svd2_jax.dataset.looks import LUMA
 from svd2_jax.errors import ConfigError
 
 MOST_DB = 100.0  # the PSNR of equal clips, which would be infinite
 SSIM_SIGMA = 1.5  # pixels of the window, Wang et al. 2004
 NEAREST_SIGMA = 1.0  # pixels of the blur before looks are told apart
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 CELLS = 8  # local means in each direction, for flicker
 FLOW_LINES = 160  # optical flow is computed on pictures reduced to about this height
-FLOW_SLACK = (
-    0.01,
-    0.5,
-)  # relative and absolute (pixels squared) error allowed there and back, Sundaram et al. 2010
+# Relative and absolute (pixels squared) error allowed there and back, Sundaram et al. 2010.
+FLOW_SLACK = (0.01, 0.5)
 
 
 def require_tools() -> None:

@@ -24,10 +24,10 @@ _NEVER = (1 << 31) - 1
 def share() -> None:
     """Lets threads that start from now on share the heaps that are there, in a young process one, and keep its size.
 
-    Does nothing where the environment has settings of its own for it (`MALLOC_ARENA_MAX` and the like), or where there
-    are no arenas: outside Linux, or with another C library.
+    Does nothing where the environment has settings of its own for it (`MALLOC_ARENA_MAX` and the like,
+    `GLIBC_TUNABLES`), or where there are no arenas: outside Linux, or with another C library.
     """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
