@@ -132,8 +132,8 @@ def train_transformer(folder: Path, trained_vae: autoencoder.Params, share: floa
         loss = functools.partial(denoiser.loss, model, cfg)
         return fit.fit(run, folder / run.name, params, loss, batch, adam_only=denoiser.is_table)
 
-    short = Run("transformer-short", _part(6800, share), rate=0.02, vector_rate=2e-3, seed=3)
-    long = Run("transformer-long", _part(400, share), rate=0.005, vector_rate=5e-4, seed=4)
+    short = Run("transformer-short", _part(5600, share), rate=0.02, vector_rate=2e-3, seed=3)
+    long = Run("transformer-long", _part(200, share), rate=0.005, vector_rate=5e-4, seed=4)
     params = jax.tree.map(jnp.asarray, denoiser.init_params(model, seed=0))
     params = trained(short, params, SHORT_BATCH, SHORT)
     params = trained(long, params, LONG_BATCH, SEQUENCE)
