@@ -30,6 +30,7 @@ examples:
 
   # videos of your own, without targets
   svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --prompt "an oil painting" --frames 81
+  svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --clip clip-vit-base-patch32
 
 A folder of clips holds video files, which are re-drawn to each --prompt; or, with a file prompts.json
 ({"LOOK": ["phrasing", ...]}), folders NAME with input.mp4 and LOOK.mp4, what the look should make of it. Each clip is
@@ -59,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fps", type=float, default=DEFAULT_RATE_HZ, metavar="X",
         help="rate at which minutes and delays are told (default %(default)g)",
     )  # fmt: skip
+    parser.add_argument(
+        "--clip", type=Path, metavar="FOLDER",
+        help="CLIP exported to ONNX, which judges how frames fit their prompt (default: none does)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples and numbers there")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
@@ -73,6 +78,7 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
       open_model: loads the model; returns it, and what its VAE alone makes of a clip.
     """
     from svd2_jax.evaluate import clips
+    from svd2_jax.evaluate.clip_model import ClipModel
     from svd2_jax.evaluate.report import Report, Settings, table
     from svd2_jax.evaluate.run import Plan, check_clips, evaluate
 
@@ -88,7 +94,8 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
         raise ConfigError(f"--fps must be above 0, got {args.fps:g}")
     folder = clips.read_folder(args.clips, args.prompt, args.look)
     spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
-    plan = Plan(folder, spec, args.fps, args.frames, args.minutes)
+    judge = ClipModel(args.clip) if args.clip else None
+    plan = Plan(folder, spec, args.fps, args.frames, args.minutes, judge)
     total = check_clips(plan)
     engine, rebuild = open_model()
     with tqdm(

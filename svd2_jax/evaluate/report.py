@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from svd2_jax.evaluate.clip_model import ClipScores
 from svd2_jax.evaluate.measures import Likeness, Steadiness, Tone, mean
 
 CHANGED_BELOW = 0.5  # share of the old picture from which on a frame is nearer to the new one
@@ -29,6 +30,7 @@ class StreamResult:
       to_target: likeness of the output to the look's target.
       input_to_target: that of the clip itself, as if nothing had been re-drawn.
       nearest: the look whose target is nearest to the output.
+      clip_scores: of the output, where a CLIP model judges.
     """
 
     clip: str
@@ -41,6 +43,7 @@ class StreamResult:
     to_target: Likeness | None = None
     input_to_target: Likeness | None = None
     nearest: str | None = None
+    clip_scores: ClipScores | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,11 @@ class Report:
         """Returns the mean likeness of what the VAE alone makes, of targets or of the clips themselves."""
         return mean_likeness(r.likeness for r in self.rebuilt if (r.look is not None) == targets)
 
+    def clip_scores(self) -> ClipScores | None:
+        """Returns the mean of CLIP's scores; None where no CLIP model judged."""
+        there = [s.clip_scores for s in self.streams if s.clip_scores is not None]
+        return ClipScores(mean(s.prompt for s in there), mean(s.neighbours for s in there)) if there else None
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON, means first; what is no number is null."""
         likeness, unchanged = self.likeness(), self.input_likeness()
@@ -190,6 +198,7 @@ class Report:
             "to_target": likeness and dataclasses.asdict(likeness),
             "input_to_target": unchanged and dataclasses.asdict(unchanged),
             "nearest_is_right": self.right_share(),
+            "clip": (c := self.clip_scores()) and dataclasses.asdict(c),
             "vae_of_inputs": (r := self.rebuilt_likeness(False)) and dataclasses.asdict(r),
             "vae_of_targets": (r := self.rebuilt_likeness(True)) and dataclasses.asdict(r),
             **{
@@ -269,6 +278,11 @@ def _likeness_lines(report: Report) -> list[str]:
         )
     if found := report.rebuilt_likeness(False):
         lines.append(f"VAE alone on the clips themselves: {found.psnr_db:.2f} dB, SSIM {found.ssim:.3f}")
+    if clip := report.clip_scores():
+        lines.append(
+            f"CLIP, 100 x cosine: frames with their prompt {clip.prompt:.2f}, "
+            f"with the frame before {clip.neighbours:.2f}"
+        )
     return lines
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from svd2_jax.api import Chunk, Engine, SessionSpec
 from svd2_jax.errors import MediaError
 from svd2_jax.evaluate import measures
+from svd2_jax.evaluate.clip_model import ClipModel
 from svd2_jax.evaluate.clips import Clip, ClipFolder, read_clip, read_target
 from svd2_jax.evaluate.measures import Likeness, Motion, SteadinessMeter, Tone
 from svd2_jax.evaluate.report import (
@@ -41,6 +42,7 @@ class Plan:
       rate_hz: frames per second that times are told at, above 0.
       most_frames: of each clip, at least 2; None: all of them.
       minutes: length of the long stream; 0: none.
+      clip_model: judges every output; None: none does.
     """
 
     folder: ClipFolder
@@ -48,6 +50,7 @@ class Plan:
     rate_hz: float = 16.0
     most_frames: int | None = None
     minutes: int = 0
+    clip_model: ClipModel | None = None
 
     @property
     def frames_per_minute(self) -> int:
@@ -227,8 +230,10 @@ class _Clip:
         output = self._collect(play(engine, self._plan.spec_for(prompt), self._frames), advance)
         if index in (self._old, self._new):
             self._outputs[index] = output
+        judge = self._plan.clip_model
         result = StreamResult(
-            self._name, look.name, prompt, len(output), measures.steadiness(output, self._motion), self._steadiness
+            self._name, look.name, prompt, len(output), measures.steadiness(output, self._motion), self._steadiness,
+            clip_scores=judge.scores(output, prompt) if judge else None,
         )  # fmt: skip
         middle = len(output) // 2
         sample = Sample(look.name, prompt, self._frames[middle], output[middle], None)

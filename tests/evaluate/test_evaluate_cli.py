@@ -62,6 +62,10 @@ def test_a_folder_of_videos_becomes_numbers_and_a_picture(evaluate, videos, tmp_
         (("--prompt", "x", "--noise-scale", 2), "noise_scale must be in (0, 1]"),
         (("--prompt", "x", "--picture", "a.jpg"), "a.jpg: a picture's name ends in .png"),
         (("--prompt", "x", "--json", "none/a.json"), "none does not exist"),
+        (
+            ("--prompt", "x", "--clip", "none"),
+            "none: has no vision_model.onnx; expected CLIP exported to ONNX",
+        ),
     ],
 )
 def test_bad_input_is_one_line(evaluate, videos, options, said):

@@ -11,6 +11,7 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import MediaError
 from svd2_jax.evaluate import clips, picture, report, run
+from svd2_jax.evaluate.clip_model import ClipScores
 from svd2_jax.evaluate.report import Report, Settings
 from svd2_jax.media import VideoWriter, synthetic_clip
 
@@ -159,6 +160,17 @@ def test_a_change_of_the_prompt_is_timed(found):
     assert (first.changed_frame, first.settled_frame) == (13, 17)
     assert first.changed_s == (21 - 13) / 16  # it comes out when frames up to 20 are there
     assert first.settled_s is None  # that chunk comes out because the clip ends
+
+
+def test_a_given_clip_model_judges_every_output(folder):
+    class Judge:
+        def scores(self, frames: np.ndarray, prompt: str) -> ClipScores:
+            return ClipScores(float(frames.mean()), float(GREY[prompt]))
+
+    found = run.evaluate(Engine(), lambda clip: clip, run.Plan(folder, SPEC, clip_model=Judge()))
+    assert [s.clip_scores for s in found.streams] == [ClipScores(g, g) for g in (40, 200, 45, 200)]
+    assert as_report(found).to_dict()["means"]["clip"] == {"prompt": 121.25, "neighbours": 121.25}
+    assert "frames with their prompt 121.25" in report.table(as_report(found))
 
 
 def test_a_long_stream_goes_there_and_back(folder):
