@@ -248,6 +248,7 @@ class StreamConfig(_Config):
       sink_frames: cache positions kept as anchors.
       sink_threshold: mean cosine similarity in (-1, 1] below which a sink is replaced; -1 turns it off.
       rope_refresh: latent frame index at which the time index restarts at `cache_frames - 1`.
+      motion_range: how much full motion lowers the noise scale, in [0, 1]; 0 keeps it where it is.
       decoder: "wan" (the VAE's own) or "taehv" (small and fast).
     """
 
@@ -261,6 +262,7 @@ class StreamConfig(_Config):
     sink_frames: int = 3
     sink_threshold: float = 0.2
     rope_refresh: int = 50
+    motion_range: float = 0.1
     decoder: Literal["wan", "taehv"] = "wan"
 
     def __post_init__(self):
@@ -292,6 +294,8 @@ class StreamConfig(_Config):
             )
         if not -1.0 <= self.sink_threshold <= 1.0 or not math.isfinite(self.sink_threshold):
             raise ConfigError(f"sink_threshold must be in [-1, 1] (-1 = off), got {self.sink_threshold}")
+        if not 0.0 <= self.motion_range <= 1.0:
+            raise ConfigError(f"motion_range must be in [0, 1] (0 = off), got {self.motion_range}")
         if self.rope_refresh < self.cache_frames:
             raise ConfigError(
                 f"rope_refresh must be at least cache_frames={self.cache_frames}, got {self.rope_refresh}"
