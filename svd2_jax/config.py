@@ -246,8 +246,11 @@ class StreamConfig(_Config):
       frames_per_block: latent frames per chunk.
       cache_frames: latent frames held in the rolling KV cache; best the first group and whole chunks.
       sink_frames: cache positions kept as anchors.
+      keep_first: whether the first group, and with chunks of one latent frame also the first chunk, stays in the cache
+        for good even without anchors, as in the reference.
       sink_threshold: mean cosine similarity in (-1, 1] below which a sink is replaced; -1 turns it off.
       rope_refresh: latent frame index at which the time index restarts at `cache_frames - 1`.
+      motion_range: how much full motion lowers the noise scale, in [0, 1]; 0 keeps it where it is.
       decoder: "wan" (the VAE's own) or "taehv" (small and fast).
     """
 
@@ -259,8 +262,10 @@ class StreamConfig(_Config):
     frames_per_block: int = 1
     cache_frames: int = 6
     sink_frames: int = 3
+    keep_first: bool = True
     sink_threshold: float = 0.2
     rope_refresh: int = 50
+    motion_range: float = 0.1
     decoder: Literal["wan", "taehv"] = "wan"
 
     def __post_init__(self):
@@ -290,8 +295,15 @@ class StreamConfig(_Config):
                 f"cache_frames={self.cache_frames} leaves nothing to overwrite beside the first group and "
                 f"sink_frames={self.sink_frames}; use at least {2 * self.first_latents} and more than the sinks"
             )
+        if not self.keep_first and (self.sink_frames or self.frames_per_block > 1):
+            raise ConfigError(
+                "keep_first: false needs sink_frames=0 and frames_per_block=1, got "
+                f"{self.sink_frames} and {self.frames_per_block}"
+            )
         if not -1.0 <= self.sink_threshold <= 1.0 or not math.isfinite(self.sink_threshold):
             raise ConfigError(f"sink_threshold must be in [-1, 1] (-1 = off), got {self.sink_threshold}")
+        if not 0.0 <= self.motion_range <= 1.0:
+            raise ConfigError(f"motion_range must be in [0, 1] (0 = off), got {self.motion_range}")
         if self.rope_refresh < self.cache_frames:
             raise ConfigError(
                 f"rope_refresh must be at least cache_frames={self.cache_frames}, got {self.rope_refresh}"

@@ -240,7 +240,7 @@ def _follow_noise(check: _Check, frames: np.ndarray, g: Arrays, prefix: str, ste
     scales, first_steps = [], []
     for end in g[f"{prefix}end_idx"]:
         level = noise_control.motion(pixels[end - count - 1], pixels[end - count : end])
-        current = noise_control.next_noise_scale(level, initial, current)
+        current = noise_control.next_noise_scale(level, initial, current, StreamConfig().motion_range)
         scales.append(float(current))
         first_steps.append(int(noise_control.first_timestep(current)))
     check.close(scales, g[f"{prefix}noise_scale"], f"{prefix}noise scale", relative=True)
@@ -487,7 +487,7 @@ def _initial_noise_scale(g: Arrays, cfg: StreamConfig) -> float:
     pixels = noise_control.pixels_from_uint8(jnp.asarray(g["frames"]))
     first, count = cfg.first_frames, cfg.chunk_frames
     level = float(noise_control.motion(pixels[first - 1], pixels[first : first + count]))
-    initial = g["noise_scale"][0] + (1 - noise_control.SMOOTHING) * noise_control.MOTION_RANGE * level
+    initial = g["noise_scale"][0] + (1 - noise_control.SMOOTHING) * cfg.motion_range * level
     return round(float(initial), 6)
 
 

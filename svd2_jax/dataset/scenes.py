@@ -82,8 +82,8 @@ class Scene:
     angle: Sine
     shapes: tuple[_Shape, ...]
 
-    def frame(self, number: int, height: int, width: int) -> np.ndarray:
-        """Returns frame `number` (0, 1, ...) of any size, uint8 [H, W, 3].
+    def frame(self, number: float, height: int, width: int) -> np.ndarray:
+        """Returns frame `number` (0, 1, ..., or between two of them) of any size, uint8 [H, W, 3].
 
         Args:
           number: of the frame; motions have no end.
@@ -110,7 +110,7 @@ class Scene:
             picture = self._with_shapes(picture, number, np.linalg.inv(axes), centre)
         return np.asarray(picture)
 
-    def _with_shapes(self, picture: Image.Image, number: int, to_pixels: np.ndarray, centre: np.ndarray):
+    def _with_shapes(self, picture: Image.Image, number: float, to_pixels: np.ndarray, centre: np.ndarray):
         width, height = picture.size
         large = picture.resize((2 * width, 2 * height), Image.Resampling.BILINEAR)  # smooth edges
         draw = ImageDraw.Draw(large)
@@ -259,7 +259,7 @@ def _random_shape(rng: np.random.Generator, width: int, height: int, zoom: float
     )
 
 
-def _outline(shape: _Shape, number: int) -> np.ndarray:
+def _outline(shape: _Shape, number: float) -> np.ndarray:
     """Returns the corners [N, 2] of a shape in the texture's pixels."""
     if shape.kind == "box":
         unit = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], np.float64)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 MOTION_SCALE = 0.2  # root mean square frame difference, in [-1, 1] pixels, that counts as full motion
-MOTION_RANGE = 0.1  # how much full motion lowers the noise scale
 SMOOTHING = 0.1  # weight of the previous noise scale
 STEP_MARGIN = 100  # the first denoising timestep lies this far below 1000 * noise scale
 ROUNDING = 1e-4  # float32 spacing near 1000; keeps an exact 0.8 from truncating to timestep 699
@@ -29,9 +28,18 @@ def motion(previous_HWC: jax.Array, frames_THWC: jax.Array) -> jax.Array:
     return jnp.clip(jnp.sqrt(difference).max() / MOTION_SCALE, 0.0, 1.0)
 
 
-def next_noise_scale(motion_level: jax.Array, initial: jax.Array, current: jax.Array) -> jax.Array:
-    """Returns the noise scale of the next chunk, float32, from the session's initial one and the last one."""
-    return (initial - MOTION_RANGE * motion_level) * (1 - SMOOTHING) + current * SMOOTHING
+def next_noise_scale(
+    motion_level: jax.Array, initial: jax.Array, current: jax.Array, motion_range: float
+) -> jax.Array:
+    """Returns the noise scale of the next chunk, float32.
+
+    Args:
+      motion_level: of the chunk, in [0, 1].
+      initial: the session's noise scale.
+      current: the last chunk's.
+      motion_range: how much full motion lowers it.
+    """
+    return (initial - motion_range * motion_level) * (1 - SMOOTHING) + current * SMOOTHING
 
 
 def first_timestep(noise_scale: jax.Array) -> jax.Array:

@@ -215,7 +215,7 @@ class Costs:
     def _encode_work(self) -> Work:
         if self.cfg.task != "v2v":  # no video comes in
             return Work()
-        function = functools.partial(pixels.encode_chunk, self.model.vae)
+        function = functools.partial(pixels.encode_chunk, self.model.vae, motion_range=self.cfg.motion_range)
         params, frames = self._encode_first[1], self._frames(self.cfg.chunk_frames)
         noise = self._latents(self.cfg.frames_per_block)
         return count_work(function, params, self._encoder_state, frames, noise, _array(()))

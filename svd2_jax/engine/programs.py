@@ -150,7 +150,7 @@ class Builder:
                 encoder, self._frames(cfg.first_frames), self._latents(first), scalar,
             )  # fmt: skip
             encode, _ = self._compile_on(
-                mesh.first, functools.partial(pixels.encode_chunk, model.vae),
+                mesh.first, functools.partial(pixels.encode_chunk, model.vae, motion_range=cfg.motion_range),
                 encoder, input_state, self._frames(cfg.chunk_frames), self._latents(block), scalar, donate=(1,),
             )  # fmt: skip
         if mesh.is_local(-1):

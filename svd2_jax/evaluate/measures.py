@@ -235,6 +235,11 @@ def warp_error(before: np.ndarray, now: np.ndarray, flow: Flow) -> float:
     return float(np.abs(unit(now) - warped(before, flow))[flow.valid].mean())
 
 
+def distance(before: np.ndarray, now: np.ndarray) -> float:
+    """Returns the mean absolute difference, in [0, 1], of two uint8 frames."""
+    return float(np.abs(unit(now) - unit(before)).mean())
+
+
 def local_means(frame: np.ndarray) -> np.ndarray:
     """Returns the mean brightness of 8 x 8 parts of a picture that are as equal as its size allows."""
     values = luma(frame)
@@ -259,7 +264,7 @@ class SteadinessMeter:
         errors, flickers, distances = self._values
         if self._frames and flow is not None:
             errors.append(warp_error(self._frames[-1], frame, flow))
-            distances.append(float(np.abs(unit(frame) - unit(self._frames[-1])).mean()))
+            distances.append(distance(self._frames[-1], frame))
         means = local_means(frame)
         if len(self._means) == 2:
             flickers.append(float(np.abs(means - 2 * self._means[1] + self._means[0]).mean()))

@@ -114,7 +114,7 @@ def _likeness(field: str, title: str) -> Panel:
         axes.set_ylim(0, min(1.0, top) * 1.25 if field == "ssim" else min(top, 50) * 1.25)
         axes.set_xticks(places, report.looks, rotation=35, ha="right", fontsize=8)
         axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
-        _finish(axes, f"likeness to the target: {title}")
+        finish(axes, f"likeness to the target: {title}")
 
     return panel
 
@@ -152,7 +152,7 @@ def _steadiness(axes: Any, report: Report) -> None:
     axes.set_xticks(range(3), ["warp error", "flicker", "distance"], fontsize=8)
     axes.margins(y=0.25)
     axes.legend(fontsize=7, frameon=False)
-    _finish(axes, "change from frame to frame, 1/1000")
+    finish(axes, "change from frame to frame, 1/1000")
 
 
 def _changes(axes: Any, report: Report) -> None:
@@ -164,7 +164,7 @@ def _changes(axes: Any, report: Report) -> None:
         axes.text(0.995, limit + 0.01, label, fontsize=7, ha="right", transform=axes.get_yaxis_transform())
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("frames from the first one that the new prompt is for", fontsize=8)
-    _finish(axes, "share of the old picture around a change of the prompt, each clip")
+    finish(axes, "share of the old picture around a change of the prompt, each clip")
 
 
 def _shares(change: PromptChange) -> tuple[list[int], list[float]]:
@@ -184,7 +184,7 @@ def _drift(axes: Any, report: Report) -> None:
     axes.set_xticks(minutes)
     axes.set_xlabel("minute", fontsize=8)
     axes.legend(fontsize=7, ncols=2, frameon=False)
-    _finish(axes, "a long stream: each measure by that of the second minute")
+    finish(axes, "a long stream: each measure by that of the second minute")
 
 
 def _series(long: LongStream) -> list[tuple[str, list[float]]]:
@@ -198,7 +198,8 @@ def _series(long: LongStream) -> list[tuple[str, list[float]]]:
     ]
 
 
-def _finish(axes: Any, title: str) -> None:
+def finish(axes: Any, title: str) -> None:
+    """Gives a panel its title and its looks."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.6, axis="y")

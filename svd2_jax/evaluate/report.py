@@ -211,7 +211,7 @@ class Report:
         if self.long:
             values["long"]["drift"] = self.long.drift()
         order = ("settings", "means", "looks", "confusion", "streams", "rebuilt", "changes", "long")
-        return _numbers({key: values[key] for key in order})
+        return plain({key: values[key] for key in order})
 
     def steadiness(self) -> tuple[Steadiness | None, Steadiness | None, Steadiness | None]:
         """Returns the mean steadiness of outputs, targets and inputs."""
@@ -241,12 +241,12 @@ def _none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _numbers(value: Any) -> Any:
-    """Returns plain values with None for what is no number, which JSON cannot hold."""
+def plain(value: Any) -> Any:
+    """Returns values with None for what is no number, which JSON cannot hold."""
     if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_numbers(item) for item in value]
+        return [plain(item) for item in value]
     return _none(value) if isinstance(value, float) else value
 
 

@@ -167,7 +167,11 @@ class Shown:
 
 
 def play(
-    engine: Engine, spec: SessionSpec, frames: Iterable[np.ndarray], prompt_at: tuple[int, str] | None = None
+    engine: Engine,
+    spec: SessionSpec,
+    frames: Iterable[np.ndarray],
+    prompt_at: tuple[int, str] | None = None,
+    blend_chunks: int = 0,
 ) -> Iterator[Shown]:
     """Streams frames, uint8 [H, W, 3] each, one by one as a camera gives them; yields what comes out.
 
@@ -176,6 +180,7 @@ def play(
       spec: what to compute.
       frames: the input.
       prompt_at: another prompt, and the frame before which it comes.
+      blend_chunks: over how many chunks it comes; 0: at once.
     """
     if prompt_at is not None:
         engine.prepare_prompt(prompt_at[1])
@@ -183,7 +188,7 @@ def play(
         held: list[tuple[Chunk, int | None]] = []
         for number, frame in enumerate(frames):
             if prompt_at is not None and number == prompt_at[0]:
-                session.set_prompt(prompt_at[1])
+                session.set_prompt(prompt_at[1], blend_chunks)
             if chunks := session.push(frame[None]):
                 yield from _read(held)  # waits for the device, so the next chunk is given to it first
                 held = [(chunk, number + 1) for chunk in chunks]
@@ -195,12 +200,52 @@ def _read(chunks: Iterable[tuple[Chunk, int | None]]) -> Iterator[Shown]:
         yield Shown(chunk.first_frame, chunk.frames(), taken)
 
 
+def collect(shown: Iterable[Shown], like: np.ndarray, advance: Advance = lambda _: None) -> np.ndarray:
+    """Returns all that comes out of a clip, as an array like the clip's own frames; `advance` is told of each part."""
+    output = np.empty_like(like)
+    for part in shown:
+        output[part.first : part.first + len(part.frames)] = part.frames
+        advance(len(part.frames))
+    return output
+
+
 def there_and_back(length: int) -> Iterator[int]:
     """Yields 0, 1, ..., length - 1, length - 2, ..., 0, 1, ... for ever: a clip that goes on without a jump."""
     yield 0
     while True:
         yield from range(1, length)
         yield from range(length - 2, -1, -1)
+
+
+def time_change(
+    clip: str,
+    prompts: tuple[str, str],
+    at: int,
+    shown: Sequence[Shown],
+    unchanged: tuple[np.ndarray, np.ndarray],
+    rate_hz: float,
+) -> PromptChange:
+    """Returns how soon a change of the prompt was seen.
+
+    Args:
+      clip: name of the clip.
+      prompts: the old and the new one.
+      at: the frame before which the new one came.
+      shown: all that came out.
+      unchanged: what comes out with the old prompt alone, and with the new one from the start, uint8 [T, H, W, 3].
+      rate_hz: frames per second that times are told at.
+    """
+    came = {part.first + i: part.taken for part in shown for i in range(len(part.frames))}
+    shares = measures.shares_of_old(collect(shown, unchanged[0]), *unchanged)
+    first = measures.first_below(shares, at, CHANGED_BELOW)
+    settled = measures.stays_below(shares, at, SETTLED_BELOW)
+
+    def seconds(frame: int | None) -> float | None:
+        taken = None if frame is None else came[frame]
+        return None if taken is None else (taken - at) / rate_hz
+
+    known = tuple(None if math.isnan(share) else float(share) for share in shares)
+    return PromptChange(clip, *prompts, at, known, first, settled, seconds(first), seconds(settled))
 
 
 def change_frame(spec: SessionSpec, frames: int) -> int | None:
@@ -227,7 +272,7 @@ class _Clip:
         """Re-draws the clip to a look."""
         look = self._plan.folder.looks[index]
         prompt = look.phrasing(self._number)
-        output = self._collect(play(engine, self._plan.spec_for(prompt), self._frames), advance)
+        output = collect(play(engine, self._plan.spec_for(prompt), self._frames), self._frames, advance)
         if index in (self._old, self._new):
             self._outputs[index] = output
         judge = self._plan.clip_model
@@ -257,29 +302,10 @@ class _Clip:
             return None
         looks = self._plan.folder.looks
         old, new = (looks[i].phrasing(self._number) for i in (self._old, self._new))
-        came: dict[int, int | None] = {}  # frames handed in when a frame came out
-        shown: list[Shown] = []
-        for part in play(engine, self._plan.spec_for(old), self._frames, (at, new)):
-            shown.append(part)
-            came.update((part.first + i, part.taken) for i in range(len(part.frames)))
-        changed = self._collect(shown, advance)
-        shares = measures.shares_of_old(changed, self._outputs[self._old], self._outputs[self._new])
-        first = measures.first_below(shares, at, CHANGED_BELOW)
-        settled = measures.stays_below(shares, at, SETTLED_BELOW)
-
-        def seconds(frame: int | None) -> float | None:
-            taken = None if frame is None else came[frame]
-            return None if taken is None else (taken - at) / self._plan.rate_hz
-
-        known = tuple(None if math.isnan(share) else float(share) for share in shares)
-        return PromptChange(self._name, old, new, at, known, first, settled, seconds(first), seconds(settled))
-
-    def _collect(self, shown: Iterable[Shown], advance: Advance) -> np.ndarray:
-        output = np.empty_like(self._frames)
-        for part in shown:
-            output[part.first : part.first + len(part.frames)] = part.frames
-            advance(len(part.frames))
-        return output
+        shown = list(play(engine, self._plan.spec_for(old), self._frames, (at, new)))
+        advance(len(self._frames))
+        unchanged = (self._outputs[self._old], self._outputs[self._new])
+        return time_change(self._name, (old, new), at, shown, unchanged, self._plan.rate_hz)
 
 
 # --- a long stream
@@ -289,20 +315,45 @@ def _play_long(engine: Engine, plan: Plan, advance: Advance) -> LongStream:
     """Plays the first clip forwards and backwards, to the first look, and measures each minute of it."""
     clip, look = plan.folder.clips[0], plan.folder.looks[0]
     frames = plan.read(clip)
-    motion = measures.motion(frames)
     target = plan.read_target(clip.targets[0], frames) if clip.targets else None
-    total = plan.minutes * plan.frames_per_minute
-    order = list(itertools.islice(there_and_back(len(frames)), total))
+    spec = plan.spec_for(look.phrasing(0))
+    length = (plan.minutes, plan.frames_per_minute)
+    motion = measures.motion(frames)
+    minutes = play_minutes(engine, spec, frames, motion, target, length, lambda *_: advance(1))
+    return LongStream(clip.name, look.name, spec.prompt, minutes)
+
+
+def play_minutes(
+    engine: Engine,
+    spec: SessionSpec,
+    frames: np.ndarray,
+    motion: Motion,
+    target: np.ndarray | None,
+    length: tuple[int, int],
+    see: Callable[[int, np.ndarray], object],
+) -> tuple[Minute, ...]:
+    """Plays a clip forwards and backwards again and again; returns the measures of each minute.
+
+    Args:
+      engine: the model.
+      spec: what to compute.
+      frames: the clip, uint8 [T, H, W, 3].
+      motion: its optical flow.
+      target: what it should become, of the same shape; None where that is not known.
+      length: how many minutes, and frames in each of them.
+      see: is given each frame that comes out, behind the index in the clip of the frame that it was made of.
+    """
+    count, per_minute = length
+    order = list(itertools.islice(there_and_back(len(frames)), count * per_minute))
     minutes: list[Minute] = []
     meter = _MinuteMeter(frames, motion, target)
-    prompt = look.phrasing(0)
-    for part in play(engine, plan.spec_for(prompt), (frames[i] for i in order)):
+    for part in play(engine, spec, (frames[i] for i in order)):
         for number, frame in enumerate(part.frames, start=part.first):
             meter.add(frame, order[number], order[number - 1] if number else None)
-            if (number + 1) % plan.frames_per_minute == 0:
+            if (number + 1) % per_minute == 0:
                 minutes.append(meter.take())
-        advance(len(part.frames))
-    return LongStream(clip.name, look.name, prompt, tuple(minutes))
+            see(order[number], frame)
+    return tuple(minutes)
 
 
 class _MinuteMeter:

@@ -231,8 +231,16 @@ def _next_position(cfg, frames, plan, queue, length):
     # While the cache fills, the position after this one is queued (so the first group never is); when full, the
     # target just taken goes to the back unless it is a sink.
     last = queue[jnp.maximum(length - 1, 0)]
+    filling = plan.active & ~plan.full
+    if not cfg.keep_first:
+        # Each position is queued as it is written; sequential steps write one several times.
+        fresh = filling & ((length == 0) | (last != plan.end))
+        for position in range(1 - frames, 1):
+            queue, length = _append(queue, length, plan.end + position, fresh)
+        queue, length = _append(queue, length, target, pop)
+        return end, queue, length
     following = plan.end + frames
-    enqueue = plan.active & ~plan.full & (following > cfg.sink_frames) & (following <= cfg.cache_frames)
+    enqueue = filling & (following > cfg.sink_frames) & (following <= cfg.cache_frames)
     enqueue = enqueue & ((length == 0) | (last != following))
     requeue = pop & (target > cfg.sink_frames)
     queue, length = _append(queue, length, jnp.where(plan.full, target, following), enqueue | requeue)

@@ -57,11 +57,12 @@ def encode_chunk(
     frames_THWC: jax.Array,
     noise_FHWC: jax.Array,
     initial_noise_scale: jax.Array,
+    motion_range: float,
 ) -> tuple[InputState, jax.Array, jax.Array]:
     """Returns the state, the noisy latents and the first timestep (int32 []) of a later chunk of 4k frames."""
     pixels = noise_control.pixels_from_uint8(frames_THWC)
     level = noise_control.motion(noise_control.pixels_from_uint8(state.last_frame), pixels)
-    noise_scale = noise_control.next_noise_scale(level, initial_noise_scale, state.noise_scale)
+    noise_scale = noise_control.next_noise_scale(level, initial_noise_scale, state.noise_scale, motion_range)
     latents, vae_state = vae.encode(cfg, params, state.vae, _batch(params, frames_THWC))
     noisy = noise_control.mix(latents[0].astype(jnp.float32), noise_FHWC, noise_scale)
     state = InputState(vae_state, frames_THWC[-1], noise_scale)

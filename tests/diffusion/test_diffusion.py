@@ -27,12 +27,13 @@ def test_a_still_scene_keeps_the_noise_scale_and_full_motion_lowers_it():
     scale = jnp.float32(0.8)
     assert float(noise_control.motion(still[0], still)) == 0.0
     assert float(noise_control.motion(still[0], flash)) == 1.0
-    assert float(noise_control.next_noise_scale(jnp.float32(0.0), scale, scale)) == pytest.approx(
-        0.8, abs=1e-6
-    )
-    assert float(noise_control.next_noise_scale(jnp.float32(1.0), scale, scale)) == pytest.approx(
-        0.71, abs=1e-6
-    )
+
+    def following(level: float, motion_range: float) -> float:
+        return float(noise_control.next_noise_scale(jnp.float32(level), scale, scale, motion_range))
+
+    assert following(0.0, 0.1) == pytest.approx(0.8, abs=1e-6)
+    assert following(1.0, 0.1) == pytest.approx(0.71, abs=1e-6)
+    assert following(1.0, 0.0) == pytest.approx(0.8, abs=1e-6)
 
 
 @pytest.mark.parametrize(("scale", "step"), [(0.8, 700), (0.7, 600), (0.65966, 559), (0.05, 0), (1.0, 900)])

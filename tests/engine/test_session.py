@@ -219,6 +219,8 @@ def test_a_session_says_what_it_cannot_take(engine):
         ({"cache_frames": 3, "sink_frames": 0}, "leaves nothing to overwrite .*; use at least 4"),
         ({"sink_frames": 6}, "sink_frames must be at least 0 and below cache_frames=6"),
         ({"sink_threshold": 2.0}, "sink_threshold must be in"),
+        ({"keep_first": False}, "keep_first: false needs sink_frames=0 and frames_per_block=1, got 3 and 1"),
+        ({"motion_range": -0.1}, "motion_range must be in"),
         ({"rope_refresh": 5}, "rope_refresh must be at least cache_frames"),
     ],
 )

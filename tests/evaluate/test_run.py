@@ -10,7 +10,7 @@ import pytest
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import MediaError
-from svd2_jax.evaluate import clips, picture, report, run
+from svd2_jax.evaluate import clips, measures, picture, report, run
 from svd2_jax.evaluate.clip_model import ClipScores
 from svd2_jax.evaluate.report import Report, Settings
 from svd2_jax.media import VideoWriter, synthetic_clip
@@ -44,8 +44,10 @@ class Session:
         self._held: list[Chunk] = []
         self._taken = 0
         self.closed = False
+        self.blends: list[tuple[str, int]] = []
 
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
+        self.blends.append((prompt, blend_chunks))
         self._goal = float(GREY[prompt])
 
     def push(self, frames: np.ndarray) -> list[Chunk]:
@@ -207,6 +209,26 @@ def test_a_forward_and_a_backward_step_use_their_own_flow(folder):
     assert long.minutes[0].output == long.minutes[0].input
     assert long.minutes[0].input.warp_error == pytest.approx(forwards.input.warp_error, rel=0.2)
     assert long.minutes[0].input.warp_error < 0.7 * long.minutes[0].input.distance
+
+
+def test_each_frame_of_a_long_stream_is_seen_with_the_one_that_it_was_made_of(folder):
+    frames = clips.read_clip(folder.clips[0].input, 32, 32, 3)
+    seen: list[int] = []
+    spec = dataclasses.replace(SPEC, prompt="dark")
+    motion = measures.motion(frames)
+    minutes = run.play_minutes(
+        Engine(), spec, frames, motion, None, (2, 5), lambda index, _: seen.append(index)
+    )
+    assert seen == [0, 1, 2, 1, 0, 1, 2, 1, 0, 1]
+    assert len(minutes) == 2
+    assert minutes[0].to_target is None
+
+
+def test_a_prompt_may_come_over_several_chunks():
+    engine = Engine()
+    frames = np.zeros((13, 32, 32, 3), np.uint8)
+    list(run.play(engine, dataclasses.replace(SPEC, prompt="old"), frames, (9, "light"), 3))
+    assert engine.sessions[0].blends == [("light", 3)]
 
 
 def test_plain_clips_have_prompts_and_no_targets(folder, tmp_path):

@@ -45,7 +45,10 @@ class ListRing:
             end = target
         else:
             following = end + frames
-            if cfg.sink_frames < following <= cfg.cache_frames and self.queue[-1:] != [following]:
+            if not cfg.keep_first:
+                if self.queue[-1:] != [end]:
+                    self.queue += range(end - frames + 1, end + 1)
+            elif cfg.sink_frames < following <= cfg.cache_frames and self.queue[-1:] != [following]:
                 self.queue.append(following)
             self.filled = end
         self.slots[end - frames : end] = [value] * frames
@@ -120,6 +123,23 @@ def test_a_full_cache_of_six_with_three_sinks_rotates_through_the_last_three():
     _, cache = run(cfg, [(0, 2, 1)] + [(i, 1, i) for i in range(2, 10)])
     assert slots_of(cache) == [1, 1, 2, 9, 7, 8]
     assert queue_of(cache) == [5, 6, 4]
+
+
+def test_without_the_first_group_kept_the_oldest_frame_goes_first():
+    cfg = config(cache_frames=6, sink_frames=0, keep_first=False)
+    _, cache = run(cfg, [(0, 2, 1)] + [(i, 1, i) for i in range(2, 10)])
+    assert slots_of(cache) == [6, 7, 8, 9, 4, 5]
+    assert queue_of(cache) == [5, 6, 1, 2, 3, 4]
+
+
+def test_sequential_steps_queue_a_position_once():
+    cfg = config(cache_frames=6, sink_frames=0, keep_first=False, mode="sequential")
+    cfg = dataclasses.replace(cfg, timesteps=(700, 500))
+    groups = [(0, 2, 1)] + [(i, 1, i) for i in range(2, 10)]
+    ring, cache = run(cfg, [group for group in groups for _ in range(2)])
+    assert queue_of(cache) == ring.queue
+    assert sorted(ring.queue) == [1, 2, 3, 4, 5, 6]
+    assert slots_of(cache) == ring.slots
 
 
 def test_a_row_without_a_chunk_leaves_its_cache_untouched():
