@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -768,17 +769,33 @@ def _add_bench(
     parser.set_defaults(input=True)  # video to video
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from svd2_jax.bench import cli as bench_cli
+@dataclasses.dataclass(frozen=True)
+class _BenchModel:
+    """See `bench.cli.Model`."""
 
-    def load() -> DeviceEngine:
+    args: argparse.Namespace
+
+    def load(self, converted: Path | None = None) -> DeviceEngine:
         _check_devices()
         from svd2_jax.engine.engine import PipelineOptions
         from svd2_jax.engine.mesh import stage_meshes
 
+        options = dict(vars(self.args))
+        if converted is not None:  # with as many blocks as were asked for
+            options.update(checkpoint=str(converted), blocks=None)
+        args = argparse.Namespace(**options)
         return _engine(args, stage_meshes(1, 1), PipelineOptions(args.attention, rebalance=None))
 
-    return _device_errors(bench_cli.run, args, _stream_config(args), load, _say)
+    def random_sizes(self) -> ModelConfig:
+        if not self.args.checkpoint.startswith(RANDOM):
+            raise ConfigError(f"--against reference takes random weights: --checkpoint {RANDOM}PRESET")
+        return _model(self.args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from svd2_jax.bench import cli as bench_cli
+
+    return _device_errors(bench_cli.run, args, _stream_config(args), _BenchModel(args), _say)
 
 
 # --- svd2 plan

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
@@ -16,7 +16,10 @@ from svd2_jax.config import StreamConfig
 from svd2_jax.errors import CheckpointError, ConfigError, MediaError
 
 if TYPE_CHECKING:
+    from svd2_jax.bench.parts import Bench
+    from svd2_jax.bench.reference import Reference
     from svd2_jax.bench.report import Measured, Report
+    from svd2_jax.config import ModelConfig
     from svd2_jax.engine.engine import DeviceEngine
 
 PART_NAMES = ("text", "encode", "tick", "decode-wan", "decode-taehv", "stream", "dispatch")
@@ -30,6 +33,10 @@ examples:
   # four blocks of the 1.3B model: its real width on a machine with little memory
   svd2 bench --checkpoint random:wan-1.3b --blocks 4 --height 240 --width 416 --repeats 5
 
+  # the PyTorch implementation on the same weights, inputs and threads, in turn with ours
+  bash scripts/reference_venv.sh reference
+  svd2 bench --checkpoint random:golden --height 96 --width 160 --against reference --reference reference
+
 parts: text (a prompt), encode (frames of a chunk to latents), tick (the transformer, all rows), decode-wan,
 decode-taehv, stream (a chunk through a session, end to end), dispatch (a tick of the same structure with next to no
 arithmetic), first-frame (from the start of the process). Every part runs the programs that a session runs.
@@ -38,6 +45,18 @@ arithmetic), first-frame (from the start of the process). Every part runs the pr
 same run, as a share of the time taken. Arithmetic and memory traffic are counted from the programs' traces
 (matrix products and convolutions, each operand once); the JSON also has the compiler's own counts.
 """
+
+
+class Model(Protocol):
+    """The model that the options name."""
+
+    def load(self, converted: Path | None = None) -> DeviceEngine:
+        """Opens it, or a checkpoint in its place."""
+        ...
+
+    def random_sizes(self) -> ModelConfig:
+        """Returns its sizes; raises ConfigError unless its weights are random."""
+        ...
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=int, metavar="N", help="take only so many of the transformer's blocks (default: all)"
     )
     parser.add_argument(
+        "--against", choices=("reference",),
+        help="also run the PyTorch implementation on the same random weights, inputs and threads, in turn with ours",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", type=Path, metavar="FOLDER",
+        help="its virtual environment, made by scripts/reference_venv.sh",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all numbers there, each sample included"
     )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw there where the time goes")
@@ -62,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     args: argparse.Namespace,
     cfg: StreamConfig,
-    load: Callable[[], DeviceEngine],
+    model: Model,
     say: Callable[[str], None],
 ) -> int:
     """Measures as the parsed options say and returns the exit code; raises Svd2Error on bad input.
@@ -70,18 +97,20 @@ def run(
     Args:
       args: the parsed options.
       cfg: what the stream computes.
-      load: opens the model.
+      model: what is measured.
       say: tells how far it is.
     """
     for path in filter(None, (args.json, args.picture)):
         files.check_target(path)
     if args.picture and args.picture.suffix.lower() != ".png":
         raise MediaError(f"{args.picture}: a picture's name ends in .png")
+    if (args.against is None) != (args.reference is None):
+        raise ConfigError("--against reference needs --reference FOLDER, and the other way round")
     if args.repeats < 1:
         raise ConfigError(f"--repeats must be at least 1, got {args.repeats}")
     from svd2_jax.bench.report import text
 
-    report = _measure(args, cfg, load, say)
+    report = _measure(args, cfg, model, say)
     print(text(report))
     if args.json:
         line = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
@@ -93,54 +122,74 @@ def run(
     return 0
 
 
-def _measure(
-    args: argparse.Namespace, cfg: StreamConfig, load: Callable[[], DeviceEngine], say: Callable[[str], None]
+def _measure(args: argparse.Namespace, cfg: StreamConfig, model: Model, say: Callable[[str], None]) -> Report:
+    from svd2_jax.bench.parts import first_frame
+
+    if args.against is None:
+        bench, phases = first_frame(model.load, cfg, say)
+        return _report(args, bench, phases, say)
+    from svd2_jax.bench.reference import Reference
+
+    sizes = model.random_sizes()
+    with Reference(args.reference) as reference:
+        say("the reference makes random weights")
+        converted = reference.make_checkpoint(sizes, args.dtype or "float32")
+        bench, phases = first_frame(lambda: model.load(converted), cfg, say)
+        return _report(args, bench, phases, say, reference)
+
+
+def _report(
+    args: argparse.Namespace,
+    bench: Bench,
+    phases: dict[str, float],
+    say: Callable[[str], None],
+    reference: Reference | None = None,
 ) -> Report:
     import jax
 
     from svd2_jax.bench.ceiling import measured
-    from svd2_jax.bench.parts import first_frame
     from svd2_jax.bench.report import Report, Settings
+    from svd2_jax.bench.run import measure
 
-    names = [name for name in PART_NAMES if name in args.part or not args.part]
-    bench, phases = first_frame(load, cfg, say)
     engine = bench.engine
     device = engine.meshes[0].home
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    against = None
+    if reference is not None:
+        say("the reference loads them")
+        against = f"the reference ({reference.load(bench, threads)})"
     say("measuring the ceiling")
     ceiling = measured(device, engine.dtype)
     parts: list[Measured] = []
-    for name in names:
-        try:
-            parts += _with_bar(bench, name, args.repeats)
-        except CheckpointError as e:
-            if args.part:
-                raise
-            say(f"note: {name} is left out: {e}")
+    for name in PART_NAMES:
+        if args.part and name not in args.part:
+            continue
+        with tqdm(desc=name, unit="run", dynamic_ncols=True) as bar:
+
+            def started(rounds: int, bar: tqdm = bar) -> Callable[[], object]:
+                bar.reset(total=rounds)
+                return bar.update
+
+            try:
+                parts.append(measure(bench, name, args.repeats, started, reference))
+            except CheckpointError as e:
+                if args.part:
+                    raise
+                say(f"note: {name} is left out: {e}")
     ceiling = measured(device, engine.dtype, ceiling)
     settings = Settings(
         checkpoint=args.checkpoint,
         model=engine.model.name,
         blocks=engine.model.dit.num_layers,
-        stream=cfg.to_dict(),
+        stream=bench.cfg.to_dict(),
         dtype=engine.dtype.name,
         attention=args.attention,
         platform=device.platform,
         device=device.device_kind,
-        threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=threads,
         jax=jax.__version__,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
+        against=against,
     )
     wanted = not args.part or FIRST_FRAME in args.part
     return Report(settings, ceiling, tuple(parts), phases if wanted else {})
-
-
-def _with_bar(bench, name: str, repeats: int) -> list[Measured]:
-    from svd2_jax.bench.run import measure
-
-    with tqdm(desc=name, unit="run", dynamic_ncols=True) as bar:
-
-        def progress(_: str, rounds: int) -> Callable[[], object]:
-            bar.reset(total=rounds)
-            return bar.update
-
-        return list(measure(bench, [name], repeats, progress))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +155,7 @@ class Bench:
             self.engine.denoiser(cfg, pipeline.split).ticks.tick[1],
             cfg.chunk_frames,
             warm_up=cfg.cache_frames // cfg.frames_per_block + pipeline.depth,
-            results=lambda: pipeline.came_back,
+            results=lambda: pipeline.came_back[-1],
             close=pipeline.close,
         )
 
@@ -252,8 +252,6 @@ PARTS: dict[str, Callable[[Bench], Part]] = {
     "stream": Bench.stream,
     "dispatch": Bench.dispatch,
 }
-OF_A_CHUNK = ("encode", "tick", "decode-wan", "decode-taehv")
-"""What runs for each chunk; one of the decoders."""
 
 
 def first_frame(
@@ -300,8 +298,3 @@ def seconds_running() -> float | None:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - started
     except (OSError, AttributeError, ValueError, IndexError):
         return None
-
-
-def selected(names: Sequence[str]) -> list[str]:
-    """Returns the parts in their order; no name stands for all of them."""
-    return [name for name in PARTS if name in names or not names]

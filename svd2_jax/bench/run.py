@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from svd2_jax.bench.parts import PARTS, Bench, Part
+from svd2_jax.bench.parts import PARTS, Bench
 from svd2_jax.bench.report import Against, Compiled, Measured
 from svd2_jax.bench.timing import Sample, in_turn, timed
 
-Progress = Callable[[str, int], Callable[[], object]]
-"""Takes a part's name and the number of its rounds; returns what is called after each."""
+Progress = Callable[[int], Callable[[], object]]
+"""Takes the number of rounds; returns what is called after each."""
 
 
 class Rival(Protocol):
@@ -34,50 +34,41 @@ class Rival(Protocol):
         ...
 
 
-def measure(
-    bench: Bench, names: Sequence[str], repeats: int, progress: Progress, rival: Rival | None = None
-) -> Iterator[Measured]:
-    """Yields what was measured of each part; a part's memory is freed before the next begins.
+def measure(bench: Bench, name: str, repeats: int, started: Progress, rival: Rival | None = None) -> Measured:
+    """Returns what was measured of a part, and frees its memory.
 
     Args:
       bench: the model and the stream.
-      names: of `PARTS`.
-      repeats: samples of each part.
-      progress: shows how far it is.
+      name: of `PARTS`.
+      repeats: samples.
+      started: shows how far it is.
       rival: sampled in turn with ours, where it has the part.
 
     Raises:
-      CheckpointError: the checkpoint lacks what a part needs.
+      CheckpointError: the checkpoint lacks what the part needs.
     """
-    for name in names:
-        part = PARTS[name](bench)
-        try:
-            yield _measure(part, repeats, progress, rival if rival and name in rival.parts else None)
-        finally:
-            part.close()
-
-
-def _measure(part: Part, repeats: int, progress: Progress, rival: Rival | None) -> Measured:
+    part = PARTS[name](bench)
     sides = [lambda: timed(part.run, jax.block_until_ready)]
-    if rival is not None:
-        rival.prepare(part.name)
-        sides.append(rival.sample)
-    done = progress(part.name, part.warm_up + repeats)
-    ours, *others = in_turn(sides, repeats, part.warm_up, done)
-    against = None
-    if rival is not None:
-        seconds = tuple(sample.total_s for sample in others[0])
-        against = Against(seconds, _difference(part.results(), rival.result()))
-    return Measured(
-        part.name, tuple(ours), part.work, part.frames, _compiled(part.program), against, part.note
-    )
+    try:
+        rival = rival if rival and name in rival.parts else None
+        if rival is not None:
+            rival.prepare(name)
+            sides.append(rival.sample)
+        ours, *others = in_turn(sides, repeats, part.warm_up, started(part.warm_up + repeats))
+        against = None
+        if rival is not None:
+            seconds = tuple(sample.total_s for sample in others[0])
+            against = Against(seconds, _difference(part.results(), rival.result()))
+    finally:
+        part.close()
+    return Measured(name, tuple(ours), part.work, part.frames, _compiled(part.program), against, part.note)
 
 
 def _difference(ours: Any, theirs: np.ndarray | None) -> float | None:
     """Returns the largest difference as a share of the largest magnitude."""
     if ours is None or theirs is None:
         return None
-    ours = np.concatenate([np.asarray(x, np.float64) for x in jax.tree.leaves(ours)])
+    ours = np.asarray(ours, np.float64)
     if ours.shape != theirs.shape:
         raise ValueError(f"expected a result of shape {ours.shape}, got {theirs.shape}")
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from svd2_jax.bench.parts import PARTS, Bench
+from svd2_jax.bench.run import measure
+from svd2_jax.bench.timing import Sample
 from svd2_jax.config import StreamConfig
 
 SMALL = [
@@ -64,7 +66,7 @@ def test_timed_parts_run_what_a_session_runs(engine):
     assert part.results() is second
     tick = PARTS["tick"](bench)
     jax.block_until_ready(tick.run())
-    assert all(np.isfinite(np.asarray(x)).all() for x in tick.results())
+    assert np.isfinite(np.asarray(tick.results())).all()
     tick.close()
 
 
@@ -76,6 +78,64 @@ def test_bad_input_is_one_line(bench, tmp_path):
     check_refused(bench(*SMALL, "--json", tmp_path), "is a folder")
     check_refused(bench(*SMALL, "--height", 33), "height must be a positive multiple of 16")
     assert bench(*SMALL, "--part", "nothing")[0] == 2
+
+
+def test_the_reference_needs_its_environment_and_random_weights(bench, tmp_path):
+    against = ["--against", "reference"]
+    check_refused(bench(*SMALL, *against), "--against reference needs --reference FOLDER")
+    check_refused(bench(*SMALL, "--reference", tmp_path), "--against reference needs --reference FOLDER")
+    check_refused(bench(*SMALL, *against, "--reference", tmp_path), "bash scripts/reference_venv.sh")
+    check_refused(
+        bench("--checkpoint", "tiny", *against, "--reference", tmp_path), "--checkpoint random:PRESET"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("""read line; echo '{"error": "no torch"}'""", "the reference failed to make: no torch"),
+        ("echo 'no such module' >&2; exit 1", "the reference failed to make: no such module"),
+    ],
+)
+def test_a_worker_that_fails_is_one_line(bench, tmp_path, script, message):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    check_refused(bench(*SMALL, "--against", "reference", "--reference", tmp_path), message)
+
+
+class FakeRival:
+    """Takes ten seconds and gives twice as much."""
+
+    parts = ("decode-wan",)
+
+    def __init__(self, bench: Bench):
+        self._bench, self.prepared, self.samples = bench, [], 0
+
+    def prepare(self, name):
+        self.prepared.append(name)
+
+    def sample(self):
+        self.samples += 1
+        return Sample(10.0, 10.0)
+
+    def result(self):
+        return 2 * np.ones((4, 48, 64, 3))
+
+
+def test_a_rival_is_sampled_in_turn_and_its_result_compared(engine):
+    bench = Bench.of(engine, StreamConfig(height=48, width=64))
+    rival, rounds = FakeRival(bench), []
+    found = measure(bench, "decode-wan", 2, lambda count: lambda: rounds.append(count), rival)
+    assert rival.prepared == ["decode-wan"]
+    assert rival.samples == len(rounds) == rounds[0] == 4  # two to warm up
+    assert found.against is not None
+    assert found.against.seconds == (10.0, 10.0)
+    assert found.against.error is not None
+    assert found.ratio is not None
+    assert found.ratio.least > 1
+    assert measure(bench, "encode", 1, lambda _: lambda: None, rival).against is None
 
 
 def test_help_has_examples(bench):
