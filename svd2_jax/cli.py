@@ -1,9 +1,10 @@
-"""The command line: `svd2 run | live | convert | verify | eval | plan | simulate | demo`."""
+"""The command line: `svd2 run | live | convert | verify | eval | bench | plan | simulate | demo`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -134,6 +135,7 @@ def entry_point() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     from convert import cli as convert_cli
+    from svd2_jax.bench import cli as bench_cli
     from svd2_jax.evaluate import cli as evaluate_cli
     from svd2_jax.simulate import cli as simulate_cli
 
@@ -170,6 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(
         command("eval", _eval, "measure the quality of the pictures on a folder of clips", None),
         evaluate_cli.add_arguments,
+    )
+    _add_bench(
+        command("bench", _bench, "measure how long each part takes on this machine", bench_cli.EXAMPLES),
+        bench_cli.add_arguments,
     )
     _add_plan(
         command("plan", _plan, "say what a pipeline needs and how fast it can be, without one", PLAN_EXAMPLES)
@@ -431,11 +437,13 @@ def _model(args: argparse.Namespace) -> ModelConfig:
     """Returns the sizes of the model that the options name."""
     if "preset" in args:
         return preset(args.preset)
+    blocks = getattr(args, "blocks", None)
     if args.checkpoint.startswith(RANDOM):
-        return preset(args.checkpoint.removeprefix(RANDOM))
+        return preset(args.checkpoint.removeprefix(RANDOM)).with_blocks(blocks)
     from svd2_jax.engine.checkpoint import Checkpoint
 
-    return Checkpoint.open(shipped.checkpoint_folder(args.checkpoint)).manifest.model
+    folder = shipped.checkpoint_folder(args.checkpoint)
+    return Checkpoint.open(folder).manifest.model.with_blocks(blocks)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -503,12 +511,12 @@ def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: Pipe
     from svd2_jax.engine.engine import DeviceEngine  # late: JAX takes a second to load
 
     if args.checkpoint.startswith(RANDOM):
-        name = args.checkpoint.removeprefix(RANDOM)
-        _say(f"random weights in the sizes of {name}: the pictures will mean nothing")
-        return DeviceEngine.random(name, dtype=args.dtype or "float32", meshes=meshes, options=options)
+        model = _model(args)
+        _say(f"random weights in the sizes of {model.name}: the pictures will mean nothing")
+        return DeviceEngine.random(model, dtype=args.dtype or "float32", meshes=meshes, options=options)
     _say(f"loading {args.checkpoint}")
-    folder = shipped.checkpoint_folder(args.checkpoint)
-    return DeviceEngine.from_checkpoint(folder, args.dtype, args.text_encoder, meshes, options)
+    folder, blocks = shipped.checkpoint_folder(args.checkpoint), getattr(args, "blocks", None)
+    return DeviceEngine.from_checkpoint(folder, args.dtype, args.text_encoder, meshes, options, blocks)
 
 
 def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter | None, total: int | None) -> None:
@@ -748,6 +756,49 @@ def _eval(args: argparse.Namespace) -> int:
 
     cfg = _stream_config(args)
     return _device_errors(evaluate_cli.run, args, cfg, open_model)
+
+
+# --- svd2 bench
+
+
+def _add_bench(
+    parser: argparse.ArgumentParser, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    _add_checkpoint(parser)
+    add_arguments(parser)
+    shape = _add_shape(parser, "what is computed (defaults: published settings)")
+    shape.add_argument("--mode", choices=("stream", "sequential"), help="(default stream, or --config's)")
+    _add_machine(parser)
+    parser.set_defaults(input=True)  # video to video
+
+
+@dataclasses.dataclass(frozen=True)
+class _BenchModel:
+    """See `bench.cli.Model`."""
+
+    args: argparse.Namespace
+
+    def load(self, converted: Path | None = None) -> DeviceEngine:
+        _check_devices()
+        from svd2_jax.engine.engine import PipelineOptions
+        from svd2_jax.engine.mesh import stage_meshes
+
+        options = dict(vars(self.args))
+        if converted is not None:  # with as many blocks as were asked for
+            options.update(checkpoint=str(converted), blocks=None)
+        args = argparse.Namespace(**options)
+        return _engine(args, stage_meshes(1, 1), PipelineOptions(args.attention, rebalance=None))
+
+    def random_sizes(self) -> ModelConfig:
+        if not self.args.checkpoint.startswith(RANDOM):
+            raise ConfigError(f"--against reference takes random weights: --checkpoint {RANDOM}PRESET")
+        return _model(self.args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from svd2_jax.bench import cli as bench_cli
+
+    return _device_errors(bench_cli.run, args, _stream_config(args), _BenchModel(args), _say)
 
 
 # --- svd2 plan

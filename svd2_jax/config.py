@@ -199,6 +199,14 @@ class ModelConfig(_Config):
                 f"VAE {self.vae.z_dim}"
             )
 
+    def with_blocks(self, blocks: int | None) -> ModelConfig:
+        """Returns the model with only so many of the transformer's blocks; None is all of them."""
+        if blocks is None:
+            return self
+        if not 1 <= blocks <= self.dit.num_layers:
+            raise ConfigError(f"{self.name} has 1 to {self.dit.num_layers} blocks to take, got {blocks}")
+        return dataclasses.replace(self, dit=dataclasses.replace(self.dit, num_layers=blocks))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Builds the config, nested configs included, from plain values."""

@@ -19,6 +19,7 @@ from svd2_jax.engine.engine import checked_dtype, checked_split
 from svd2_jax.engine.memory import LARGEST_SHARE, StageMemory, Temporaries, stage_memory
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
+from svd2_jax.text import aligned, si
 
 STAGE_COUNTS = (1, 2, 3, 4, 8)  # compared in every plan
 TARGET_FPS = 16.0  # the rate Wan2.1 was trained at
@@ -297,7 +298,7 @@ def _header(plan: Plan) -> list[str]:
         f"{plan.model}, {stream.width}x{stream.height}, {_plural(stream.steps, 'step')}, {stream.task}, "
         f"mode {stream.mode}, decoder {stream.decoder}, {plan.dtype}",
         f"{len(plan.devices)} x {device.name}: {device.memory_bytes / GIB:.1f} GiB at "
-        f"{_si(device.memory_bandwidth)}B/s, {_si(peak)}FLOP/s, link {_si(device.link_bandwidth)}B/s",
+        f"{si(device.memory_bandwidth)}B/s, {si(peak)}FLOP/s, link {si(device.link_bandwidth)}B/s",
     ]
 
 
@@ -313,7 +314,7 @@ def _memory(plan: Plan) -> list[str]:
     largest = max(d.weights for d in plan.devices)
     bound = "" if plan.devices[0].temporaries is None else "; temp is an upper bound"
     share = f"{100 * largest / total:.0f} % of them at most on one device"
-    return [*_table(rows), f"weights: {_gib(total)} in all, {share}{bound}"]
+    return [*aligned(rows), f"weights: {_gib(total)} in all, {share}{bound}"]
 
 
 def too_full(plan: Plan) -> list[str]:
@@ -346,7 +347,7 @@ def _work(plan: Plan) -> list[str]:
         rows.append(
             ("each hop", "", "", f"{plan.hop_bytes / 1e9:.3f}", f"{1e3 * plan.hop_seconds:.2f}", "link")
         )
-    return _table(rows, left=2)
+    return aligned(rows, left=(0, 1))
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -391,7 +392,7 @@ def _options(plan: Plan) -> list[str]:
         latency, live = _s(o.latency_seconds), _s(o.live_latency_seconds)
         split, fits = "+".join(map(str, o.split)), "yes" if o.fits else "no"
         rows.append((str(len(o.split)), split, f"{o.fps:.1f}", latency, live, _gib(o.memory), fits))
-    return [*_table(rows, left=2), "", _advice(plan)]
+    return [*aligned(rows, left=(0, 1)), "", _advice(plan)]
 
 
 def _advice(plan: Plan) -> str:
@@ -413,19 +414,6 @@ def _device_name(plan: Plan, index: int) -> str:
     return f"device {index}, blocks {device.first_block}-{device.first_block + device.blocks - 1}"
 
 
-def _table(rows: Sequence[tuple[str, ...]], left: int = 1) -> list[str]:
-    """Returns aligned lines; the first `left` columns are flush left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = [
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
-
-    return [line(row) for row in rows]
-
-
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
@@ -436,11 +424,3 @@ def _plural(number: int, noun: str) -> str:
 
 def _s(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.0f} ms"
-
-
-def _si(value: float) -> str:
-    """Returns a rate with its prefix, for example "3.35 T"."""
-    for exponent, prefix in ((15, "P"), (12, "T"), (9, "G")):
-        if value >= 10**exponent:
-            return f"{value / 10**exponent:.4g} {prefix}"
-    return f"{value:.4g} "

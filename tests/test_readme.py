@@ -35,6 +35,7 @@ def test_the_readme_shows_every_kind_of_command():
         "convert",
         "verify",
         "eval",
+        "bench",
         "plan",
     }
 

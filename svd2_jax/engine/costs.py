@@ -21,7 +21,7 @@ from svd2_jax.engine.balance import best_split
 from svd2_jax.engine.params import abstract_items, decoder_item
 from svd2_jax.engine.work import count_work
 from svd2_jax.hardware import Work, hardware_of_device, roofline
-from svd2_jax.models import dit, vae
+from svd2_jax.models import dit, text_encoder, vae
 from svd2_jax.models.dit import Conditioning
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
@@ -163,6 +163,16 @@ class Costs:
                 ends=self._ends_work(1, self.cfg.first_latents),
                 decode=count_work(*self._decode_first),
             )
+
+    @cached_property
+    def text(self) -> Work:
+        """The work of the text encoder for one prompt."""
+        text, tokens = self.model.text, self.model.dit.text_len
+        x, mask = _array((1, tokens, text.dim), self.dtype), _array((1, tokens), jnp.int32)
+        block = functools.partial(text_encoder.run_block, text)
+        with _flax_may_promote():
+            one = count_work(block, self._items[text_encoder.block_item(0)], x, mask)
+        return one * text.num_layers
 
     @cached_property
     def sizes(self) -> Sizes:

@@ -110,6 +110,7 @@ class DeviceEngine:
         text: TextPlacement = "host",
         meshes: Sequence[StageMesh] | None = None,
         options: PipelineOptions = DEFAULT_OPTIONS,
+        blocks: int | None = None,
     ) -> Self:
         """Opens a converted checkpoint.
 
@@ -119,14 +120,15 @@ class DeviceEngine:
           text: where the text encoder lives, see `PromptEncoder`.
           meshes: see `stage_meshes`; None is one stage on JAX's default device.
           options: how the pipeline runs.
+          blocks: take only the transformer's first ones, so many; None takes all.
 
         Raises:
           CheckpointError: the folder is missing, unfinished or of another format.
-          ConfigError: more stages than blocks.
+          ConfigError: more stages than blocks, or more blocks than there are.
         """
         checkpoint = Checkpoint.open(Path(path))
         checkpoint.require(("dit", "vae", "text"))
-        model = checkpoint.manifest.model
+        model = checkpoint.manifest.model.with_blocks(blocks)
         meshes = _checked_meshes(model, meshes)
         compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, meshes[0].first))
 
@@ -143,14 +145,14 @@ class DeviceEngine:
     @classmethod
     def random(
         cls,
-        preset_name: str,
+        model: ModelConfig | str,
         seed: int = 0,
         dtype: str = "float32",
         meshes: Sequence[StageMesh] | None = None,
         options: PipelineOptions = DEFAULT_OPTIONS,
     ) -> Self:
-        """Makes a model of a preset's sizes with random weights: its pictures mean nothing, its speed does."""
-        model = params_lib.with_random_text(preset(preset_name))
+        """Makes a model of these sizes with random weights: its pictures mean nothing, its speed does."""
+        model = params_lib.with_random_text(preset(model) if isinstance(model, str) else model)
         meshes = _checked_meshes(model, meshes)
         compute = checked_dtype(dtype)
         read_item = params_lib.random_items(model, seed, compute)
@@ -166,6 +168,11 @@ class DeviceEngine:
         """
         height, width = self.model.picture
         return StreamConfig.for_task("v2v", **{"height": height, "width": width, **settings})
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What it computes in."""
+        return self._dtype
 
     @property
     def stages(self) -> int:

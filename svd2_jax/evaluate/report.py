@@ -10,6 +10,7 @@ from typing import Any
 
 from svd2_jax.evaluate.clip_model import ClipScores
 from svd2_jax.evaluate.measures import Likeness, Steadiness, Tone, mean
+from svd2_jax.text import aligned
 
 CHANGED_BELOW = 0.5  # share of the old picture from which on a frame is nearer to the new one
 SETTLED_BELOW = 0.25  # share below which a changed stream stays once it has settled
@@ -273,7 +274,7 @@ def _likeness_lines(report: Report) -> list[str]:
     lines = []
     if report.likeness():
         head = ("likeness to the target", "dB", "SSIM", "input dB", "SSIM", "VAE dB", "SSIM", "nearest")
-        lines = _aligned(
+        lines = aligned(
             [head, *(cells(look, report.of_look(look)) for look in report.looks), cells("all", report)]
         )
     if found := report.rebuilt_likeness(False):
@@ -308,7 +309,7 @@ def _steadiness_lines(report: Report) -> list[str]:
                 ratio(ours, own),
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _change_lines(report: Report) -> list[str]:
@@ -330,7 +331,7 @@ def _change_lines(report: Report) -> list[str]:
                 *cells(change.settled_frame, change.at_frame, change.settled_s),
             )
         )
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _long_lines(report: Report) -> list[str]:
@@ -356,14 +357,3 @@ def _milli(value: float) -> str:
 
 def _short(text: str, most: int = 24) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

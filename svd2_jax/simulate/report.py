@@ -11,6 +11,7 @@ from typing import Any
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.work import SECOND, Fate, FrameRecord, Reason
 from svd2_jax.simulate.simulator import Outcome
+from svd2_jax.text import aligned
 
 OWN_DROPS = (Reason.OVERLOAD, Reason.HOPELESS)  # the scheduler's doing; others are the source's
 MOST_MISSED = 0.001  # share of shown frames, where the device can do all that is demanded
@@ -214,15 +215,7 @@ def table(rows: Sequence[Row], policy: str) -> str:
     """Returns the rows as aligned text, one line each; ratios are to the rows of this policy."""
     p99_ms = {row.trace: row.latency_ms[2] for row in rows if row.policy == policy}
     lines = [COLUMNS, *(_cells(row, p99_ms.get(row.trace)) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    left = {0, 1, COLUMNS.index("dropped"), len(COLUMNS) - 1}
-    text = [
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(aligned(lines, left={0, 1, COLUMNS.index("dropped"), len(COLUMNS) - 1}))
 
 
 def _cells(row: Row, p99_ms: float | None) -> tuple[str, ...]:

@@ -1,0 +1,195 @@
+"""The command line of the benchmarks, for `svd2 bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tqdm import tqdm
+
+from svd2_jax import files
+from svd2_jax.config import StreamConfig
+from svd2_jax.errors import CheckpointError, ConfigError, MediaError
+
+if TYPE_CHECKING:
+    from svd2_jax.bench.parts import Bench
+    from svd2_jax.bench.reference import Reference
+    from svd2_jax.bench.report import Measured, Report
+    from svd2_jax.config import ModelConfig
+    from svd2_jax.engine.engine import DeviceEngine
+
+PART_NAMES = ("text", "encode", "tick", "decode-wan", "decode-taehv", "stream", "dispatch")
+FIRST_FRAME = "first-frame"
+
+EXAMPLES = """\
+examples:
+  svd2 bench --checkpoint random:wan-1.3b --dtype bfloat16 --json bench.json --picture bench.png
+  svd2 bench --checkpoint ckpt --height 512 --width 512 --steps 4 --part tick --part stream
+
+  # four blocks of the 1.3B model: its real width on a machine with little memory
+  svd2 bench --checkpoint random:wan-1.3b --blocks 4 --height 240 --width 416 --repeats 5
+
+  # the PyTorch implementation on the same weights, inputs and threads, in turn with ours
+  bash scripts/reference_venv.sh reference
+  svd2 bench --checkpoint random:golden --height 96 --width 160 --against reference --reference reference
+
+parts: text (a prompt), encode (frames of a chunk to latents), tick (the transformer, all rows), decode-wan,
+decode-taehv, stream (a chunk through a session, end to end), dispatch (a tick of the same structure with next to no
+arithmetic), first-frame (from the start of the process). Every part runs the programs that a session runs.
+
+`of ceiling` is the least time that this device allows, by a large matrix product and a large copy measured in the
+same run, as a share of the time taken. Arithmetic and memory traffic are counted from the programs' traces
+(matrix products and convolutions, each operand once); the JSON also has the compiler's own counts.
+"""
+
+
+class Model(Protocol):
+    """The model that the options name."""
+
+    def load(self, converted: Path | None = None) -> DeviceEngine:
+        """Opens it, or a checkpoint in its place."""
+        ...
+
+    def random_sizes(self) -> ModelConfig:
+        """Returns its sizes; raises ConfigError unless its weights are random."""
+        ...
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmarks' own options to a parser."""
+    parser.add_argument(
+        "--part", action="append", default=[], choices=(*PART_NAMES, FIRST_FRAME),
+        help="measure only this part; may be given several times (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=int, default=10, metavar="N",
+        help="samples of each part, behind a warm-up (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blocks", type=int, metavar="N", help="take only so many of the transformer's blocks (default: all)"
+    )
+    parser.add_argument(
+        "--against", choices=("reference",),
+        help="also run the PyTorch implementation on the same random weights, inputs and threads, in turn with ours",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", type=Path, metavar="FOLDER",
+        help="its virtual environment, made by scripts/reference_venv.sh",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all numbers there, each sample included"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw there where the time goes")
+
+
+def run(
+    args: argparse.Namespace,
+    cfg: StreamConfig,
+    model: Model,
+    say: Callable[[str], None],
+) -> int:
+    """Measures as the parsed options say and returns the exit code; raises Svd2Error on bad input.
+
+    Args:
+      args: the parsed options.
+      cfg: what the stream computes.
+      model: what is measured.
+      say: tells how far it is.
+    """
+    for path in filter(None, (args.json, args.picture)):
+        files.check_target(path)
+    if args.picture and args.picture.suffix.lower() != ".png":
+        raise MediaError(f"{args.picture}: a picture's name ends in .png")
+    if (args.against is None) != (args.reference is None):
+        raise ConfigError("--against reference needs --reference FOLDER, and the other way round")
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats must be at least 1, got {args.repeats}")
+    from svd2_jax.bench.report import text
+
+    report = _measure(args, cfg, model, say)
+    print(text(report))
+    if args.json:
+        line = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
+        files.write_whole(args.json, lambda path: path.write_text(line))
+    if args.picture:
+        from svd2_jax.bench.picture import draw
+
+        files.write_whole(args.picture, lambda path: draw(path, report))
+    return 0
+
+
+def _measure(args: argparse.Namespace, cfg: StreamConfig, model: Model, say: Callable[[str], None]) -> Report:
+    from svd2_jax.bench.parts import first_frame
+
+    if args.against is None:
+        bench, phases = first_frame(model.load, cfg, say)
+        return _report(args, bench, phases, say)
+    from svd2_jax.bench.reference import Reference
+
+    sizes = model.random_sizes()
+    with Reference(args.reference) as reference:
+        say("the reference makes random weights")
+        converted = reference.make_checkpoint(sizes, args.dtype or "float32")
+        bench, phases = first_frame(lambda: model.load(converted), cfg, say)
+        return _report(args, bench, phases, say, reference)
+
+
+def _report(
+    args: argparse.Namespace,
+    bench: Bench,
+    phases: dict[str, float],
+    say: Callable[[str], None],
+    reference: Reference | None = None,
+) -> Report:
+    import jax
+
+    from svd2_jax.bench.ceiling import measured
+    from svd2_jax.bench.report import Report, Settings
+    from svd2_jax.bench.run import measure
+
+    engine = bench.engine
+    device = engine.meshes[0].home
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    against = None
+    if reference is not None:
+        say("the reference loads them")
+        against = f"the reference ({reference.load(bench, threads)})"
+    say("measuring the ceiling")
+    ceiling = measured(device, engine.dtype)
+    parts: list[Measured] = []
+    for name in PART_NAMES:
+        if args.part and name not in args.part:
+            continue
+        with tqdm(desc=name, unit="run", dynamic_ncols=True) as bar:
+
+            def started(rounds: int, bar: tqdm = bar) -> Callable[[], object]:
+                bar.reset(total=rounds)
+                return bar.update
+
+            try:
+                parts.append(measure(bench, name, args.repeats, started, reference))
+            except CheckpointError as e:
+                if args.part:
+                    raise
+                say(f"note: {name} is left out: {e}")
+    ceiling = measured(device, engine.dtype, ceiling)
+    settings = Settings(
+        checkpoint=args.checkpoint,
+        model=engine.model.name,
+        blocks=engine.model.dit.num_layers,
+        stream=bench.cfg.to_dict(),
+        dtype=engine.dtype.name,
+        attention=args.attention,
+        platform=device.platform,
+        device=device.device_kind,
+        threads=threads,
+        jax=jax.__version__,
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        against=against,
+    )
+    wanted = not args.part or FIRST_FRAME in args.part
+    return Report(settings, ceiling, tuple(parts), phases if wanted else {})

@@ -1,0 +1,85 @@
+"""Measures the parts of a stream one after another, alone or in turn with another implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from svd2_jax.bench.parts import PARTS, Bench
+from svd2_jax.bench.report import Against, Compiled, Measured
+from svd2_jax.bench.timing import Sample, in_turn, timed
+
+Progress = Callable[[int], Callable[[], object]]
+"""Takes the number of rounds; returns what is called after each."""
+
+
+class Rival(Protocol):
+    """Another implementation with the same weights, settings and inputs."""
+
+    parts: Sequence[str]
+
+    def prepare(self, name: str) -> None:
+        """Gets a part ready to be sampled."""
+        ...
+
+    def sample(self) -> Sample:
+        """Runs the part once."""
+        ...
+
+    def result(self) -> np.ndarray | None:
+        """Returns what the part gave last, laid out like ours; None where it cannot be compared."""
+        ...
+
+
+def measure(bench: Bench, name: str, repeats: int, started: Progress, rival: Rival | None = None) -> Measured:
+    """Returns what was measured of a part, and frees its memory.
+
+    Args:
+      bench: the model and the stream.
+      name: of `PARTS`.
+      repeats: samples.
+      started: shows how far it is.
+      rival: sampled in turn with ours, where it has the part.
+
+    Raises:
+      CheckpointError: the checkpoint lacks what the part needs.
+    """
+    part = PARTS[name](bench)
+    sides = [lambda: timed(part.run, jax.block_until_ready)]
+    try:
+        rival = rival if rival and name in rival.parts else None
+        if rival is not None:
+            rival.prepare(name)
+            sides.append(rival.sample)
+        ours, *others = in_turn(sides, repeats, part.warm_up, started(part.warm_up + repeats))
+        against = None
+        if rival is not None:
+            seconds = tuple(sample.total_s for sample in others[0])
+            against = Against(seconds, _difference(part.results(), rival.result()))
+    finally:
+        part.close()
+    return Measured(name, tuple(ours), part.work, part.frames, _compiled(part.program), against, part.note)
+
+
+def _difference(ours: Any, theirs: np.ndarray | None) -> float | None:
+    """Returns the largest difference as a share of the largest magnitude."""
+    if ours is None or theirs is None:
+        return None
+    ours = np.asarray(ours, np.float64)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"expected a result of shape {ours.shape}, got {theirs.shape}")
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def _compiled(program: Any) -> Compiled | None:
+    """Returns the compiler's counts of an executable, where it gives any."""
+    if program is None:
+        return None
+    counts, memory = program.cost_analysis() or {}, program.memory_analysis()
+    return Compiled(
+        counts.get("flops", 0.0), counts.get("bytes accessed", 0.0),
+        memory.temp_size_in_bytes, memory.alias_size_in_bytes,
+    )  # fmt: skip

@@ -1,0 +1,24 @@
+"""Numbers as text for a terminal: aligned tables, rates with their prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[str]:
+    """Returns the rows as lines of aligned cells; columns in `left` are flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=True))
+        return "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in cells).rstrip()
+
+    return [line(row) for row in rows]
+
+
+def si(value: float) -> str:
+    """Returns a rate with its prefix, for example "3.35 T"; the unit is to follow."""
+    for exponent, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**exponent:
+            return f"{value / 10**exponent:.4g} {prefix}"
+    return f"{value:.4g} "
