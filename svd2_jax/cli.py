@@ -492,12 +492,14 @@ def _open(
     return session
 
 
-def _prepare_devices() -> None:
+def _prepare_devices(keep: bool = True) -> None:
+    """Sees that JAX has devices; if `keep`, compiled programs are taken from and put where they are kept."""
     import jax
 
     from svd2_jax.engine.kept_programs import keep_programs
 
-    keep_programs()
+    if keep:
+        keep_programs()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:  # JAX asserts that the platform it was told to use is there
@@ -779,7 +781,7 @@ class _BenchModel:
     args: argparse.Namespace
 
     def load(self, converted: Path | None = None) -> DeviceEngine:
-        _check_devices()
+        _prepare_devices(keep=self.args.restart)
         from svd2_jax.engine.engine import PipelineOptions
         from svd2_jax.engine.mesh import stage_meshes
 

@@ -73,6 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=int, metavar="N", help="take only so many of the transformer's blocks (default: all)"
     )
     parser.add_argument(
+        "--restart", action="store_true",
+        help="use compiled programs that an earlier run kept, as other commands do (default: start cold)",
+    )  # fmt: skip
+    parser.add_argument(
         "--against", choices=("reference",),
         help="also run the PyTorch implementation on the same random weights, inputs and threads, in turn with ours",
     )  # fmt: skip
