@@ -51,8 +51,8 @@ class Measured:
     Attributes:
       name: see `parts.PARTS`.
       samples: one for each repetition.
-      work: what a repetition costs, counted from its trace.
-      frames: video frames in a repetition; 0: not for frames.
+      work: what one time costs, counted from its trace.
+      frames: video frames that it makes; 0: none.
       compiled: what the compiler says about it.
       against: the other implementation's.
       note: what a reader has to know.
@@ -90,7 +90,6 @@ class Settings:
     """What was measured where, as plain values."""
 
     checkpoint: str
-    model: str
     blocks: int
     stream: dict[str, Any]
     dtype: str
@@ -152,7 +151,7 @@ def _header(report: Report) -> list[str]:
     s, ceiling = report.settings, report.ceiling
     steps = len(s.stream["timesteps"])
     return [
-        f"{s.model}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
+        f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
         f"{steps} step{'s'[: steps - 1]}, {s.stream['mode']}, {s.dtype}; {s.device}, {s.threads} CPU threads, "
         f"jax {s.jax}",
         f"ceiling in this run: {si(ceiling.flops_32bit)}FLOP/s (matrix product), "
