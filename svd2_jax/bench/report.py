@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +161,7 @@ def _header(report: Report) -> list[str]:
 
 
 def _table(report: Report) -> list[str]:
-    rows = [
+    rows: list[Sequence[str]] = [
         ("part", "ms", "from", "to", "handed over", "frames/s", "FLOP/s", "B/s", "of ceiling", "bound by")
     ]
     for part in report.parts:
@@ -182,7 +183,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _against(report: Report) -> list[str]:
-    rows = [
+    rows: list[Sequence[str]] = [
         (f"against {report.settings.against}", "ours ms", "theirs ms", "ratio", "from", "to", "difference")
     ]
     for part in report.parts:
