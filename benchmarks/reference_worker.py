@@ -5,8 +5,8 @@ Reads one JSON object a line from standard input and answers each with one on st
   {"do": "make", "folder": F, "model": SIZES}   writes random weights in the layouts that are published
   {"do": "load", "folder": F, "model": SIZES, "stream": SETTINGS, "dtype": D, "threads": N, "inputs": NPZ,
    "noise_scale": X}
-  {"do": "prepare", "part": P}                  P is one of the keys of PARTS; starts a new stream
-  {"do": "sample"}                              runs the part once: {"seconds": S}
+  {"do": "prepare", "part": P, "times": N}      P is one of the keys of PARTS; starts a new stream
+  {"do": "sample"}                              runs the part N times: {"seconds": S}, each time
   {"do": "result", "file": NPY}                 writes what it gave last, laid out like svd2's
 
 Every Gaussian is zero, as it is on the other side: results can be compared, and nobody pays for drawing.
@@ -310,14 +310,16 @@ class Worker:
         self.stream = Stream(**request)
         return {"parts": list(PARTS), "torch": torch.__version__}
 
-    def prepare(self, part: str) -> dict:
+    def prepare(self, part: str, times: int) -> dict:
+        self.times = times
         self.run, self.layout = PARTS[part](self.stream)
         return {}
 
     def sample(self) -> dict:
         started = time.perf_counter()
-        self.last = self.run()
-        return {"seconds": time.perf_counter() - started}
+        for _ in range(self.times):
+            self.last = self.run()
+        return {"seconds": (time.perf_counter() - started) / self.times}
 
     def result(self, file: str) -> dict:
         if self.layout is None:

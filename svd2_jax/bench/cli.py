@@ -161,7 +161,7 @@ def _report(
     against = None
     if reference is not None:
         say("the reference loads them")
-        against = f"the reference ({reference.load(bench, threads)})"
+        against = f"reference, {reference.load(bench, threads)}"
     say("measuring the ceiling")
     ceiling = measured(device, engine.dtype)
     parts: list[Measured] = []
@@ -183,7 +183,6 @@ def _report(
     ceiling = measured(device, engine.dtype, ceiling)
     settings = Settings(
         checkpoint=args.checkpoint,
-        model=engine.model.name,
         blocks=engine.model.dit.num_layers,
         stream=bench.cfg.to_dict(),
         dtype=engine.dtype.name,

@@ -24,6 +24,7 @@ from svd2_jax.hardware import Work
 Decoder = Literal["wan", "taehv"]
 
 PROMPT = "a watercolour painting of a harbour at dawn"
+CHUNKS_AT_ONCE = 4  # through a session
 NARROW = 32  # model width where only the number of arrays and programs counts
 NARROW_PICTURE = 16  # pixels: one token per latent frame
 
@@ -34,12 +35,13 @@ class Part:
 
     Attributes:
       name: see `PARTS`.
-      run: hands one repetition to the device and returns what to wait for.
-      work: what a repetition costs, counted from its trace; None where that says nothing.
+      run: hands the work to the device and returns what to wait for.
+      work: what it costs, counted from its trace; None where that says nothing.
       program: its compiled executable, where it is one.
-      frames: video frames that a repetition makes.
-      warm_up: repetitions until it is as it stays.
-      results: the arrays that a repetition gave last, to compare with another implementation's.
+      times: how often a run does it; all else here is told of one time.
+      frames: video frames that it makes.
+      warm_up: runs until it is as it stays.
+      results: the array that it gave last, to compare with another implementation's.
       close: frees what it holds.
       note: what a reader has to know.
     """
@@ -48,6 +50,7 @@ class Part:
     run: Callable[[], Any]
     work: Work | None = None
     program: Any = None
+    times: int = 1
     frames: int = 0
     warm_up: int = 2
     results: Callable[[], Any] = lambda: None
@@ -140,8 +143,9 @@ class Bench:
             return noisy
 
         return Part(
-            "encode", run, self._costs.chunk.encode, ends.encode, self.cfg.chunk_frames, results=lambda: noisy
-        )
+            "encode", run, self._costs.chunk.encode, ends.encode, frames=self.cfg.chunk_frames,
+            results=lambda: noisy,
+        )  # fmt: skip
 
     def tick(self) -> Part:
         """A pass of the transformer over all rows, embeddings of the timesteps included; the cache is full."""
@@ -153,7 +157,7 @@ class Bench:
             self._tick(pipeline),
             once * (1 if cfg.mode == "stream" else cfg.steps),
             self.engine.denoiser(cfg, pipeline.split).ticks.tick[1],
-            cfg.chunk_frames,
+            frames=cfg.chunk_frames,
             warm_up=cfg.cache_frames // cfg.frames_per_block + pipeline.depth,
             results=lambda: pipeline.came_back[-1],
             close=pipeline.close,
@@ -178,26 +182,37 @@ class Bench:
             return pixels
 
         work = costs(self.engine.model, cfg, self.engine.dtype).chunk.decode
-        return Part(f"decode-{decoder}", run, work, ends.decode, cfg.chunk_frames, results=lambda: pixels)
+        return Part(
+            f"decode-{decoder}", run, work, ends.decode, frames=cfg.chunk_frames, results=lambda: pixels
+        )
 
     def stream(self) -> Part:
-        """A chunk through a session, end to end: frames in, and the frames of the chunk before it read."""
+        """A chunk through a session, end to end: frames in, frames out.
+
+        A run is several chunks, each read when the next one is under way, as `DeviceSession.run` does it. It ends
+        with nothing under way, so that no work is left for whoever runs in turn with it.
+        """
         cfg, session = self.cfg, self.engine.open(self.spec)
         session.push(self.inputs.first)
-        held: list[Any] = []
 
         def run() -> None:
-            nonlocal held
-            done = session.push(self.inputs.chunk)
+            held: list[Any] = []
+            for _ in range(CHUNKS_AT_ONCE):
+                done = session.push(self.inputs.chunk)
+                for chunk in held:
+                    chunk.frames()
+                held = done
             for chunk in held:
                 chunk.frames()
-            held = done
 
         chunk, layers = self._costs.chunk, self.engine.model.dit.num_layers
         tick = chunk.condition + layers * chunk.block + chunk.ends
         work = chunk.encode + tick * (1 if cfg.mode == "stream" else cfg.steps) + chunk.decode
         full = cfg.cache_frames // cfg.frames_per_block + session.pipeline.depth
-        return Part("stream", run, work, frames=cfg.chunk_frames, warm_up=full, close=session.close)
+        return Part(
+            "stream", run, work, times=CHUNKS_AT_ONCE, frames=cfg.chunk_frames,
+            warm_up=-(-full // CHUNKS_AT_ONCE), close=session.close,
+        )  # fmt: skip
 
     def dispatch(self) -> Part:
         """A tick of the same structure with next to no arithmetic: what is left is handing it over."""

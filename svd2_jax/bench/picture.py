@@ -44,8 +44,8 @@ def draw(path: Path, report: Report) -> None:
     )  # fmt: skip
     s = report.settings
     figure.suptitle(
-        f"{s.model}, {s.blocks} blocks, {s.stream['width']}x{s.stream['height']}, "
-        f"{len(s.stream['timesteps'])} steps, {s.dtype} on {s.device}",
+        f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
+        f"{(steps := len(s.stream['timesteps']))} step{'s'[: steps - 1]}, {s.dtype} on {s.device}",
         fontsize=11,
     )
     for (title, stacks, scale), one in zip(panels, axes[:, 0], strict=False):
@@ -65,12 +65,12 @@ def _chunk_stacks(report: Report) -> list[Stack]:
         if not set(names) <= measured.keys():
             continue
         parts = [measured[name] for name in names]
-        stacks.append((f"ours, {decoder}", [(p.name, p.total.median) for p in parts]))
+        stacks.append((f"ours\n{decoder}", [(p.name, p.total.median) for p in parts]))
         theirs = [(p.name, Spread.of(p.against.seconds).median) for p in parts if p.against]
         if len(theirs) == len(parts):
-            stacks.append((f"{report.settings.against}, {decoder}", theirs))
+            stacks.append((f"{report.settings.against}\n{decoder}", theirs))
     if stacks and (whole := measured.get("stream")):
-        stacks.append(("session, end to end", [("end to end", whole.total.median)]))
+        stacks.append(("session\nend to end", [("end to end", whole.total.median)]))
     return stacks
 
 
@@ -100,7 +100,7 @@ def _shares(axes: Any, report: Report, parts: Sequence[Measured]) -> None:
         share, bound = report.share(part) or (0.0, "compute")
         axes.barh(row, 100 * share, color=BOUND[bound])
         axes.text(100 * share, row, f" {100 * share:.0f} %, {bound}", va="center", fontsize=8)
-    axes.set_xlim(0, 115)
+    axes.set_xlim(0, max(115.0, 1.15 * axes.get_xlim()[1]))
     _rows(axes, "least time by this run's ceilings, % of the time taken", [part.name for part in parts])
 
 

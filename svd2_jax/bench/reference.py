@@ -82,9 +82,9 @@ class Reference:
         self.parts = answer["parts"]
         return f"torch {answer['torch']}"
 
-    def prepare(self, name: str) -> None:
+    def prepare(self, name: str, times: int) -> None:
         """See `run.Rival`."""
-        self._ask(do="prepare", part=name)
+        self._ask(do="prepare", part=name, times=times)
 
     def sample(self) -> Sample:
         """See `run.Rival`; a call returns when its result is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +52,8 @@ class Measured:
     Attributes:
       name: see `parts.PARTS`.
       samples: one for each repetition.
-      work: what a repetition costs, counted from its trace.
-      frames: video frames in a repetition; 0: not for frames.
+      work: what one time costs, counted from its trace.
+      frames: video frames that it makes; 0: none.
       compiled: what the compiler says about it.
       against: the other implementation's.
       note: what a reader has to know.
@@ -90,7 +91,6 @@ class Settings:
     """What was measured where, as plain values."""
 
     checkpoint: str
-    model: str
     blocks: int
     stream: dict[str, Any]
     dtype: str
@@ -152,7 +152,7 @@ def _header(report: Report) -> list[str]:
     s, ceiling = report.settings, report.ceiling
     steps = len(s.stream["timesteps"])
     return [
-        f"{s.model}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
+        f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
         f"{steps} step{'s'[: steps - 1]}, {s.stream['mode']}, {s.dtype}; {s.device}, {s.threads} CPU threads, "
         f"jax {s.jax}",
         f"ceiling in this run: {si(ceiling.flops_32bit)}FLOP/s (matrix product), "
@@ -161,7 +161,7 @@ def _header(report: Report) -> list[str]:
 
 
 def _table(report: Report) -> list[str]:
-    rows: list[tuple[str, ...]] = [
+    rows: list[Sequence[str]] = [
         ("part", "ms", "from", "to", "handed over", "frames/s", "FLOP/s", "B/s", "of ceiling", "bound by")
     ]
     for part in report.parts:
@@ -183,7 +183,7 @@ def _table(report: Report) -> list[str]:
 
 
 def _against(report: Report) -> list[str]:
-    rows: list[tuple[str, ...]] = [
+    rows: list[Sequence[str]] = [
         (f"against {report.settings.against}", "ours ms", "theirs ms", "ratio", "from", "to", "difference")
     ]
     for part in report.parts:

@@ -21,12 +21,12 @@ class Rival(Protocol):
 
     parts: Sequence[str]
 
-    def prepare(self, name: str) -> None:
-        """Gets a part ready to be sampled."""
+    def prepare(self, name: str, times: int) -> None:
+        """Gets a part ready to be sampled, so often in a run."""
         ...
 
     def sample(self) -> Sample:
-        """Runs the part once."""
+        """Runs the part and tells of one time."""
         ...
 
     def result(self) -> np.ndarray | None:
@@ -48,11 +48,11 @@ def measure(bench: Bench, name: str, repeats: int, started: Progress, rival: Riv
       CheckpointError: the checkpoint lacks what the part needs.
     """
     part = PARTS[name](bench)
-    sides = [lambda: timed(part.run, jax.block_until_ready)]
+    sides = [lambda: timed(part.run, jax.block_until_ready, part.times)]
     try:
         rival = rival if rival and name in rival.parts else None
         if rival is not None:
-            rival.prepare(name)
+            rival.prepare(name, part.times)
             sides.append(rival.sample)
         ours, *others = in_turn(sides, repeats, part.warm_up, started(part.warm_up + repeats))
         against = None

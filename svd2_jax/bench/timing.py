@@ -36,13 +36,13 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
 
-def timed(call: Callable[[], Any], wait: Callable[[Any], Any]) -> Sample:
-    """Times a call, and `wait` on what it returns."""
+def timed(call: Callable[[], Any], wait: Callable[[Any], Any], each: int = 1) -> Sample:
+    """Times a call, and `wait` on what it returns; of a call that does something `each` times, one of them."""
     started = time.perf_counter()
     result = call()
     handed = time.perf_counter()
     wait(result)
-    return Sample(handed - started, time.perf_counter() - started)
+    return Sample((handed - started) / each, (time.perf_counter() - started) / each)
 
 
 def in_turn(

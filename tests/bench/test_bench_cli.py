@@ -51,7 +51,7 @@ def test_parts_of_a_smaller_model_are_measured_and_written(bench, tmp_path):
     tick = values["parts"][1]
     assert tick["compiled"]["aliased"] > 0  # the state is updated in place
     assert tick["work"]["flops"] > 0
-    assert "golden, 2 blocks, 64x48, 2 steps, stream, float32" in out
+    assert "random:golden, 2 blocks, 64x48, 2 steps, stream, float32" in out
     assert drawn.exists()
 
 
@@ -113,8 +113,8 @@ class FakeRival:
     def __init__(self, bench: Bench):
         self._bench, self.prepared, self.samples = bench, [], 0
 
-    def prepare(self, name):
-        self.prepared.append(name)
+    def prepare(self, name, times):
+        self.prepared.append((name, times))
 
     def sample(self):
         self.samples += 1
@@ -128,7 +128,7 @@ def test_a_rival_is_sampled_in_turn_and_its_result_compared(engine):
     bench = Bench.of(engine, StreamConfig(height=48, width=64))
     rival, rounds = FakeRival(bench), []
     found = measure(bench, "decode-wan", 2, lambda count: lambda: rounds.append(count), rival)
-    assert rival.prepared == ["decode-wan"]
+    assert rival.prepared == [("decode-wan", 1)]
     assert rival.samples == len(rounds) == rounds[0] == 4  # two to warm up
     assert found.against is not None
     assert found.against.seconds == (10.0, 10.0)

@@ -11,7 +11,7 @@ from svd2_jax.hardware import Hardware, Work
 
 CEILING = Hardware("cpu", 0, 10e9, 100e9, 100e9, 0.0, "by hand")
 SETTINGS = Settings(
-    "random:golden", "golden", 4, StreamConfig(height=48, width=64).to_dict(), "float32", "auto", "cpu", "cpu", 2,
+    "random:golden", 4, StreamConfig(height=48, width=64).to_dict(), "float32", "auto", "cpu", "cpu", 2,
     "0.10", "", "the reference",
 )  # fmt: skip
 
