@@ -35,6 +35,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from svd2_jax import files, shipped
@@ -52,7 +53,7 @@ OUT = Path(__file__).with_suffix("")
 SPLIT = "held_out"
 LOOK_NAMES = ("sunset", "watercolour", "winter")
 SCENES = (9, 2)  # a photograph and a drawn one; both move fast
-SLOW = 0.25  # frames of the scene per frame of a slow clip
+SLOW = 0.1  # frames of the scene per frame of a slow clip
 WARM_CHUNKS = 3  # not timed: the first group, and what fills the stream batch
 LEAST_FRAMES = 25  # of a clip: six chunks
 BLENDS = (0, 4, 8)  # chunks
@@ -463,7 +464,7 @@ class LongStreams:
         for name in streams:
             head += [f"{name}: 2nd minute", "last", "drift"]
         for key, scale in measure_scales(series).items():
-            row = [key.replace("_", " ").replace("psnr db", "PSNR, dB").replace("ssim", "SSIM")]
+            row = [words(key)]
             for name, stream in streams.items():
                 values = [math.nan if v is None else scale * v for v in series[name][key]]
                 row += [
@@ -511,7 +512,8 @@ class LongStreams:
                         axes.axhspan(
                             *numbers[1] * np.array([1 - MOST_DRIFT, 1 + MOST_DRIFT]), color=colour, alpha=0.08
                         )
-                finish(axes, f"{key.replace('_', ' ')}{', 1/1000' if scale > 1 else ''}")
+                finish(axes, f"{words(key)}{', 1/1000' if scale > 1 else ''}")
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.set_xlabel("minute", fontsize=8)
             panels[0].legend(fontsize=8, frameon=False)
 
@@ -526,6 +528,11 @@ def measure_scales(series: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Returns by what to multiply each measure that a long stream has."""
     small = ("warp_error", "flicker", "distance")
     return {key: 1000.0 if key in small else 1.0 for key in next(iter(series.values()))}
+
+
+def words(key: str) -> str:
+    """Returns what a table calls a measure."""
+    return {"psnr_db": "PSNR, dB", "ssim": "SSIM"}.get(key, key.replace("_", " "))
 
 
 def drifted(value: float | None) -> str:

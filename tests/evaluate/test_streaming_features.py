@@ -86,6 +86,7 @@ def bench(script):
     return script.Bench(Engine(), StreamConfig(height=32, width=48), options, minutes=3, rate_hz=0.5)
 
 
+@pytest.mark.slow
 def test_settings_are_compared_on_the_same_clips(script, bench, tmp_path):
     part = script.Comparison(
         "a title",
