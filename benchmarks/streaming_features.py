@@ -842,8 +842,7 @@ def measure(args: argparse.Namespace) -> None:
         found = {"options": on(part), **PARTS[part].measure(bench, paths[part], progress)}
         parts = {**parts, part: json.loads(json.dumps(plain(found)))}
         results = {"weights": options.weights, "machine": machine, "parts": parts}
-        encoded = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        files.write_whole(target, lambda path, encoded=encoded: path.write_text(encoded))
+        files.write_json(target, results, allow_nan=False)
         page = document(results, args.out.name)
         files.write_whole(text, lambda path, page=page: path.write_text(page))
         print("\n".join([f"{part}: {PARTS[part].title}", *PARTS[part].table(parts[part]), ""]), flush=True)

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -719,15 +718,11 @@ def _verify(args: argparse.Namespace) -> int:
             bar.write(outcome.line(), file=sys.stdout)
             bar.update()
     if args.json:
-        _write_json(args.json, verify.report(outcomes, args.dtype))
+        files.write_json(args.json, verify.report(outcomes, args.dtype))
     failed = [o.name for o in outcomes if not o.passed]
     written = f"; report in {args.json}" if args.json else ""
     print(f"{len(outcomes) - len(failed)} of {len(outcomes)} goldens pass in {args.dtype}{written}")
     return EXIT_FAILED if failed else 0
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    files.write_whole(path, lambda part: part.write_text(json.dumps(values, indent=1) + "\n"))
 
 
 # --- svd2 eval
@@ -856,7 +851,7 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         plan = planned(stages, args.quick)
     if args.json:
-        _write_json(args.json, plan.to_dict())
+        files.write_json(args.json, plan.to_dict())
     print(plan_lib.report(plan))
     return EXIT_FAILED if plan_lib.too_full(plan) else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable
@@ -19,6 +20,13 @@ def check_target(path: Path) -> None:
         raise MediaError(f"{path}: the folder {path.parent} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
         raise MediaError(f"{path}: the folder {path.parent} cannot be written to")
+
+
+def check_picture(path: Path) -> None:
+    """Raises MediaError for a file that a picture could not be written to, before the work for it is done."""
+    check_target(path)
+    if path.suffix.lower() != ".png":
+        raise MediaError(f"{path}: a picture's name ends in .png")
 
 
 def part_of(path: Path) -> Path:
@@ -47,3 +55,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         if not in_place:
             part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any, *, allow_nan: bool = True) -> None:
+    """Writes plain values as a JSON file, see `write_whole`; without `allow_nan`, raises ValueError for NaN."""
+    text = json.dumps(values, indent=1, allow_nan=allow_nan) + "\n"
+    write_whole(path, lambda part: part.write_text(text))

@@ -1,5 +1,6 @@
 """Files that are written: refused before the work, and whole or not there behind it."""
 
+import json
 import os
 import threading
 
@@ -70,3 +71,17 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     reader.join()
     assert read == ["numbers"]
     assert path.is_fifo()
+
+
+def test_a_picture_is_a_png(tmp_path):
+    files.check_picture(tmp_path / "a.PNG")
+    with pytest.raises(MediaError, match=r"a picture's name ends in \.png"):
+        files.check_picture(tmp_path / "a.jpg")
+
+
+def test_values_that_are_no_numbers_are_refused_where_they_may_not_be(tmp_path):
+    files.write_json(tmp_path / "a.json", {"a": [1, None]}, allow_nan=False)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "b.json", {"a": float("nan")}, allow_nan=False)
+    assert names(tmp_path) == {"a.json"}

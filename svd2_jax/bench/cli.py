@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from svd2_jax import files
 from svd2_jax.config import StreamConfig
-from svd2_jax.errors import CheckpointError, ConfigError, MediaError
+from svd2_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from svd2_jax.bench.parts import Bench
@@ -104,10 +103,10 @@ def run(
       model: what is measured.
       say: tells how far it is.
     """
-    for path in filter(None, (args.json, args.picture)):
-        files.check_target(path)
-    if args.picture and args.picture.suffix.lower() != ".png":
-        raise MediaError(f"{args.picture}: a picture's name ends in .png")
+    if args.json:
+        files.check_target(args.json)
+    if args.picture:
+        files.check_picture(args.picture)
     if (args.against is None) != (args.reference is None):
         raise ConfigError("--against reference needs --reference FOLDER, and the other way round")
     if args.repeats < 1:
@@ -117,8 +116,7 @@ def run(
     report = _measure(args, cfg, model, say)
     print(text(report))
     if args.json:
-        line = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-        files.write_whole(args.json, lambda path: path.write_text(line))
+        files.write_json(args.json, report.to_dict(), allow_nan=False)
     if args.picture:
         from svd2_jax.bench.picture import draw
 

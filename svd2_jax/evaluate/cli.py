@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from svd2_jax import files
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.config import StreamConfig
-from svd2_jax.errors import ConfigError, MediaError
+from svd2_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from svd2_jax.evaluate.run import Rebuild
@@ -82,10 +81,10 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     from svd2_jax.evaluate.report import Report, Settings, table
     from svd2_jax.evaluate.run import Plan, check_clips, evaluate
 
-    for path in filter(None, (args.json, args.picture)):
-        files.check_target(path)
-    if args.picture and args.picture.suffix.lower() != ".png":
-        raise MediaError(f"{args.picture}: a picture's name ends in .png")
+    if args.json:
+        files.check_target(args.json)
+    if args.picture:
+        files.check_picture(args.picture)
     if args.frames is not None and args.frames < 2:
         raise ConfigError(f"--frames must be at least 2, got {args.frames}")
     if args.minutes < 0:
@@ -109,8 +108,7 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     report = Report(settings, looks, found.streams, found.rebuilt, found.changes, found.long)
     print(table(report))
     if args.json:
-        text = json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n"
-        files.write_whole(args.json, lambda path: path.write_text(text))
+        files.write_json(args.json, report.to_dict(), allow_nan=False)
     if args.picture:
         from svd2_jax.evaluate.picture import draw
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from svd2_jax import files
-from svd2_jax.errors import MediaError
 
 if TYPE_CHECKING:
     from svd2_jax.simulate.report import Row
@@ -67,10 +65,10 @@ def run(args: argparse.Namespace) -> int:
     from svd2_jax.simulate.report import summarise, table
     from svd2_jax.simulate.trace import read_trace
 
-    for path in filter(None, (args.json, args.picture)):
-        files.check_target(path)
-    if args.picture and args.picture.suffix.lower() != ".png":
-        raise MediaError(f"{args.picture}: a picture's name ends in .png")
+    if args.json:
+        files.check_target(args.json)
+    if args.picture:
+        files.check_picture(args.picture)
     traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
     names = POLICIES if args.policy == "all" else [args.policy]
     rows: list[Row] = []
@@ -84,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
                 sketches.append(sketch(outcome))
     if args.json:
-        text = json.dumps([row.to_dict() for row in rows], indent=1) + "\n"
-        files.write_whole(args.json, lambda path: path.write_text(text))
+        files.write_json(args.json, [row.to_dict() for row in rows])
     if args.picture:
         from svd2_jax.simulate.picture import draw
 
