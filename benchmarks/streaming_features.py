@@ -43,7 +43,7 @@ from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.config import LATENT_STRIDE, SINK_THRESHOLD_OFF, V2V_TIMESTEPS, StreamConfig
 from svd2_jax.dataset import phrasings, scenes
 from svd2_jax.dataset.looks import LOOKS, apply_look
-from svd2_jax.errors import ConfigError, Svd2Error
+from svd2_jax.errors import ConfigError, exit_code
 from svd2_jax.evaluate import measures, run
 from svd2_jax.evaluate.measures import Motion
 from svd2_jax.evaluate.picture import INPUT, OUTPUT, TARGET, VAE, finish
@@ -789,15 +789,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="results, without a suffix (default: beside this script)")  # fmt: skip
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     args = parser.parse_args(argv)
-    try:
-        measure(args)
-    except Svd2Error as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; parts that were measured are kept", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: measure(args), "interrupted; parts that were measured are kept")
 
 
 def measure(args: argparse.Namespace) -> None:

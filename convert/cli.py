@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from svd2_jax.errors import Svd2Error
+from svd2_jax.errors import exit_code
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130  # as shells report it
 DTYPES = ("bfloat16", "float32")
 
 EXAMPLE = """\
@@ -76,11 +73,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except Svd2Error as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_code(lambda: run(args), "interrupted; nothing was kept")

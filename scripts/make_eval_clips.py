@@ -25,7 +25,7 @@ from tqdm import tqdm
 from svd2_jax import files
 from svd2_jax.dataset import phrasings, scenes
 from svd2_jax.dataset.looks import LOOKS, apply_look
-from svd2_jax.errors import ConfigError, MediaError, Svd2Error
+from svd2_jax.errors import ConfigError, MediaError, exit_code
 from svd2_jax.evaluate.clips import INPUT, PROMPTS
 
 RATE_HZ = 16  # that Wan2.1 was trained at
@@ -53,12 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f"may be given several times (default: all of {', '.join(LOOKS)})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the first scene (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        write(args)
-    except Svd2Error as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: write(args), "interrupted; the folder is not complete")
 
 
 def write(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from svd2_jax import files, media, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
-from svd2_jax.errors import ConfigError, EngineError, MediaError, Svd2Error
+from svd2_jax.errors import ConfigError, EngineError, MediaError, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 _END_BYTES = 1 << 20  # of each end of a file, to tell it from another
 RANDOM = "random:"
 MOST_STAGES = 8  # that a plan compares
@@ -117,14 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; bad input becomes one line on standard error."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        return args.command(args)
-    except Svd2Error as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return exit_code(lambda: args.command(args), "interrupted; nothing was written")
 
 
 def entry_point() -> None:

@@ -1,4 +1,15 @@
-"""Errors a user can act on: each message says what was expected, what came and how to fix it."""
+"""Errors a user can act on: each message says what was expected, what came and how to fix it.
+
+And how a command ends with one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells report it
 
 
 class Svd2Error(Exception):
@@ -27,3 +38,20 @@ class SessionError(Svd2Error):
 
 class EngineError(Svd2Error):
     """The device side failed."""
+
+
+def exit_code(run: Callable[[], int | None], interrupted: str) -> int:
+    """Runs a command and returns its exit code; bad input becomes one line on standard error.
+
+    Args:
+      run: the command; returns its exit code, None for 0.
+      interrupted: what is said when it is interrupted.
+    """
+    try:
+        return run() or 0
+    except Svd2Error as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return EXIT_INTERRUPTED

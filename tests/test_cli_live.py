@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from svd2_jax import media
-from svd2_jax.cli import EXIT_BAD_INPUT, main
+from svd2_jax.cli import main
+from svd2_jax.errors import EXIT_BAD_INPUT
 
 SMALL = ["--height", "32", "--width", "32"]
 

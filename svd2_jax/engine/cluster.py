@@ -46,7 +46,7 @@ from typing import Any, NoReturn, Self
 
 import jax
 
-from svd2_jax.errors import ConfigError, EngineError, Svd2Error
+from svd2_jax.errors import EXIT_INTERRUPTED, ConfigError, EngineError, Svd2Error
 
 ARRIVAL_TIMEOUT_S = 60.0
 """How long a process waits for the others; hosts of one job may start that far apart."""
@@ -63,7 +63,6 @@ HELLO_TIMEOUT_S = 2.0
 RETRY_S = 0.1
 EXIT_LOST = 2
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 _GREETING = "svd2 cluster 1"  # the version of these messages
 _MAX_LINE = 1 << 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from svd2_jax.dataset import scenes
 from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.engine.checkpoint import MANIFEST, TOKENIZER, CheckpointWriter, Manifest
 from svd2_jax.engine.tokenizer import Tokenizer
-from svd2_jax.errors import ConfigError, Svd2Error
+from svd2_jax.errors import ConfigError, exit_code
 from svd2_jax.models import vae
 from svd2_jax.training import autoencoder, denoiser, fit, pairs, words
 from svd2_jax.training.fit import Run
@@ -42,15 +41,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="folder to export to (default OUT/checkpoint)")
     parser.add_argument("--quick", action="store_true", help="a hundredth of everything, to try it out")
     args = parser.parse_args()
-    try:
-        _run(args)
-    except Svd2Error as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it was saved last", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(args), "interrupted; the same command goes on where it was saved last")
 
 
 def _run(args: argparse.Namespace) -> None:
