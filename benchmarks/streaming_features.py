@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 
@@ -48,6 +48,8 @@ from svd2_jax.evaluate import measures, run
 from svd2_jax.evaluate.measures import Motion
 from svd2_jax.evaluate.picture import INPUT, OUTPUT, TARGET, VAE, finish
 from svd2_jax.evaluate.report import LongStream, plain
+
+T = TypeVar("T")
 
 OUT = Path(__file__).with_suffix("")
 SPLIT = "held_out"
@@ -141,9 +143,10 @@ class Bench:
         """Takes the default stream, and the long stream's length and frames per second."""
         self.engine, self.default, self.options = engine, default, options
         self.minutes, self.rate_hz = minutes, rate_hz
+        self.frames = functools.cache(self._frames)
         self.motion = functools.cache(lambda scene, speed: measures.motion(self.frames(scene, speed)))
 
-    def frames(self, scene: int, speed: float = 1.0, count: int | None = None) -> np.ndarray:
+    def _frames(self, scene: int, speed: float = 1.0, count: int | None = None) -> np.ndarray:
         """Returns frames of a scene that moves `speed` times as fast as it does, uint8 [T, H, W, 3]."""
         made, size = scenes.make_scene(scene, SPLIT), (self.default.height, self.default.width)
         return np.stack([made.frame(speed * t, *size) for t in range(count or self.options.frames)])
@@ -168,7 +171,7 @@ class Bench:
         """Returns clips that cut from each scene to the next, measured from there on."""
         numbers, whole = self.options.scenes, []
         for before, after in zip(numbers, (*numbers[1:], numbers[0]), strict=True):
-            frames = np.concatenate([self.frames(before), self.frames(after)])
+            frames = np.concatenate([self.frames(before, 1.0), self.frames(after, 1.0)])
             for look in self.options.looks:
                 name, prompt = f"scene {before} to {after}, {look}", self.prompt(after, look)
                 target, motion = apply_look(look, frames), self.motion(after, 1.0)
@@ -272,9 +275,9 @@ class Comparison:
         heads = [f"{clip.name}\n{clip.group}, frame {at}" for clip, at in columns]
         groups = list(dict.fromkeys(clip.group for clip in clips))
         with figure(path, self.title, film, heads, len(groups) + self.timed) as panels:
-            for axes, group in zip(panels, groups, strict=False):
+            for axes, group in zip(panels[: len(groups)], groups, strict=True):
                 own = [clip for clip in clips if clip.group == group]
-                for i, (colour, setting) in enumerate(zip(COLOURS, self.settings, strict=False)):
+                for i, (colour, setting) in enumerate(coloured(self.settings)):
                     errors = np.mean([frame_errors(outputs[c, setting.name], c.target) for c in own], axis=0)
                     width = 3.4 - 0.6 * i  # so that lines on top of each other are seen
                     axes.plot(
@@ -292,7 +295,7 @@ class Comparison:
                 self._draw_speed(panels[-1], streams)
 
     def _draw_speed(self, axes: Any, streams: Sequence[Mapping[str, Any]]) -> None:
-        for colour, (name, own) in zip(COLOURS, grouped(streams, "setting"), strict=False):
+        for colour, (name, own) in coloured(grouped(streams, "setting")):
             took = chunk_ms(own)
             axes.plot(took, of(own, "psnr_db"), "o", color=colour, markersize=8)
             axes.annotate(
@@ -390,7 +393,7 @@ class ChangeOfPrompt:
         film = [(changes[i]["setting"], [kept[i][0][t] for t in moments]) for i in range(len(BLENDS))]
         heads = [f"frame {t - at:+d}" for t in moments]
         with figure(path, f"{self.title}\n{changes[0]['clip']}", film, heads, 2) as (shares, jumps):
-            for i, (colour, blend) in enumerate(zip(COLOURS, BLENDS, strict=False)):
+            for i, (colour, blend) in enumerate(coloured(BLENDS)):
                 own = range(i, len(changes), len(BLENDS))
                 places = np.arange(last + 1) - at
                 left = [mean(of_frame) for of_frame in zip(*(changes[k]["shares"] for k in own), strict=True)]
@@ -431,7 +434,7 @@ class LongStreams:
     def measure(self, bench: Bench, picture: Path, progress: Progress) -> dict[str, Any]:
         """Returns the measures of each minute of both streams, and draws a picture."""
         scene, look = bench.options.scenes[0], bench.options.looks[0]
-        frames, prompt = bench.frames(scene), bench.prompt(scene, look)
+        frames, prompt = bench.frames(scene, 1.0), bench.prompt(scene, look)
         target, motion = apply_look(look, frames), bench.motion(scene, 1.0)
         length = (bench.minutes, max(1, round(60 * bench.rate_hz)))
         total = length[0] * length[1]
@@ -497,7 +500,7 @@ class LongStreams:
         scales = measure_scales(series)
         with figure(path, self.title, film, heads, len(scales), columns=4) as panels:
             for axes, (key, scale) in zip(panels, scales.items(), strict=True):
-                for colour, (name, values) in zip(COLOURS, series.items(), strict=False):
+                for colour, (name, values) in coloured(list(series.items())):
                     numbers = scale * np.array(values[key], float)
                     axes.plot(
                         range(1, minutes + 1),
@@ -618,6 +621,11 @@ PARTS: dict[str, Comparison | ChangeOfPrompt | LongStreams] = {
 def grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """Returns the rows by what they have under `key`, in order of appearance."""
     return [(name, [r for r in rows if r[key] == name]) for name in dict.fromkeys(r[key] for r in rows)]
+
+
+def coloured(items: Sequence[T]) -> Iterator[tuple[str, T]]:
+    """Returns each item with a colour of its own; raises ValueError when there are too few colours."""
+    return zip(COLOURS[: len(items)], items, strict=True)
 
 
 def mean(values: Iterable[float | None]) -> float:

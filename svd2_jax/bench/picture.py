@@ -48,7 +48,7 @@ def draw(path: Path, report: Report) -> None:
         f"{(steps := len(s.stream['timesteps']))} step{'s'[: steps - 1]}, {s.dtype} on {s.device}",
         fontsize=11,
     )
-    for (title, stacks, scale), one in zip(panels, axes[:, 0], strict=False):
+    for (title, stacks, scale), one in zip(panels, axes[: len(panels), 0], strict=True):
         _stacks(one, title, stacks, scale)
     if shares:
         _shares(axes[-1, 0], report, shares)
