@@ -4,7 +4,7 @@ Reads one JSON object a line from standard input and answers each with one on st
 
   {"do": "make", "folder": F, "model": SIZES}   writes random weights in the layouts that are published
   {"do": "load", "folder": F, "model": SIZES, "stream": SETTINGS, "dtype": D, "threads": N, "inputs": NPZ,
-   "noise_scale": X}
+   "device": "cpu" or "cuda", "noise_scale": X}
   {"do": "prepare", "part": P, "times": N}      P is one of the keys of PARTS; starts a new stream
   {"do": "sample"}                              runs the part N times: {"seconds": S}, each time
   {"do": "result", "file": NPY}                 writes what it gave last, laid out like svd2's
@@ -137,7 +137,8 @@ class Pipeline(CausalStreamInferencePipeline):
             block.self_attn.evict_idx = None  # else it would be that of the stream before
         self.kv_cache1 = [
             {
-                "k": torch.zeros(shape, dtype=dtype), "v": torch.zeros(shape, dtype=dtype),
+                "k": torch.zeros(shape, dtype=dtype, device=device),
+                "v": torch.zeros(shape, dtype=dtype, device=device),
                 "global_end_index": torch.tensor([0]), "local_end_index": torch.tensor([0]),
                 "total_steps": steps, "current_step": steps,
             }
@@ -148,7 +149,11 @@ class Pipeline(CausalStreamInferencePipeline):
         model = self.generator.model
         shape = batch_size, model.text_len, self.num_heads, model.dim // self.num_heads
         self.crossattn_cache = [
-            {"k": torch.zeros(shape, dtype=dtype), "v": torch.zeros(shape, dtype=dtype), "is_init": False}
+            {
+                "k": torch.zeros(shape, dtype=dtype, device=device),
+                "v": torch.zeros(shape, dtype=dtype, device=device),
+                "is_init": False,
+            }
             for _ in model.blocks
         ]
 
@@ -156,9 +161,10 @@ class Pipeline(CausalStreamInferencePipeline):
 class Stream:
     """One model with its parts; a part starts a new stream and is a function to repeat."""
 
-    def __init__(self, folder, model, stream, dtype, threads, inputs, noise_scale):
+    def __init__(self, folder, model, stream, dtype, device, threads, inputs, noise_scale):
         torch.set_num_threads(threads)
         torch.randn_like = torch.zeros_like
+        self.device = device
         self.model, self.cfg, self.dtype, self.noise_scale = model, stream, DTYPES[dtype], noise_scale
         place = Path(folder)
 
@@ -166,7 +172,7 @@ class Stream:
             state = torch.load(place / file, map_location="cpu", weights_only=True)
             state = {name.removeprefix("model."): x for name, x in state.get("generator", state).items()}
             module.load_state_dict(state)
-            return module.to(self.dtype).eval().requires_grad_(False)
+            return module.to(device, self.dtype).eval().requires_grad_(False)
 
         self.generator = bare(CausalWanDiffusionWrapper, model=loaded(transformer(model), "model.pt"))
         self.generator.uniform_timestep, self.generator.seq_len = False, 32760
@@ -175,13 +181,13 @@ class Stream:
         self.generator.post_init()
         wan_wrapper._video_vae = lambda **_: loaded(vae(model), VAE_FILE)
         self.vae = WanVAEWrapper()
-        taehv = TAEHV(place / TAEHV_FILE).to(self.dtype).eval().requires_grad_(False)
+        taehv = TAEHV(place / TAEHV_FILE).to(device, self.dtype).eval().requires_grad_(False)
         self.taehv = bare(
             TAEHVWanVAEWrapper, taehv=taehv, model=types.SimpleNamespace(first_decode=True), parallel_decode=False,
             use_tensorrt=False, decode_context_latents=3, _decode_latent_cache=None,
         )  # fmt: skip
         with np.load(inputs) as arrays:
-            self.inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            self.inputs = {name: torch.from_numpy(arrays[name]).to(device) for name in arrays.files}
 
     def frames(self, name: str) -> torch.Tensor:
         """Returns uint8 [T, H, W, C] as [1, C, T, H, W] in [-1, 1]."""
@@ -223,7 +229,7 @@ class Stream:
             num_transformer_blocks=len(self.generator.model.blocks), frame_seq_length=tokens,
             kv_cache_length=tokens * c["cache_frames"], num_sink_tokens=c["sink_frames"],
             adapt_sink_threshold=c["sink_threshold"], num_frame_per_block=c["frames_per_block"],
-            denoising_step_list=torch.tensor(c["timesteps"]), kv_cache1=None, crossattn_cache=None,
+            denoising_step_list=torch.tensor(c["timesteps"], device=self.device), kv_cache1=None, crossattn_cache=None,
         )  # fmt: skip
         self.generator.model.num_frame_per_block = c["frames_per_block"]
         pipeline.text_encoder = lambda text_prompts: {
@@ -231,7 +237,9 @@ class Stream:
         }
         start = tokens * first.shape[1]
         chunk = tokens * c["frames_per_block"]
-        clean = pipeline.prepare([""], "cpu", self.dtype, noise=first, current_start=0, current_end=start)
+        clean = pipeline.prepare(
+            [""], self.device, self.dtype, noise=first, current_start=0, current_end=start
+        )
 
         def run(noisy, step=None):
             nonlocal start
@@ -246,14 +254,14 @@ class Stream:
     def decoder(self, name: str, first: torch.Tensor):
         def unit_range(video):  # as _decode_video_array
             video = (video.float() * 0.5 + 0.5).clamp(0, 1)
-            return video[0].permute(0, 2, 3, 1).contiguous().float().numpy()
+            return video[0].permute(0, 2, 3, 1).contiguous().float().cpu().numpy()
 
         if name == "taehv":
             self.taehv.model.first_decode = True
             run = lambda latents: unit_range(self.taehv.stream_decode_to_pixel(latents))  # noqa: E731
         else:
             self.vae.model.first_decode = True
-            mean, std = self.vae.mean.to(self.dtype), self.vae.std.to(self.dtype)
+            mean, std = (x.to(self.device, self.dtype) for x in (self.vae.mean, self.vae.std))
 
             def run(latents):  # stream_decode_to_pixel, but not in bfloat16 always
                 video = self.vae.model.stream_decode(latents.permute(0, 2, 1, 3, 4), [mean, 1.0 / std])
@@ -310,21 +318,27 @@ class Worker:
         self.stream = Stream(**request)
         return {"parts": list(PARTS), "torch": torch.__version__}
 
+    def wait(self) -> None:
+        if self.stream.device == "cuda":
+            torch.cuda.synchronize()
+
     def prepare(self, part: str, times: int) -> dict:
         self.times = times
         self.run, self.layout = PARTS[part](self.stream)
         return {}
 
     def sample(self) -> dict:
+        self.wait()
         started = time.perf_counter()
         for _ in range(self.times):
             self.last = self.run()
+        self.wait()
         return {"seconds": (time.perf_counter() - started) / self.times}
 
     def result(self, file: str) -> dict:
         if self.layout is None:
             return {"compared": False}
-        np.save(file, self.layout(self.last).float().numpy())
+        np.save(file, self.layout(self.last).float().cpu().numpy())
         return {"compared": True}
 
 

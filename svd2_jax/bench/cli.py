@@ -29,6 +29,8 @@ examples:
   svd2 bench --checkpoint random:wan-1.3b --dtype bfloat16 --json bench.json --picture bench.png
   svd2 bench --checkpoint ckpt --height 512 --width 512 --steps 4 --part tick --part stream
 
+  svd2 bench --checkpoint random:golden --part tick --trace profile
+
   # four blocks of the 1.3B model: its real width on a machine with little memory
   svd2 bench --checkpoint random:wan-1.3b --blocks 4 --height 240 --width 416 --repeats 5
 
@@ -87,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", type=Path, metavar="FILE", help="write all numbers there, each sample included"
     )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw there where the time goes")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FOLDER",
+        help="also profile a few runs of each part: its costliest kernels are listed; the profiler.s files stay there",
+    )  # fmt: skip
 
 
 def run(
@@ -173,7 +179,7 @@ def _report(
                 return bar.update
 
             try:
-                parts.append(measure(bench, name, args.repeats, started, reference))
+                parts.append(measure(bench, name, args.repeats, started, reference, args.trace))
             except CheckpointError as e:
                 if args.part:
                     raise

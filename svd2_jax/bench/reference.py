@@ -73,11 +73,12 @@ class Reference:
 
     def load(self, bench: Bench, threads: int) -> str:
         """Loads the weights and the inputs; returns what the worker runs on."""
-        inputs = self.folder / "inputs.npz"
+        inputs, platform = self.folder / "inputs.npz", bench.engine.meshes[0].home.platform
         np.savez(inputs, **dataclasses.asdict(bench.inputs))
         answer = self._ask(
             do="load", folder=str(self.folder), model=self._model, stream=bench.cfg.to_dict(),
-            dtype=bench.engine.dtype.name, threads=threads, inputs=str(inputs), noise_scale=bench.spec.noise_scale,
+            dtype=bench.engine.dtype.name, device="cuda" if platform == "gpu" else "cpu", threads=threads,
+            inputs=str(inputs), noise_scale=bench.spec.noise_scale,
         )  # fmt: skip
         self.parts = answer["parts"]
         return f"torch {answer['torch']}"

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svd2_jax.bench.timing import Sample, Spread
+from svd2_jax.bench.trace import Kernel
 from svd2_jax.hardware import Hardware, Work, roofline
 from svd2_jax.text import aligned, si
 
 MS = 1e3  # milliseconds in a second
+SHOWN_KERNELS = 8  # kinds of each part; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Measured:
       compiled: what the compiler says about it.
       against: the other implementation's.
       note: what a reader has to know.
+      kernels: what the profiler saw, the most costly first; empty without a profile.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Measured:
     compiled: Compiled | None = None
     against: Against | None = None
     note: str = ""
+    kernels: tuple[Kernel, ...] = ()
 
     @property
     def total(self) -> Spread:
@@ -144,7 +148,9 @@ class Report:
 
 def text(report: Report) -> str:
     """Returns the report for a terminal."""
-    blocks = (_header(report), _table(report), _against(report), _first_frame(report), _notes(report))
+    blocks = (
+        _header(report), _table(report), _kernels(report), _against(report), _first_frame(report), _notes(report),
+    )  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
 
@@ -180,6 +186,16 @@ def _table(report: Report) -> list[str]:
             )
         )
     return aligned(rows) if report.parts else []
+
+
+def _kernels(report: Report) -> list[str]:
+    rows: list[Sequence[str]] = [("kernels", "ms", "share", "calls", "")]
+    for part in report.parts:
+        whole = math.fsum(kernel.seconds for kernel in part.kernels)
+        for kernel in part.kernels[:SHOWN_KERNELS]:
+            share = f"{100 * kernel.seconds / whole:.0f} %"
+            rows.append((part.name, _ms(kernel.seconds), share, f"{kernel.calls:.1f}", kernel.name))
+    return aligned(rows, left=(0, 4)) if len(rows) > 1 else []
 
 
 def _against(report: Report) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from svd2_jax.bench.parts import PARTS, Bench
 from svd2_jax.bench.report import Against, Compiled, Measured
 from svd2_jax.bench.timing import Sample, in_turn, timed
+from svd2_jax.bench.trace import Kernel, kernels
 
 Progress = Callable[[int], Callable[[], object]]
 """Takes the number of rounds; returns what is called after each."""
@@ -34,7 +36,14 @@ class Rival(Protocol):
         ...
 
 
-def measure(bench: Bench, name: str, repeats: int, started: Progress, rival: Rival | None = None) -> Measured:
+def measure(
+    bench: Bench,
+    name: str,
+    repeats: int,
+    started: Progress,
+    rival: Rival | None = None,
+    trace: Path | None = None,
+) -> Measured:
     """Returns what was measured of a part, and frees its memory.
 
     Args:
@@ -43,6 +52,7 @@ def measure(bench: Bench, name: str, repeats: int, started: Progress, rival: Riv
       repeats: samples.
       started: shows how far it is.
       rival: sampled in turn with ours, where it has the part.
+      trace: folder for what the profiler notes of a few runs more; None: no profile.
 
     Raises:
       CheckpointError: the checkpoint lacks what the part needs.
@@ -59,9 +69,12 @@ def measure(bench: Bench, name: str, repeats: int, started: Progress, rival: Riv
         if rival is not None:
             seconds = tuple(sample.total_s for sample in others[0])
             against = Against(seconds, _difference(part.results(), rival.result()))
+        seen: tuple[Kernel, ...] = () if trace is None else kernels(part.run, trace / name, part.times)
     finally:
         part.close()
-    return Measured(name, tuple(ours), part.work, part.frames, _compiled(part.program), against, part.note)
+    return Measured(
+        name, tuple(ours), part.work, part.frames, _compiled(part.program), against, part.note, seen
+    )
 
 
 def _difference(ours: Any, theirs: np.ndarray | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,12 +13,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from svd2_jax.config import ModelConfig
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.models import dit, taehv, text_encoder, vae
 from svd2_jax.models.dit import DiTParams
-from svd2_jax.nn.random_params import random_params
+from svd2_jax.nn.random_params import gaussian_array, random_params
 from svd2_jax.types import Device
 
 Params = dict[str, Any]
@@ -25,6 +27,7 @@ ItemReader = Callable[[str, Device], Params]
 """Returns the parameters of a checkpoint item on a device, in the compute dtype."""
 
 RANDOM_VOCAB = 300  # 256 bytes and a few special tokens
+LARGE = 1 << 20  # elements of a random array from which on an accelerator draws it
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,20 @@ def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype) -> ItemReader:
     shapes = abstract_items(model)
 
     def read_item(item: str, device: Device) -> Params:
-        drawn = random_params(shapes[item], (seed, zlib.crc32(item.encode())))
+        def on_device(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> Any:
+            if math.prod(shape) < LARGE:  # each shape is a program to compile
+                return gaussian_array(rng, shape, deviation)
+            seed = jax.device_put(np.int32(rng.integers(2**31)), device)
+            return _gaussian(seed, shape, dtype, deviation)
+
+        # The host takes minutes for the weights of a large model, an accelerator one second.
+        gaussian = gaussian_array if device.platform == "cpu" else on_device
+        drawn = random_params(shapes[item], (seed, zlib.crc32(item.encode())), gaussian)
         return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
 
     return read_item
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _gaussian(seed: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, deviation: float) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype) * jnp.asarray(deviation, dtype)
