@@ -16,6 +16,8 @@ Formulation = Literal["auto", "stacked", "taps", "conv3d"]
 # Up to so many input channels "stacked" is 1.5 to 2 times as fast as "taps" on XLA:CPU; for more, its copy of the
 # input, once for every tap, weighs as much as the convolution.
 MOST_STACKED_CHANNELS = 32
+# On a GPU "taps" moves half as many bytes again: every sum goes through memory (benchmarks/gpu_report.md).
+GPU_FORMULATION: Formulation = "stacked"
 
 
 def causal_conv3d(
@@ -41,22 +43,48 @@ def causal_conv3d(
       time_stride: input frames per output frame.
       formulation: "taps" sums one 2-D convolution per time tap; "stacked" is one 2-D convolution over the taps' frames
         one behind the other as channels; "conv3d" is one 3-D convolution, slow on XLA:CPU, and on a GPU XLA turns it
-        to channels first. All are equal but for rounding. "auto" takes "stacked" for few channels, else "taps".
+        to channels first unless `--xla_gpu_force_conv_nhwc` is set. All are equal but for rounding. "auto" takes
+        `GPU_FORMULATION` on an NVIDIA GPU, elsewhere "stacked" for few channels, else "taps".
 
     Returns:
       ([B, T // time_stride, H, W, out], [B, time taps - time_stride, H, W, C]), both in the input's dtype.
     """
     batch, frames, height, width, channels = x_BTHWC.shape
-    taps, kernel_h, kernel_w, _, features = kernel.shape
+    taps, features = kernel.shape[0], kernel.shape[-1]
     keep = taps - time_stride
     if frames % time_stride:
         raise ValueError(f"{frames=} must be a multiple of {time_stride=}")
     before = jnp.zeros((batch, keep, height, width, channels), x_BTHWC.dtype) if tail is None else tail
     if frames == 0:
         return jnp.zeros((batch, 0, height, width, features), x_BTHWC.dtype), before
+    if formulation == "auto":
+        elsewhere = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
+        y, tail = lax.platform_dependent(
+            before, x_BTHWC, kernel,
+            cuda=functools.partial(_convolve_behind, time_stride, tail is None, GPU_FORMULATION),
+            default=functools.partial(_convolve_behind, time_stride, tail is None, elsewhere),
+        )  # fmt: skip
+    else:
+        y, tail = _convolve_behind(time_stride, tail is None, formulation, before, x_BTHWC, kernel)
+    return y + bias.reshape(1, 1, 1, 1, features), tail
+
+
+def _convolve_behind(
+    time_stride: int,
+    is_start: bool,
+    formulation: Formulation,
+    before: jax.Array,
+    x_BTHWC: jax.Array,
+    kernel: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the frames behind `before` convolved with the kernel, and the new tail."""
+    batch, frames, height, width, _ = x_BTHWC.shape
+    taps, kernel_h, kernel_w, _, features = kernel.shape
+    keep = taps - time_stride
     padded = jnp.concatenate([before, x_BTHWC], axis=1) if keep else x_BTHWC
     space = ((kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2))
     if formulation == "conv3d":
+        padded, tail = _then_tail(padded, x_BTHWC, padded[:, frames:])
         y = lax.conv_general_dilated(
             padded,
             kernel,
@@ -64,23 +92,37 @@ def causal_conv3d(
             padding=((0, 0), *space),
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
         )
+        return y, tail
+    frames_out = frames // time_stride
+    ends = [tap + (frames_out - 1) * time_stride + 1 for tap in range(taps)]
+    # Taps that see nothing but the zeros before a stream are left out: a picture costs one 2-D convolution.
+    first = next(tap for tap in range(taps) if not is_start or ends[tap] > keep)
+    seen = [padded[:, tap : ends[tap] : time_stride] for tap in range(first, taps)]
+    tail = padded[:, frames:]
+    if formulation == "stacked":
+        stacked, tail = _then_tail(jnp.concatenate(seen, axis=-1), x_BTHWC, tail)
+        seen, kernels = [stacked], [kernel[first:].transpose(1, 2, 0, 3, 4)]
+        kernels = [kernels[0].reshape(kernel_h, kernel_w, -1, features)]
     else:
-        frames_out = frames // time_stride
-        ends = [tap + (frames_out - 1) * time_stride + 1 for tap in range(taps)]
-        # Taps that see nothing but the zeros before a stream are left out: a picture costs one 2-D convolution.
-        used = [tap for tap in range(taps) if tail is not None or ends[tap] > keep]
-        seen = [padded[:, tap : ends[tap] : time_stride] for tap in used]
-        kernels = [kernel[tap] for tap in used]
-        if formulation == "auto":
-            formulation = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
-        if formulation == "stacked":
-            seen, kernels = [jnp.concatenate(seen, axis=-1)], [jnp.concatenate(kernels, axis=2)]
-        parts = [
-            _convolve(x.reshape(batch * frames_out, height, width, -1), k, space)
-            for x, k in zip(seen, kernels, strict=True)
-        ]
-        y = functools.reduce(jnp.add, parts).reshape(batch, frames_out, height, width, features)
-    return y + bias.reshape(1, 1, 1, 1, features), padded[:, padded.shape[1] - keep :]
+        kernels = [kernel[tap] for tap in range(first, taps)]
+    parts = [
+        _convolve(x.reshape(batch * frames_out, height, width, -1), k, space)
+        for x, k in zip(seen, kernels, strict=True)
+    ]
+    y = functools.reduce(jnp.add, parts).reshape(batch, frames_out, height, width, features)
+    return y, tail
+
+
+def _then_tail(operand: jax.Array, x_BTHWC: jax.Array, tail: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the operand of a convolution and the new tail, which is made when nobody reads the old one any more.
+
+    So it takes the old one's memory without a copy, where it is made of new frames alone.
+    """
+    keep = tail.shape[1]
+    if keep > x_BTHWC.shape[1]:
+        return operand, tail
+    operand, x_BTHWC = lax.optimization_barrier((operand, x_BTHWC))
+    return operand, x_BTHWC[:, x_BTHWC.shape[1] - keep :]
 
 
 def _convolve(x_NHWC: jax.Array, kernel: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
