@@ -25,12 +25,12 @@ from svd2_jax.training.fit import Run
 
 WINDOW = 64  # pixels of the VAE's training clips in both directions
 WINDOW_FRAMES = 9
-PICTURES_BATCH, CLIPS_BATCH = 8, 2
+PICTURES_BATCH, CLIPS_BATCH = 16, 8
 LATENT_NOISE = 0.05
 SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
-LONG_BATCH = 4
-SHORT, SHORT_BATCH = 3, 12  # latent frames and sequences of the first part: looks are learned frame by frame
-SCENES = 96
+LONG_BATCH = 16
+SHORT, SHORT_BATCH = 3, 48  # latent frames and sequences of the first part: looks are learned frame by frame
+SCENES = 256
 
 
 def main() -> int:

@@ -155,13 +155,16 @@ def fit(
         waiting = ahead.submit(batch_at, done)
         started, bar = time.monotonic(), tqdm(total=run.steps, initial=done, desc=run.name, unit="step")
         shown: dict[str, float] = {}
+        before: Mapping[str, jax.Array] = {}
         for number in range(done, run.steps):
             batch = jax.device_put(waiting.result(), cut)
             waiting = ahead.submit(batch_at, number + 1)
             state, numbers = compiled(state, batch)
             bar.update()
-            for name, value in numbers.items():
+            # Of the step before: whoever reads those of this one waits, and leaves the device without work.
+            for name, value in before.items():
                 shown[name] = 0.98 * shown.get(name, float(value)) + 0.02 * float(value)
+            before = numbers
             last = number + 1 == run.steps
             if (number + 1) % 50 == 0 or last:
                 bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
