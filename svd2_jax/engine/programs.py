@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +28,17 @@ from svd2_jax.stream.step import AXIS, Ring
 Program = Callable[..., Any]
 OVER = PartitionSpec(AXIS)
 EVERYWHERE = PartitionSpec()
+# What a GPU's programs are compiled with (benchmarks/gpu_report.md); what XLA_FLAGS names is left alone.
+GPU_OPTIONS: dict[str, Any] = {
+    # XLA's own list and the convolutions: encoder and decoder become one CUDA graph instead of more than twenty.
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+    ),
+    # Products on slices of an array would stay outside.
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+    # Products of one input are not joined: that would copy their weights together in every tick.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 DIT_SPECS = DiTParams(patch=EVERYWHERE, blocks=OVER, head=EVERYWHERE)  # pyright: ignore[reportArgumentType]
 
 
@@ -386,7 +398,15 @@ def _compile_once(static, structure, shapes, donate, out_sharding, layout, preci
     results = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
     )
-    return lowered.compile(), results
+    return lowered.compile(compiler_options=_options(out_sharding)), results
+
+
+def _options(sharding: Any) -> dict[str, Any]:
+    """Returns the compiler options for the devices of a sharding."""
+    if all(device.platform != "gpu" for device in sharding.device_set):
+        return {}
+    named = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in GPU_OPTIONS.items() if name not in named}
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 AttentionImplementation = Literal["auto", "xla", "blocked", "cudnn"]
 
 PLAIN_LOGITS_LIMIT = 1 << 24  # logits beyond which "auto" stops materialising them all (64 MiB in float32)
+GPU_PLAIN_LOGITS_LIMIT = 1 << 27  # the same on a GPU (512 MiB): a loop over blocks is no part of a CUDA graph
 KEY_BLOCK = 2048  # keys per block of the online softmax
 CUDNN_MAX_HEAD_DIM = 128
 MASKED = -1e30  # finite, so that a block without any valid key gives no NaN
@@ -32,13 +33,18 @@ def attend(
       kv_len_B: int32 number of leading keys that are valid for each row (at least 1), or None for all.
       implementation: "xla" materialises the logits; "blocked" keeps an online softmax over blocks of keys, one
         head at a time (Milakov & Gimelshein 2018), for large sizes without a fused kernel; "cudnn" is the fused
-        GPU kernel (16-bit, D a multiple of 8 up to 128); "auto" takes "xla" or, where that would be large, "blocked".
+        GPU kernel (16-bit, D a multiple of 8 up to 128); "auto" takes "xla" or, where that would be large, "blocked";
+        an NVIDIA GPU may have it larger than other devices.
     """
     rows = q_BQND.shape[0]
     k_BKND = jnp.broadcast_to(k_BKND, (rows, *k_BKND.shape[1:]))
     v_BKND = jnp.broadcast_to(v_BKND, (rows, *v_BKND.shape[1:]))
     if implementation == "auto":
         logits = math.prod(q_BQND.shape[:3]) * k_BKND.shape[1]
+        if PLAIN_LOGITS_LIMIT < logits <= GPU_PLAIN_LOGITS_LIMIT:
+            return jax.lax.platform_dependent(
+                q_BQND, k_BKND, v_BKND, kv_len_B, cuda=_attend_plain, default=_attend_blocked
+            )
         implementation = "xla" if logits <= PLAIN_LOGITS_LIMIT else "blocked"
     if implementation == "cudnn":
         return jax.nn.dot_product_attention(

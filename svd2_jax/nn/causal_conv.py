@@ -57,16 +57,19 @@ def causal_conv3d(
     before = jnp.zeros((batch, keep, height, width, channels), x_BTHWC.dtype) if tail is None else tail
     if frames == 0:
         return jnp.zeros((batch, 0, height, width, features), x_BTHWC.dtype), before
+    convolve = functools.partial(_convolve_behind, time_stride, tail is None)
     if formulation == "auto":
         elsewhere = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
-        y, tail = lax.platform_dependent(
-            before, x_BTHWC, kernel,
-            cuda=functools.partial(_convolve_behind, time_stride, tail is None, GPU_FORMULATION),
-            default=functools.partial(_convolve_behind, time_stride, tail is None, elsewhere),
-        )  # fmt: skip
+        y, new_tail = lax.platform_dependent(
+            before,
+            x_BTHWC,
+            kernel,
+            cuda=functools.partial(convolve, GPU_FORMULATION),
+            default=functools.partial(convolve, elsewhere),
+        )
     else:
-        y, tail = _convolve_behind(time_stride, tail is None, formulation, before, x_BTHWC, kernel)
-    return y + bias.reshape(1, 1, 1, 1, features), tail
+        y, new_tail = convolve(formulation, before, x_BTHWC, kernel)
+    return y + bias.reshape(1, 1, 1, 1, features), new_tail
 
 
 def _convolve_behind(
@@ -101,8 +104,8 @@ def _convolve_behind(
     tail = padded[:, frames:]
     if formulation == "stacked":
         stacked, tail = _then_tail(jnp.concatenate(seen, axis=-1), x_BTHWC, tail)
-        seen, kernels = [stacked], [kernel[first:].transpose(1, 2, 0, 3, 4)]
-        kernels = [kernels[0].reshape(kernel_h, kernel_w, -1, features)]
+        in_order = kernel[first:].transpose(1, 2, 0, 3, 4)
+        seen, kernels = [stacked], [in_order.reshape(kernel_h, kernel_w, -1, features)]
     else:
         kernels = [kernel[tap] for tap in range(first, taps)]
     parts = [
