@@ -137,9 +137,10 @@ def _run(args: argparse.Namespace) -> None:
                     Bench.of(engine, job.cfg), name, REPEATS, lambda rounds: lambda: None, None, trace
                 )
                 report = Report(_settings(engine, job), ceiling, (part,))
-                print(text(report), flush=True)
+                say(text(report))
                 results[job.key] = report.to_dict()
                 files.write_json(file, results)
+                (args.out / "results.md").write_text(table(results))
     (args.out / "results.md").write_text(table(results))
     say(f"{args.out / 'results.md'}: {len(results)} parts")
 

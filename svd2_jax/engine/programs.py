@@ -36,6 +36,8 @@ GPU_OPTIONS: dict[str, Any] = {
     ),
     # Products on slices of an array would stay outside.
     "xla_gpu_enable_dynamic_slice_fusion": False,
+    # Three-dimensional convolutions as they are written, channels last; else XLA transposes around each of them.
+    "xla_gpu_force_conv_nhwc": True,
     # Products of one input are not joined: that would copy their weights together in every tick.
     "xla_gpu_dot_merger_threshold_mb": 0,
 }
