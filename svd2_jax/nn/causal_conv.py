@@ -16,8 +16,8 @@ Formulation = Literal["auto", "stacked", "taps", "conv3d"]
 # Up to so many input channels "stacked" is 1.5 to 2 times as fast as "taps" on XLA:CPU; for more, its copy of the
 # input, once for every tap, weighs as much as the convolution.
 MOST_STACKED_CHANNELS = 32
-# The Wan decoder's chunk at 512x512 on an H200: 23.3 ms with "conv3d", 25.5 with "stacked", 27.8 with "taps", whose sums
-# all go through memory. Channels have to stay last (`engine.programs.GPU_OPTIONS`): 34.8 ms otherwise.
+# The Wan decoder's chunk at 512x512 on an H200: 23.3 ms with "conv3d", 25.5 with "stacked" and 27.8 with "taps", whose
+# sums all go through memory. Channels have to stay last (`engine.programs.GPU_OPTIONS`): 34.8 ms otherwise.
 GPU_FORMULATION: Formulation = "conv3d"
 
 
