@@ -76,13 +76,15 @@ class Op:
 class Hlo:
     """What the optimised HLO of a program says; bytes are upper bounds, as operands are counted whole.
 
+    Of kernels in branches (blocks that not every stage has) only the bytes are counted, as if all branches ran.
+
     Attributes:
       moved: bytes that its kernels read and write.
       weight_copies: kernels that only copy, transpose or join arguments of at least a MiB that the program reads:
         weights, prompts.
       state_copies: the same for arguments that it updates in place (caches, tails).
-      turned: kernels that transpose something else.
-      chains: elementwise kernels whose result only another elementwise kernel reads.
+      turned: kernels that transpose something else of at least a MiB.
+      chains: elementwise kernels of at least a MiB that alone read the result of another one.
       host: calls to the host.
     """
 
@@ -132,6 +134,8 @@ def read_hlo(text: str) -> Hlo:
     """Counts what costs memory traffic in the optimised HLO of a program."""
     bodies = {name: ops for name, _, ops in computations(text)}
     entry = next(ops for _, is_entry, ops in computations(text) if is_entry)
+    branches = re.findall(r"(?:true|false)_computation=%?([\w.-]+)", text)
+    entry = entry + [op for name in branches for op in bodies[name]]
     by_name = {op.name: op for op in entry}
     updated = {int(n) for n in re.findall(r"\{[\d,]*\}: \((\d+), \{", text.splitlines()[0])}
     readers = Counter(name for op in entry for name in set(op.operands))
@@ -147,34 +151,34 @@ def read_hlo(text: str) -> Hlo:
         is_large = op is not None and op.opcode == "parameter" and shape_bytes(op.shape) >= LARGE
         return op if is_large else None
 
+    def elementwise(op: Op) -> bool:
+        loop = "kind=kLoop" in op.rest and shape_bytes(op.shape) >= LARGE
+        return loop and all(o.opcode != "dynamic-update-slice" for o in body(op))
+
     moved = host = turned = chains = 0
     copies = {True: 0, False: 0}
     for op in (op for op in entry if op.opcode not in NO_KERNEL):
-        moved += shape_bytes(op.shape) + sum(
-            shape_bytes(by_name[n].shape) for n in op.operands if n in by_name
-        )
-        host += bool(
-            HOST.search(op.opcode) or HOST.search(" ".join(re.findall(r'target="([^"]*)"', op.rest)))
-        )
-        inner = {o.opcode for o in body(op)}
+        moved += shape_bytes(op.shape)
+        sources = [by_name[name] for name in op.operands if name in by_name]
+        moved += sum(shape_bytes(source.shape) for source in sources)
+        parts = {o.name: o for o in body(op)}
+        for update in (o for o in parts.values() if o.opcode == "dynamic-update-slice"):
+            # In place: of the array, which is an operand and the result, only the slice is touched.
+            slice_ = parts.get(update.operands[1]) or by_name[update.operands[1]]
+            moved -= 2 * (shape_bytes(update.shape) - shape_bytes(slice_.shape))
+        targets = re.findall(r'target="([^"]*)"', op.rest)
+        host += bool(HOST.search(" ".join([op.opcode, *targets])))
+        inner = {o.opcode for o in parts.values()}
         if inner <= MOVES and inner & {"copy", "transpose", "concatenate"}:
             arguments = [argument(name) for name in op.operands]
             if arguments and all(arguments):
                 copies[any(int(a.arguments) in updated for a in arguments if a)] += 1
             else:
-                turned += "transpose" in inner
-        if _elementwise(op) and any(_elementwise(by_name.get(n)) and readers[n] == 1 for n in op.operands):
-            chains += 1
+                turned += "transpose" in inner and shape_bytes(op.shape) >= LARGE
+        chains += elementwise(op) and any(
+            elementwise(source) and readers[source.name] == 1 for source in sources
+        )
     return Hlo(moved, copies[False], copies[True], turned, chains, host)
-
-
-def _elementwise(op: Op | None) -> bool:
-    return (
-        op is not None
-        and op.opcode == "fusion"
-        and "kind=kLoop" in op.rest
-        and shape_bytes(op.shape) >= LARGE
-    )
 
 
 def read_thunks(text: str) -> Thunks:
@@ -217,10 +221,10 @@ class Compiler:
         self.dtype = jax.numpy.dtype(jax.numpy.bfloat16)
 
     def ticks(self, model: config.ModelConfig, cfg: config.StreamConfig, stages: int) -> dict[str, Any]:
-        """Returns what is found in the programs over the stages."""
+        """Returns what is found in the program over the stages."""
         with self.jax.numpy_dtype_promotion("standard"):
             ticks = self._builder(model, cfg, stages).ticks(SPLITS[stages](model.dit.num_layers))
-        return self._reports({"tick": ticks.tick[1], "prompt": ticks.prompt_kv})
+        return self._reports({"tick": ticks.tick[1]})
 
     def ends(self, model: config.ModelConfig, cfg: config.StreamConfig) -> dict[str, Any]:
         """Returns what is found in the encoder and decoder of a stream."""
