@@ -324,8 +324,13 @@ def _run(argv: Sequence[str] | None = None) -> None:
     if not importlib.util.find_spec("jax_plugins") or not importlib.util.find_spec("jax_plugins.xla_cuda13"):
         raise ConfigError('needs the CUDA plugin of JAX, not a GPU; use pip install -e ".[cuda13]"')
     result: dict[str, Any] = {"programs": {}, "held": {}}
+    if not args.out.parent.is_dir():
+        raise ConfigError(f"--out {args.out}: there is no folder {args.out.parent}")
     if args.out.exists():
-        result = json.loads(args.out.read_text())
+        try:
+            result = json.loads(args.out.read_text())
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"--out {args.out}: is there and is no report of this script ({e})") from e
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS} --xla_dump_to={folder}".strip()

@@ -172,7 +172,7 @@ def compiled_temporaries(
     where a CPU widens all weights to float32 first. So the tick is always compiled in float32, where there is
     nothing to widen and each array takes at least as much as in bfloat16. At 14B with 8+12+12+8 blocks, 480x832, two
     steps and bfloat16 this gives 2.1 GiB for a tick (10.3 when compiled in bfloat16), 4.4 to encode and 3.9 to
-    decode; the same programs compiled for an H100 need 0.2, 2.9 and 3.2.
+    decode; the same programs compiled for an H100 need 0.2, 2.1 and 2.1.
 
     Args:
       model: sizes of the networks.
