@@ -28,7 +28,7 @@ WINDOW_FRAMES = 9
 PICTURES_BATCH, CLIPS_BATCH, WIDE_CLIPS_BATCH = 8, 2, 16
 LATENT_NOISE = 0.05
 SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
-LONG_BATCH, WIDE_LONG_BATCH = 4, 32
+LONG_BATCH = 4
 # Latent frames and sequences of the first part: looks are learned frame by frame.
 SHORT, SHORT_BATCH, WIDE_SHORT_BATCH = 3, 12, 96
 SCENES = 256
@@ -88,7 +88,7 @@ def train_vae(folder: Path, share: float = 1.0) -> autoencoder.Params:
     clips = Run("vae-clips", _part(7000, share), rate=0.01, vector_rate=1e-3, seed=2)
     # Only from the third latent frame on is the network's memory what it is in a stream.
     streams = Run("vae-streams", _part(1200, share), rate=0.005, vector_rate=5e-4, seed=5)
-    wide = Run("vae-wide", _part(2000, share), rate=0.008, vector_rate=8e-4, seed=6)
+    wide = Run("vae-wide", _part(1600, share), rate=0.008, vector_rate=8e-4, seed=6)
     params = jax.tree.map(jnp.asarray, autoencoder.init_params(cfg, seed=0))
     params = trained(pictures, params, PICTURES_BATCH, 1, 0.0)
     params = trained(clips, params, CLIPS_BATCH, 1 + LATENT_STRIDE, LATENT_NOISE)
@@ -128,13 +128,11 @@ def train_transformer(folder: Path, trained_vae: autoencoder.Params, share: floa
 
     short = Run("transformer-short", _part(5600, share), rate=0.02, vector_rate=2e-3, seed=3)
     long = Run("transformer-long", _part(200, share), rate=0.005, vector_rate=5e-4, seed=4)
-    wide_short = Run("transformer-wide-short", _part(3000, share), rate=0.012, vector_rate=1.2e-3, seed=7)
-    wide_long = Run("transformer-wide-long", _part(300, share), rate=0.004, vector_rate=4e-4, seed=8)
+    wide = Run("transformer-wide", _part(2600, share), rate=0.012, vector_rate=1.2e-3, seed=7)
     params = jax.tree.map(jnp.asarray, denoiser.init_params(model, seed=0))
     params = trained(short, params, SHORT_BATCH, SHORT)
     params = trained(long, params, LONG_BATCH, SEQUENCE)
-    params = trained(wide_short, params, WIDE_SHORT_BATCH, SHORT)
-    params = trained(wide_long, params, WIDE_LONG_BATCH, SEQUENCE)
+    params = trained(wide, params, WIDE_SHORT_BATCH, SHORT)
     return jax.tree.map(np.asarray, params)
 
 
