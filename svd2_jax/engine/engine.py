@@ -6,6 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -210,7 +211,15 @@ class DeviceEngine:
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
         streams = len(self._open[lane]) + self._opening[lane]
         check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams)
-        params, ends = weights.params(split, cfg.decoder), self.ends(cfg, spec.pixels, lane)
+        encode = (prompts or self.prompts).encode
+        # Reading waits for the disk, compiling runs outside of Python: the first session gets all of it at once.
+        with ThreadPoolExecutor() as pool:
+            reading = pool.submit(weights.params, split, cfg.decoder)
+            others = [pool.submit(self.denoiser, cfg, split, lane), pool.submit(encode, spec.prompt)]
+            ends = self.ends(cfg, spec.pixels, lane)
+            params = reading.result()
+            for other in others:
+                other.result()
         if noise is None:
             noise = SeededNoise(
                 ends.draw_first,

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
 from svd2_jax.engine import noise, rebalance
+from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
 from svd2_jax.models import dit
@@ -189,13 +190,14 @@ class Builder:
             return self._compile_on(mesh.home, function, conditioner, _array((), jnp.int32))[0]
 
         one_row = self._one_row(max(split))
+        init_state = functools.partial(state.init_stream_state, model.dit, cfg, self.dtype, max(split))
         draw_chunk = functools.partial(noise.draw_chunk, cfg, model.dit.in_channels)
         open_rows = self._compile_over(
             functools.partial(state.open_rows, model.dit, cfg), (OVER,), one_row,
             donate=(0,) if cfg.rows == 1 else (),
         )  # fmt: skip
         return DenoiserPrograms(
-            init_state=_zeros(one_row),
+            init_state=self._compile_over(init_state, ()),
             step_first=self._tick(split, self._one_at_a_time(split), one_row, cfg.first_latents, 1),
             open_rows=open_rows,
             embed_text=self._compile_on(mesh.home, embed_text, conditioner, self._embedding)[0],
@@ -343,18 +345,19 @@ def matmul_precision(dtype: jnp.dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
+def run_where_it_lies(function: Program, static: tuple[Any, ...], params: Any, *args: Any) -> Any:
+    """Runs a function of static arguments and arrays on the device of its parameters, compiled once for their shapes."""
+    leaf = jax.tree.leaves(params)[0]
+    (device,) = leaf.devices()
+    shapes = on(device, (params, *args))
+    bound = functools.partial(function, *static)
+    program, _ = _compile(bound, shapes, (), SingleDeviceSharding(device), None, leaf.dtype)
+    return program(params, *args)
+
+
 def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
     """Returns a ShapeDtypeStruct, which stands in for an array."""
     return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _zeros(shapes: Any) -> Program:
-    """Returns an executable that makes arrays of zeros."""
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings
-    )
-    return make.lower().compile()
 
 
 def _compile(
@@ -377,21 +380,32 @@ def _compile_once(static, structure, shapes, donate, out_sharding, layout, preci
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     function, positional, keywords = static
     args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
-    bound = functools.partial(function, *positional, **dict(keywords))
-    if layout is not None:
-        mesh, specs = layout
-        bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
-    with jax.default_matmul_precision(precision):
-        lowered = jax.jit(bound, donate_argnums=donate, out_shardings=out_sharding).lower(*args)
-    results = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
+
+    def build() -> tuple[Program, Any]:
+        bound = functools.partial(function, *positional, **dict(keywords))
+        if layout is not None:
+            mesh, specs = layout
+            bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
+        with jax.default_matmul_precision(precision):
+            lowered = jax.jit(bound, donate_argnums=donate, out_shardings=out_sharding).lower(*args)
+        results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+        return lowered.compile(), results
+
+    devices = tuple(out_sharding.device_set) if layout is None else tuple(layout[0].devices.flat)
+    what = (static, donate, repr(out_sharding), repr(layout), precision)
+    program, results = kept_program(what, args, devices, build)
+    return program, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), results
     )
-    return lowered.compile(), results
 
 
 @functools.lru_cache(maxsize=256)
 def _shapes(function: Callable[..., Any], *args: Any) -> Any:
     """Returns the shapes of what a function makes; remembered, because tracing takes longer than a tick may."""
+    return kept_value(_traced_shapes, function, *args)
+
+
+def _traced_shapes(function: Callable[..., Any], *args: Any) -> Any:
     return jax.eval_shape(lambda: function(*args))
 
 
