@@ -1,15 +1,14 @@
 """What was compiled before, kept on disk: a command that ran before neither traces nor compiles when it starts again.
 
-There are two layers in one folder:
+The engine's programs are kept whole, as loaded executables with the shapes of their results. One is found by what it is
+made from: function, settings, shapes and where they lie, together with all that decides what becomes of these
+(`_surroundings`) and the source of this package. Where only the source has changed, it is traced, lowered and found by
+what comes out. Nothing that is found is adapted: a key that is not there means to compile.
 
-- The engine's programs, and the shapes they are made for, are kept whole and found by what they are made from:
-  function, settings, shapes and where they lie, together with all that decides what becomes of these (`_ground`). A
-  key that is missing or different means to compile; nothing that is found is ever adapted.
-- All else is kept by JAX's own compilation cache, which finds a program by its lowered form. This also serves the
-  engine's programs where only their source has changed and they came out the same.
+All else, mostly single operations, is kept by JAX's own compilation cache, in a folder beside.
 
-Loading a program runs machine code from the folder: who may write there may do anything as the user. It is made for the
-user alone.
+Loading a program runs machine code from these folders: who may write there may do anything as the user. They are made
+for the user alone.
 """
 
 from __future__ import annotations
@@ -19,16 +18,19 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
+import math
 import os
 import pickle
 import platform
+import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from jax._src.config import persistent_cache_min_compile_time_secs  # for one thread; `jax.config` is for all
 from jax.experimental import serialize_executable
 
 from svd2_jax import files
@@ -41,11 +43,13 @@ CACHE_VARIABLE = "SVD2_CACHE"
 MOST_BYTES = 4 * 2**30  # of each layer; beyond, what was not used for longest is removed
 LEFT_BEHIND_S = 3600  # a file that is still not whole after this time never will be
 
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = ("config.py", "hardware.py", "engine", "stream", "models", "diffusion", "nn")  # all that programs are traced from
-_LIBRARIES = ("jax", "jaxlib", "flax", "einops", "numpy", "ml-dtypes")  # and what that calls
+# All that programs are traced from, and what that calls.
+_SOURCES = ("config.py", "hardware.py", "engine", "stream", "models", "diffusion", "nn")
+_LIBRARIES = ("jax", "jaxlib", "flax", "einops", "numpy", "ml-dtypes")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 # Settings of JAX that say where things are kept and what is told of them, not what a program is. The precision of
 # products is part of each key by itself.
@@ -87,7 +91,7 @@ def keep_programs() -> Path | None:
 
 
 class Store:
-    """A folder of pickled values under hashed names; safe for several processes and threads at once."""
+    """A folder of pickled values, each under a hexadecimal key; safe for several processes and threads at once."""
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self._most_bytes = folder, most_bytes
@@ -123,7 +127,7 @@ class Store:
             _log.info("%s: nothing is kept: %s", self.folder, e)
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.pickle"
+        return self.folder / f"{key}.pickle"
 
     def _make_room(self) -> None:
         held = []
@@ -158,42 +162,67 @@ jax.monitoring.register_event_listener(_note)
 
 
 def kept_program(
-    what: Hashable, args: tuple[Any, ...], devices: Sequence[Device], build: Callable[[], tuple[Any, Any]]
+    what: Hashable,
+    args: tuple[Any, ...],
+    devices: Sequence[Device],
+    trace: Callable[[], tuple[jax.stages.Traced, jax.stages.Lowered]],
+    options: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    """Returns an executable and its results' shapes: as kept, or else built and kept from now on.
+    """Returns an executable and its results' shapes: as kept, or else compiled, and kept from now on.
 
     Args:
-      what: all that decides the program but the arguments.
+      what: all that decides the program but the arguments and the devices.
       args: arguments as a tree of ShapeDtypeStruct with shardings.
       devices: those of the program, in order.
-      build: compiles; the shapes it returns carry no sharding.
+      trace: traces and lowers it.
+      options: XLA's; part of `what` too.
     """
-    store, client = _store, devices[0].client
+    store = _store
     # A program over several processes has parts in each of them: those may not find it all or none at all.
     if store is None or any(d.process_index != jax.process_index() for d in devices):
-        return build()
+        _, lowered = trace()
+        return lowered.compile(dict(options)), _results(lowered)
     structure = jax.tree.structure((args, {}))
-    key = _key(what, structure, _leaves(args), _ground(), _hardware(devices))
-    if key is None:
-        return build()
-    if (found := store.read(key)) is not None:
+    parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
+
+    def load(key: object) -> tuple[Any, Any] | None:
+        if not isinstance(key, str):
+            return None
         try:
-            results, executable = found
+            results, executable = store.read(key)
             return serialize_executable.deserialize_and_load(
-                executable, structure, jax.tree.structure(results), backend=client, execution_devices=devices
+                executable, structure, jax.tree.structure(results), devices[0].client, devices
             ), results
-        except Exception as e:  # as in `read`
-            _log.info("%s is compiled anew: %s", what, e)
-    _compiling.from_cache = False
-    program, results = build()
-    if _compiling.from_cache:
-        return program, results
-    try:
-        executable, _, _ = serialize_executable.serialize(program)
+        except Exception as e:  # whatever the file holds, the program can be compiled
+            _log.info("%s is compiled: %s", what, e)
+            return None
+
+    made_from = _key(*parts, _sources())
+    if made_from is not None and (found := load(store.read(made_from))) is not None:
+        return found
+    traced, lowered = trace()
+    # The lowered form alone does not tell which arguments it leaves out.
+    key = _key(*parts, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
+    found = load(key)
+    if found is None:
+        _compiling.from_cache = False
+        with persistent_cache_min_compile_time_secs(math.inf):  # JAX need not keep it as well
+            found = program, results = lowered.compile(dict(options)), _results(lowered)
+        if key is None or _compiling.from_cache:
+            return found
+        try:
+            executable, _, _ = serialize_executable.serialize(program)
+        except Exception as e:  # not every backend can
+            _log.info("%s is not kept: %s", what, e)
+            return found
         store.write(key, (results, executable))
-    except Exception as e:  # not every backend can
-        _log.info("%s is not kept: %s", what, e)
-    return program, results
+    if made_from is not None:
+        store.write(made_from, key)
+    return found
+
+
+def _results(lowered: jax.stages.Lowered) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
 
 
 def kept_value(function: Callable[..., T], *args: Hashable) -> T:
@@ -202,7 +231,7 @@ def kept_value(function: Callable[..., T], *args: Hashable) -> T:
     For shapes, which take longer to trace than to read; the function must depend on its arguments alone.
     """
     store = _store
-    key = None if store is None else _key(function, args, _ground())
+    key = None if store is None else _key(function, args, _surroundings(), _sources())
     if store is None or key is None:
         return function(*args)
     if (value := store.read(key)) is None:
@@ -212,14 +241,18 @@ def kept_value(function: Callable[..., T], *args: Hashable) -> T:
 
 
 def _key(*parts: Any) -> str | None:
-    """Returns a text that tells these from all others, in every process; None where a part has no such text."""
+    """Returns a digest that tells these from all others, in every process; None where a part has no lasting name."""
     text = "\n".join(_name(part) for part in parts)
-    return None if " at 0x" in text or "<locals>" in text else text
+    if _ADDRESS.search(text) or "<locals>" in text:
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _name(part: Any) -> str:
     if isinstance(part, tuple):
         return f"({', '.join(map(_name, part))})"
+    if isinstance(part, str):
+        return part
     if callable(part) and hasattr(part, "__qualname__"):
         return f"{part.__module__}.{part.__qualname__}"
     return repr(part)
@@ -236,12 +269,12 @@ def _leaves(args: Any) -> str:
     return "; ".join(f"{x.dtype} {x.shape} {name(x.sharding)}" for x in jax.tree.leaves(args))
 
 
-def _ground() -> str:
-    """Returns what all programs of this process depend on."""
+def _surroundings() -> str:
+    """Returns what all programs of this process depend on, but for this package."""
     settings = sorted(jax.config.values.items())
     told = [f"{k}={v}" for k, v in settings if not any(name in k for name in _NO_MATTER)]
     variables = [f"{name}={os.environ.get(name, '')}" for name in _VARIABLES]
-    return "\n".join([_sources(), _libraries(), *variables, *told])
+    return "\n".join([_libraries(), *variables, *told])
 
 
 @functools.cache
@@ -269,7 +302,8 @@ def _hardware(devices: Sequence[Device]) -> str:
 @functools.cache
 def _topology(devices: tuple[Device, ...]) -> str:
     """Returns what JAX's own cache tells machines apart by, and which instructions this one's processor has."""
-    from jax._src.lib import xla_client  # nothing public gives the version of cuDNN, for instance
+    # Nothing public gives the version of cuDNN, for instance.
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     fingerprint = xla_client.get_topology_for_devices(list(devices)).fingerprint()
     return f"{fingerprint} {_processor() if devices[0].platform == 'cpu' else ''}"

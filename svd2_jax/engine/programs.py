@@ -17,6 +17,7 @@ from svd2_jax.engine import noise, rebalance
 from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
+from svd2_jax.engine.policy import CompilerOptions, compiler_options, matmul_precision
 from svd2_jax.models import dit
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn import kv_cache
@@ -340,13 +341,8 @@ class Builder:
         return _compile(function, args, donate, self.mesh.over_stages, layout, self.dtype)[0]
 
 
-def matmul_precision(dtype: jnp.dtype) -> str:
-    """Returns JAX's precision for products in a dtype: float32 means float32, not TensorFloat-32 or bfloat16."""
-    return "highest" if dtype == jnp.float32 else "default"
-
-
 def run_where_it_lies(function: Program, static: tuple[Any, ...], params: Any, *args: Any) -> Any:
-    """Runs a function of static arguments and arrays on the device of its parameters, compiled once for their shapes."""
+    """Runs a function of static arguments and arrays where its parameters lie; compiles once for their shapes."""
     leaf = jax.tree.leaves(params)[0]
     (device,) = leaf.devices()
     shapes = on(device, (params, *args))
@@ -362,40 +358,60 @@ def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
 
 def _compile(
     function: Program,
-    args: Any,
+    args: tuple[Any, ...],
     donate: tuple[int, ...],
     out_sharding: Any,
     layout: Any,
     dtype: jnp.dtype,
 ) -> tuple[Program, Any]:
+    """Returns an executable and its results' shapes, as everything that the engine runs is compiled.
+
+    Args:
+      function: pure; arguments bound to it are hashable.
+      args: ShapeDtypeStructs with shardings.
+      donate: arguments that the program takes over.
+      out_sharding: where all results lie.
+      layout: mesh and specs of the arguments for `shard_map`; None: for one device.
+      dtype: what it computes in.
+    """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
     call = function if isinstance(function, functools.partial) else functools.partial(function)
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
-    return _compile_once(static, structure, shapes, donate, out_sharding, layout, matmul_precision(dtype))
+    devices = tuple(out_sharding.device_set) if layout is None else tuple(layout[0].devices.flat)
+    how = _How(donate, out_sharding, layout, matmul_precision(dtype), compiler_options(devices[0].platform))
+    return _compile_once(static, structure, shapes, devices, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What decides a program but its function and arguments; see `_compile`."""
+
+    donate: tuple[int, ...]
+    out_sharding: Any
+    layout: Any
+    precision: str
+    options: CompilerOptions
 
 
 @functools.lru_cache(maxsize=1024)
-def _compile_once(static, structure, shapes, donate, out_sharding, layout, precision) -> tuple[Program, Any]:
+def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
-    function, positional, keywords = static
     args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
 
-    def build() -> tuple[Program, Any]:
+    def trace() -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+        function, positional, keywords = static
         bound = functools.partial(function, *positional, **dict(keywords))
-        if layout is not None:
-            mesh, specs = layout
+        if how.layout is not None:
+            mesh, specs = how.layout
             bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
-        with jax.default_matmul_precision(precision):
-            lowered = jax.jit(bound, donate_argnums=donate, out_shardings=out_sharding).lower(*args)
-        results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
-        return lowered.compile(), results
+        with jax.default_matmul_precision(how.precision):
+            traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=how.out_sharding).trace(*args)
+            return traced, traced.lower()
 
-    devices = tuple(out_sharding.device_set) if layout is None else tuple(layout[0].devices.flat)
-    what = (static, donate, repr(out_sharding), repr(layout), precision)
-    program, results = kept_program(what, args, devices, build)
+    program, results = kept_program((static, how), args, devices, trace, dict(how.options))
     return program, jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), results
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how.out_sharding), results
     )
 
 
