@@ -24,7 +24,19 @@ CompilerOptions = tuple[tuple[str, bool | int | str], ...]
 
 # By platform. They go with each program: nothing has to be set before JAX starts, and what else a process compiles is
 # left alone.
-XLA_OPTIONS: Mapping[str, CompilerOptions] = {}
+XLA_OPTIONS: Mapping[str, CompilerOptions] = {
+    "gpu": (
+        # XLA's own list and the convolutions: encoder and decoder become one CUDA graph instead of more than twenty.
+        (
+            "xla_gpu_enable_command_buffer",
+            "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,CONVOLUTION",
+        ),
+        # Products on slices of an array would stay outside.
+        ("xla_gpu_enable_dynamic_slice_fusion", False),
+        # Products of one input are not joined: that would copy their weights together in every tick.
+        ("xla_gpu_dot_merger_threshold_mb", 0),
+    ),
+}
 
 
 def checked_dtype(name: str) -> jnp.dtype:
