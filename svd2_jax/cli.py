@@ -821,9 +821,9 @@ def _plan(args: argparse.Namespace) -> int:
     stages = len(split) if split and args.stages is None else args.stages
     devices = _virtual_devices(stages)
     from svd2_jax import plan as plan_lib
-    from svd2_jax.engine.engine import checked_dtype
     from svd2_jax.engine.memory import Temporaries, compiled_temporaries
     from svd2_jax.engine.mesh import stage_meshes
+    from svd2_jax.engine.policy import checked_dtype
 
     def temporaries(split: tuple[int, ...]) -> Temporaries:
         mesh, dtype = stage_meshes(1, len(split), devices)[0], checked_dtype(args.dtype)

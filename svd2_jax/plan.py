@@ -15,8 +15,9 @@ from typing import Any
 
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.costs import Costs, costs
-from svd2_jax.engine.engine import checked_dtype, checked_split
+from svd2_jax.engine.engine import checked_split
 from svd2_jax.engine.memory import LARGEST_SHARE, StageMemory, Temporaries, stage_memory
+from svd2_jax.engine.policy import checked_dtype
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
 from svd2_jax.text import aligned, si

@@ -28,11 +28,11 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig, TAEHVConfig
 from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine import balance
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, checked_dtype
+from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.engine.noise import RecordedNoise
 from svd2_jax.engine.pipeline import Arrival, Pipeline
-from svd2_jax.engine.programs import matmul_precision
+from svd2_jax.engine.policy import checked_dtype, matmul_precision
 from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
 from svd2_jax.nn import kv_cache

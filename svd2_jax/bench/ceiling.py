@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from svd2_jax.bench.timing import in_turn, timed
-from svd2_jax.engine.programs import matmul_precision
+from svd2_jax.engine.policy import matmul_precision
 from svd2_jax.hardware import Hardware
 from svd2_jax.types import Device
 

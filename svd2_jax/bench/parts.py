@@ -290,15 +290,11 @@ def first_frame(
         phases[phase], last = now - last, now
 
     engine = load()
-    engine.params(cfg)
-    ends("weights")
+    ends("load")
     say("compiling")
-    engine.ends(cfg)
-    engine.denoiser(cfg, engine.split(cfg))
-    ends("compile")
     bench = Bench.of(engine, cfg)
     with engine.open(bench.spec) as session:
-        ends("prompt")
+        ends("open")
         for chunk in session.push(bench.inputs.first):
             chunk.frames()
     ends("first group")

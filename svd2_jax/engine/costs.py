@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.balance import best_split
+from svd2_jax.engine.kept_programs import kept_value
 from svd2_jax.engine.params import abstract_items, decoder_item
 from svd2_jax.engine.work import count_work
 from svd2_jax.hardware import Work, hardware_of_device, roofline
@@ -140,6 +141,9 @@ class Costs:
     @cached_property
     def chunk(self) -> ChunkWork:
         """The work of a chunk behind the first group, once the cache is full."""
+        return kept_value(Costs._count_chunk, self)
+
+    def _count_chunk(self) -> ChunkWork:
         cfg = self.cfg
         rows, frames = cfg.rows, cfg.frames_per_block
         with _flax_may_promote():
@@ -177,6 +181,9 @@ class Costs:
     @cached_property
     def sizes(self) -> Sizes:
         """Bytes of everything that a pipeline holds."""
+        return kept_value(Costs._measure_sizes, self)
+
+    def _measure_sizes(self) -> Sizes:
         model, video = self.model.dit, self.cfg.task == "v2v"
         block, patch, conditioner, head = self._dit_params
         with _flax_may_promote():

@@ -6,6 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,13 +20,14 @@ from svd2_jax.api import SessionSpec, Work
 from svd2_jax.config import ModelConfig, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import BalancePolicy
-from svd2_jax.engine.checkpoint import Checkpoint, Manifest
+from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.costs import default_split
 from svd2_jax.engine.memory import check_memory
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource, SeededNoise
 from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
 from svd2_jax.engine.pipeline import Pipeline
+from svd2_jax.engine.policy import checked_dtype, default_dtype
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
 from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
@@ -33,8 +35,6 @@ from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.types import Device
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class PipelineOptions:
 
 
 DEFAULT_OPTIONS = PipelineOptions()
-SMALL_BYTES = 1 << 30  # parameters in float32 that no machine minds
 
 
 class DeviceEngine:
@@ -210,7 +209,15 @@ class DeviceEngine:
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
         streams = len(self._open[lane]) + self._opening[lane]
         check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams)
-        params, ends = weights.params(split, cfg.decoder), self.ends(cfg, spec.pixels, lane)
+        encode = (prompts or self.prompts).encode
+        # Reading waits for the disk, compiling runs outside of Python: the first session gets all of it at once.
+        with ThreadPoolExecutor() as pool:
+            reading = pool.submit(weights.params, split, cfg.decoder)
+            others = [pool.submit(self.denoiser, cfg, split, lane), pool.submit(encode, spec.prompt)]
+            ends = self.ends(cfg, spec.pixels, lane)
+            params = reading.result()
+            for other in others:
+                other.result()
         if noise is None:
             noise = SeededNoise(
                 ends.draw_first,
@@ -333,25 +340,6 @@ class DeviceEngine:
     def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
         options, mesh = self._options, self.meshes[lane]
         return Builder(self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes)
-
-
-def default_dtype(manifest: Manifest, device: Device) -> str:
-    """Returns what to compute a checkpoint in: its own dtype, but float32 on a CPU where that takes little memory.
-
-    XLA's CPU backend mostly turns bfloat16 into float32 and back around every operation.
-    """
-    if device.platform != "cpu":
-        return manifest.dtype
-    shapes = params_lib.abstract_items(manifest.model)
-    held = jax.tree.leaves([shapes[item] for item in manifest.items])
-    return "float32" if sum(x.size for x in held) * 4 < SMALL_BYTES else manifest.dtype
-
-
-def checked_dtype(name: str) -> jnp.dtype:
-    """Returns the dtype called `name`; raises ConfigError for anything but float32 and bfloat16."""
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return jnp.dtype(DTYPES[name])
 
 
 def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> tuple[StageMesh, ...]:

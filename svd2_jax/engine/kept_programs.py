@@ -1,42 +1,319 @@
-"""Compiled programs kept on disk: a command that ran before starts without compiling."""
+"""What was compiled before, kept on disk: a command that ran before neither traces nor compiles when it starts again.
+
+The engine's programs are kept whole, as loaded executables with the shapes of their results. One is found by what it is
+made from: function, settings, shapes and where they lie, together with all that decides what becomes of these
+(`_surroundings`) and the source of this package. Where only the source has changed, it is traced, lowered and found by
+what comes out. Nothing that is found is adapted: a key that is not there means to compile.
+
+All else, mostly single operations, is kept by JAX's own compilation cache, in a folder beside.
+
+Loading a program runs machine code from these folders: who may write there may do anything as the user. They are made
+for the user alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import math
 import os
+import pickle
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
+from jax._src.config import persistent_cache_min_compile_time_secs  # for one thread; `jax.config` is for all
+from jax.experimental import serialize_executable
+
+from svd2_jax import files
+from svd2_jax.errors import MediaError
+from svd2_jax.types import Device
+
+T = TypeVar("T")
 
 CACHE_VARIABLE = "SVD2_CACHE"
-MOST_BYTES = 4 * 2**30  # beyond, what was not used for longest is removed
+MOST_BYTES = 4 * 2**30  # of each layer; beyond, what was not used for longest is removed
+LEFT_BEHIND_S = 3600  # a file that is still not whole after this time never will be
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_log = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parents[1]
+# All that programs are traced from, and what that calls.
+_SOURCES = ("config.py", "hardware.py", "engine", "stream", "models", "diffusion", "nn")
+_LIBRARIES = ("jax", "jaxlib", "flax", "einops", "numpy", "ml-dtypes")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+# Settings of JAX that say where things are kept and what is told of them, not what a program is. The precision of
+# products is part of each key by itself.
+_NO_MATTER = (
+    "compilation_cache", "persistent_cache", "jax_log_", "jax_explain_", "jax_dump_", "jax_logging_level",
+    "jax_platforms", "jax_num_cpu_devices", "jax_default_matmul_precision",
+)  # fmt: skip
 
 
 def keep_programs() -> Path | None:
-    """Has JAX keep every program it compiles from now on, and take it from there the next time.
+    """Has every program that is compiled from now on kept, and taken from there the next time.
 
-    Does nothing where JAX was told already (`JAX_COMPILATION_CACHE_DIR`, `JAX_ENABLE_COMPILATION_CACHE`), or where
-    the folder cannot be written.
+    Does nothing where JAX was told to keep none (`JAX_ENABLE_COMPILATION_CACHE`), and leaves JAX's own cache alone
+    where it was told of another place (`JAX_COMPILATION_CACHE_DIR`). From a folder that cannot be written, programs are
+    only taken.
 
     Returns:
-      The folder: the environment's `SVD2_CACHE`, else "svd2-jax" where the user's caches are; None if nothing was
-      changed.
+      The folder: the environment's `SVD2_CACHE`, else "svd2-jax" where the user's caches are; None if nothing is kept.
     """
-    if (
-        jax.config.values["jax_compilation_cache_dir"]
-        or not jax.config.values["jax_enable_compilation_cache"]
-    ):
+    global _store
+    _store = None
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = Path(os.environ.get(CACHE_VARIABLE) or caches / "svd2-jax")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return None
-    if not os.access(folder, os.W_OK):
-        return None
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    _store = Store(folder / "engine")
+    if jax.config.values["jax_compilation_cache_dir"] or not os.access(folder, os.W_OK):
+        return folder
+    jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     # A limit also makes JAX lock the folder, without which two processes may read what is half written.
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     # Even the smallest take some 20 ms to compile, and there are hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return folder
+
+
+class Store:
+    """A folder of pickled values, each under a hexadecimal key; safe for several processes and threads at once."""
+
+    def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
+        self.folder, self._most_bytes = folder, most_bytes
+
+    def read(self, key: str) -> Any:
+        """Returns the value of a key; None where there is none, or where it is damaged or another's."""
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+            digest, body = content[:32], content[32:]
+            if digest != hashlib.sha256(body).digest():
+                return None
+            found, value = pickle.loads(body)
+            if found != key:
+                return None
+        except Exception as e:  # whatever the file holds, the program can be compiled
+            if not isinstance(e, FileNotFoundError):
+                _log.info("%s is not used: %s", path, e)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # for `_make_room`
+        return value
+
+    def write(self, key: str, value: Any) -> None:
+        """Keeps a value, and drops the ones that were not read for longest where it becomes too much."""
+        body = pickle.dumps((key, value), protocol=5)
+        try:
+            self.folder.mkdir(exist_ok=True, mode=0o700)
+            content = hashlib.sha256(body).digest() + body
+            files.write_whole(self._path(key), lambda part: part.write_bytes(content))
+            self._make_room()
+        except (OSError, MediaError) as e:  # read-only or full
+            _log.info("%s: nothing is kept: %s", self.folder, e)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.pickle"
+
+    def _make_room(self) -> None:
+        held = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+                stat = entry.stat()
+                if ".part" in entry.name:
+                    if time.time() - stat.st_mtime > LEFT_BEHIND_S:
+                        os.unlink(entry)
+                    continue
+                held.append((stat.st_mtime, stat.st_size, entry.path))
+        excess = sum(size for _, size, _ in held) - self._most_bytes
+        for _, size, path in sorted(held):
+            if excess <= 0:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            excess -= size
+
+
+_store: Store | None = None
+_compiling = threading.local()
+
+
+def _note(event: str, **_: Any) -> None:
+    # What JAX has loaded cannot be written once more: on a CPU it lacks functions then, and fails when it is called.
+    if event == "/jax/compilation_cache/cache_hits":
+        _compiling.from_cache = True
+
+
+jax.monitoring.register_event_listener(_note)
+
+
+def kept_program(
+    what: Hashable,
+    args: tuple[Any, ...],
+    devices: Sequence[Device],
+    trace: Callable[[], tuple[jax.stages.Traced, jax.stages.Lowered]],
+    options: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Returns an executable and its results' shapes: as kept, or else compiled, and kept from now on.
+
+    Args:
+      what: all that decides the program but the arguments and the devices.
+      args: arguments as a tree of ShapeDtypeStruct with shardings.
+      devices: those of the program, in order.
+      trace: traces and lowers it.
+      options: XLA's; part of `what` too.
+    """
+    store = _store
+    # A program over several processes has parts in each of them: those may not find it all or none at all.
+    if store is None or any(d.process_index != jax.process_index() for d in devices):
+        _, lowered = trace()
+        return lowered.compile(dict(options)), _results(lowered)
+    structure = jax.tree.structure((args, {}))
+    parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
+
+    def load(key: object) -> tuple[Any, Any] | None:
+        if not isinstance(key, str):
+            return None
+        try:
+            results, executable = store.read(key)
+            return serialize_executable.deserialize_and_load(
+                executable, structure, jax.tree.structure(results), devices[0].client, devices
+            ), results
+        except Exception as e:  # whatever the file holds, the program can be compiled
+            _log.info("%s is compiled: %s", what, e)
+            return None
+
+    made_from = _key(*parts, _sources())
+    if made_from is not None and (found := load(store.read(made_from))) is not None:
+        return found
+    traced, lowered = trace()
+    # The lowered form alone does not tell which arguments it leaves out.
+    key = _key(*parts, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
+    found = load(key)
+    if found is None:
+        _compiling.from_cache = False
+        with persistent_cache_min_compile_time_secs(math.inf):  # JAX need not keep it as well
+            found = program, results = lowered.compile(dict(options)), _results(lowered)
+        if key is None or _compiling.from_cache:
+            return found
+        try:
+            executable, _, _ = serialize_executable.serialize(program)
+        except Exception as e:  # not every backend can
+            _log.info("%s is not kept: %s", what, e)
+            return found
+        store.write(key, (results, executable))
+    if made_from is not None:
+        store.write(made_from, key)
+    return found
+
+
+def _results(lowered: jax.stages.Lowered) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+
+
+def kept_value(function: Callable[..., T], *args: Hashable) -> T:
+    """Returns what a function of this package makes of arguments, from before where that was asked before.
+
+    For shapes, which take longer to trace than to read; the function must depend on its arguments alone.
+    """
+    store = _store
+    key = None if store is None else _key(function, args, _surroundings(), _sources())
+    if store is None or key is None:
+        return function(*args)
+    if (value := store.read(key)) is None:
+        value = function(*args)
+        store.write(key, value)
+    return value
+
+
+def _key(*parts: Any) -> str | None:
+    """Returns a digest that tells these from all others, in every process; None where a part has no lasting name."""
+    text = "\n".join(_name(part) for part in parts)
+    if _ADDRESS.search(text) or "<locals>" in text:
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _name(part: Any) -> str:
+    if isinstance(part, tuple):
+        return f"({', '.join(map(_name, part))})"
+    if isinstance(part, str):
+        return part
+    if callable(part) and hasattr(part, "__qualname__"):
+        return f"{part.__module__}.{part.__qualname__}"
+    return repr(part)
+
+
+def _leaves(args: Any) -> str:
+    named: dict[Any, str] = {}
+
+    def name(sharding: Any) -> str:
+        if sharding not in named:
+            named[sharding] = repr(sharding)
+        return named[sharding]
+
+    return "; ".join(f"{x.dtype} {x.shape} {name(x.sharding)}" for x in jax.tree.leaves(args))
+
+
+def _surroundings() -> str:
+    """Returns what all programs of this process depend on, but for this package."""
+    settings = sorted(jax.config.values.items())
+    told = [f"{k}={v}" for k, v in settings if not any(name in k for name in _NO_MATTER)]
+    variables = [f"{name}={os.environ.get(name, '')}" for name in _VARIABLES]
+    return "\n".join([_libraries(), *variables, *told])
+
+
+@functools.cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        path = _PACKAGE / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(str(file.relative_to(_PACKAGE)).encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _libraries() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES)
+
+
+def _hardware(devices: Sequence[Device]) -> str:
+    client = devices[0].client
+    each = [f"{d.id} {d.process_index} {d.device_kind}" for d in devices]
+    return "\n".join([client.platform, client.platform_version, _topology(tuple(devices)), *each])
+
+
+@functools.cache
+def _topology(devices: tuple[Device, ...]) -> str:
+    """Returns what JAX's own cache tells machines apart by, and which instructions this one's processor has."""
+    # Nothing public gives the version of cuDNN, for instance.
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+
+    fingerprint = xla_client.get_topology_for_devices(list(devices)).fingerprint()
+    return f"{fingerprint} {_processor() if devices[0].platform == 'cpu' else ''}"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kept = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU "))]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import ModelConfig
+from svd2_jax.engine.kept_programs import kept_value
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.models import dit, taehv, text_encoder, vae
 from svd2_jax.models.dit import DiTParams
@@ -152,13 +153,17 @@ def with_random_text(model: ModelConfig) -> ModelConfig:
 @functools.lru_cache(maxsize=16)
 def abstract_items(model: ModelConfig, dtype: jnp.dtype | None = None) -> dict[str, Params]:
     """Returns the shapes (ShapeDtypeStruct, float32 or of a dtype) of every checkpoint item of a model."""
-    items = {
+    items = kept_value(_traced_items, model)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), items)
+
+
+def _traced_items(model: ModelConfig) -> dict[str, Params]:
+    return {
         **dit.abstract_params(model.dit),
         **vae.abstract_params(model.vae),
         **taehv.abstract_params(model.taehv),
         **text_encoder.abstract_params(model.text),
     }
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), items)
 
 
 def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype) -> ItemReader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +14,10 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
 from svd2_jax.engine import noise, rebalance
+from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
+from svd2_jax.engine.policy import CompilerOptions, compiler_options, matmul_precision
 from svd2_jax.models import dit
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn import kv_cache
@@ -28,15 +29,6 @@ from svd2_jax.stream.step import AXIS, Ring
 Program = Callable[..., Any]
 OVER = PartitionSpec(AXIS)
 EVERYWHERE = PartitionSpec()
-# What a GPU's programs are compiled with (benchmarks/gpu_report.md); what XLA_FLAGS names is left alone.
-# Convolutions stay outside CUDA graphs, as XLA has it: captured without having been run before, as happens to programs
-# that were kept on disk, they fail (cuDNN status 5003, seen on an H200 with jax 0.11.2).
-GPU_OPTIONS: dict[str, Any] = {
-    # Three-dimensional convolutions as they are written, channels last; else XLA transposes around each of them.
-    "xla_gpu_force_conv_nhwc": True,
-    # Products of one input are not joined: that would copy their weights together in every tick.
-    "xla_gpu_dot_merger_threshold_mb": 0,
-}
 DIT_SPECS = DiTParams(patch=EVERYWHERE, blocks=OVER, head=EVERYWHERE)  # pyright: ignore[reportArgumentType]
 
 
@@ -199,13 +191,14 @@ class Builder:
             return self._compile_on(mesh.home, function, conditioner, _array((), jnp.int32))[0]
 
         one_row = self._one_row(max(split))
+        init_state = functools.partial(state.init_stream_state, model.dit, cfg, self.dtype, max(split))
         draw_chunk = functools.partial(noise.draw_chunk, cfg, model.dit.in_channels)
         open_rows = self._compile_over(
             functools.partial(state.open_rows, model.dit, cfg), (OVER,), one_row,
             donate=(0,) if cfg.rows == 1 else (),
         )  # fmt: skip
         return DenoiserPrograms(
-            init_state=_zeros(one_row),
+            init_state=self._compile_over(init_state, ()),
             step_first=self._tick(split, self._one_at_a_time(split), one_row, cfg.first_latents, 1),
             open_rows=open_rows,
             embed_text=self._compile_on(mesh.home, embed_text, conditioner, self._embedding)[0],
@@ -348,9 +341,14 @@ class Builder:
         return _compile(function, args, donate, self.mesh.over_stages, layout, self.dtype)[0]
 
 
-def matmul_precision(dtype: jnp.dtype) -> str:
-    """Returns JAX's precision for products in a dtype: float32 means float32, not TensorFloat-32 or bfloat16."""
-    return "highest" if dtype == jnp.float32 else "default"
+def run_where_it_lies(function: Program, static: tuple[Any, ...], params: Any, *args: Any) -> Any:
+    """Runs a function of static arguments and arrays where its parameters lie; compiles once for their shapes."""
+    leaf = jax.tree.leaves(params)[0]
+    (device,) = leaf.devices()
+    shapes = on(device, (params, *args))
+    bound = functools.partial(function, *static)
+    program, _ = _compile(bound, shapes, (), SingleDeviceSharding(device), None, leaf.dtype)
+    return program(params, *args)
 
 
 def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
@@ -358,58 +356,72 @@ def _array(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _zeros(shapes: Any) -> Program:
-    """Returns an executable that makes arrays of zeros."""
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    make = jax.jit(
-        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), out_shardings=shardings
-    )
-    return make.lower().compile()
-
-
 def _compile(
     function: Program,
-    args: Any,
+    args: tuple[Any, ...],
     donate: tuple[int, ...],
     out_sharding: Any,
     layout: Any,
     dtype: jnp.dtype,
 ) -> tuple[Program, Any]:
+    """Returns an executable and its results' shapes, as everything that the engine runs is compiled.
+
+    Args:
+      function: pure; arguments bound to it are hashable.
+      args: ShapeDtypeStructs with shardings.
+      donate: arguments that the program takes over.
+      out_sharding: where all results lie.
+      layout: mesh and specs of the arguments for `shard_map`; None: for one device.
+      dtype: what it computes in.
+    """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
     call = function if isinstance(function, functools.partial) else functools.partial(function)
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
-    return _compile_once(static, structure, shapes, donate, out_sharding, layout, matmul_precision(dtype))
+    devices = tuple(out_sharding.device_set) if layout is None else tuple(layout[0].devices.flat)
+    how = _How(donate, out_sharding, layout, matmul_precision(dtype), compiler_options(devices[0].platform))
+    return _compile_once(static, structure, shapes, devices, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What decides a program but its function and arguments; see `_compile`."""
+
+    donate: tuple[int, ...]
+    out_sharding: Any
+    layout: Any
+    precision: str
+    options: CompilerOptions
 
 
 @functools.lru_cache(maxsize=1024)
-def _compile_once(static, structure, shapes, donate, out_sharding, layout, precision) -> tuple[Program, Any]:
+def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
-    function, positional, keywords = static
     args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
-    bound = functools.partial(function, *positional, **dict(keywords))
-    if layout is not None:
-        mesh, specs = layout
-        bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
-    with jax.default_matmul_precision(precision):
-        lowered = jax.jit(bound, donate_argnums=donate, out_shardings=out_sharding).lower(*args)
-    results = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=out_sharding), lowered.out_info
+
+    def trace() -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+        function, positional, keywords = static
+        bound = functools.partial(function, *positional, **dict(keywords))
+        if how.layout is not None:
+            mesh, specs = how.layout
+            bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
+        with jax.default_matmul_precision(how.precision):
+            traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=how.out_sharding).trace(*args)
+            return traced, traced.lower()
+
+    program, results = kept_program((static, how), args, devices, trace, dict(how.options))
+    return program, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how.out_sharding), results
     )
-    return lowered.compile(compiler_options=_options(out_sharding)), results
-
-
-def _options(sharding: Any) -> dict[str, Any]:
-    """Returns the compiler options for the devices of a sharding."""
-    if all(device.platform != "gpu" for device in sharding.device_set):
-        return {}
-    named = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in GPU_OPTIONS.items() if name not in named}
 
 
 @functools.lru_cache(maxsize=256)
 def _shapes(function: Callable[..., Any], *args: Any) -> Any:
     """Returns the shapes of what a function makes; remembered, because tracing takes longer than a tick may."""
+    return kept_value(_traced_shapes, function, *args)
+
+
+def _traced_shapes(function: Callable[..., Any], *args: Any) -> Any:
     return jax.eval_shape(lambda: function(*args))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from svd2_jax.config import TextConfig
 from svd2_jax.engine.params import Params
+from svd2_jax.engine.programs import run_where_it_lies
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.models import text_encoder
 
@@ -54,7 +55,7 @@ class PromptEncoder:
 
     def _encode(self, prompt: str) -> np.ndarray:
         ids, mask = self.tokenize([prompt])
-        embedding = text_encoder.encode(self._cfg, self._item, ids, mask)
+        embedding = text_encoder.encode(self._cfg, self._item, ids, mask, run_where_it_lies)
         return np.asarray(embedding.astype(jnp.float32))
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

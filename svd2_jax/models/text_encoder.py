@@ -8,6 +8,7 @@ float32. Axes: B prompts, P tokens, E model width, N heads, D head dim; Q and K 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -134,11 +135,26 @@ def head(params: Params, x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[:, :, None] > 0, y, jnp.zeros((), y.dtype))
 
 
-_embed, _run_block, _head = jax.jit(embed), jax.jit(run_block, static_argnums=0), jax.jit(head)
+Run = Callable[..., jax.Array]
+"""Runs a function of static arguments, a tuple, and of arrays."""
+
+
+def run_jitted(function: Callable[..., jax.Array], static: tuple[Any, ...], *arrays: Any) -> jax.Array:
+    """Runs a function wherever its arrays are."""
+    return _jitted(function, len(static))(*static, *arrays)
+
+
+@functools.cache
+def _jitted(function: Callable[..., jax.Array], static: int) -> Callable[..., jax.Array]:
+    return jax.jit(function, static_argnums=tuple(range(static)))
 
 
 def encode(
-    cfg: TextConfig, read_item: Callable[[str], Params], ids: jax.typing.ArrayLike, mask: jax.typing.ArrayLike
+    cfg: TextConfig,
+    read_item: Callable[[str], Params],
+    ids: jax.typing.ArrayLike,
+    mask: jax.typing.ArrayLike,
+    run: Run = run_jitted,
 ) -> jax.Array:
     """Returns prompt embeddings [B, P, E] in the parameters' dtype, zero at padding.
 
@@ -149,11 +165,12 @@ def encode(
       read_item: returns the tree of a text item; asked once for each, in order.
       ids: int32 [B, P].
       mask: int32 [B, P], 1 for tokens and 0 for padding.
+      run: how its functions run.
     """
-    x = _embed(read_item(EMBED_ITEM), ids)
+    x = run(embed, (), read_item(EMBED_ITEM), ids)
     for layer in range(cfg.num_layers):
-        x = _run_block(cfg, read_item(block_item(layer)), x, mask)
-    return _head(read_item(HEAD_ITEM), x, mask)
+        x = run(run_block, (cfg,), read_item(block_item(layer)), x, mask)
+    return run(head, (), read_item(HEAD_ITEM), x, mask)
 
 
 def abstract_params(cfg: TextConfig, dtype: Any = jnp.float32) -> dict[str, Params]:

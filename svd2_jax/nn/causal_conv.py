@@ -17,7 +17,7 @@ Formulation = Literal["auto", "stacked", "taps", "conv3d"]
 # input, once for every tap, weighs as much as the convolution.
 MOST_STACKED_CHANNELS = 32
 # The Wan decoder's chunk at 512x512 on an H200: 23.3 ms with "conv3d", 25.5 with "stacked" and 27.8 with "taps", whose
-# sums all go through memory. Channels have to stay last (`engine.programs.GPU_OPTIONS`): 34.8 ms otherwise.
+# sums all go through memory. Channels have to stay last (`engine.policy.XLA_OPTIONS`): 34.8 ms otherwise.
 GPU_FORMULATION: Formulation = "conv3d"
 
 

@@ -47,7 +47,7 @@ def test_parts_of_a_smaller_model_are_measured_and_written(bench, tmp_path):
     assert all(len(part["samples"]) == 2 for part in values["parts"])
     assert values["settings"]["blocks"] == 2
     assert values["ceiling"]["flops"] > 0
-    assert list(values["first_frame"])[-4:] == ["weights", "compile", "prompt", "first group"]
+    assert list(values["first_frame"])[-3:] == ["load", "open", "first group"]
     tick = values["parts"][1]
     assert tick["compiled"]["aliased"] > 0  # the state is updated in place
     assert tick["work"]["flops"] > 0

@@ -1,0 +1,42 @@
+"""What programs are computed in and compiled with."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from svd2_jax.engine.policy import XLA_OPTIONS, checked_dtype, compiler_options, matmul_precision
+from svd2_jax.errors import ConfigError
+
+
+def test_a_cpu_is_given_no_options():
+    assert compiler_options("cpu", "") == ()
+
+
+def test_what_the_environment_names_is_left_to_it():
+    ours = dict(compiler_options("gpu", ""))
+    assert ours == dict(XLA_OPTIONS["gpu"])
+    given = "--xla_gpu_force_conv_nhwc=false --xla_gpu_autotune_level=0"
+    assert dict(compiler_options("gpu", given)).keys() == ours.keys() - {"xla_gpu_force_conv_nhwc"}
+    # Another option whose name begins like one of ours decides nothing.
+    assert dict(compiler_options("gpu", "--xla_gpu_force_conv_nhwc_too=1")) == ours
+
+
+def test_this_jax_knows_every_option():
+    # A CPU ignores them, but their names and values are checked.
+    for options in XLA_OPTIONS.values():
+        doubled = jax.jit(lambda x: x * 2).lower(jnp.ones(3)).compile(compiler_options=dict(options))
+        np.testing.assert_array_equal(doubled(jnp.ones(3)), np.full(3, 2.0))
+
+
+def test_no_convolution_is_captured_in_a_graph():
+    # It fails where it was not run before, as after a start with kept programs.
+    assert "CONVOLUTION" not in str(dict(XLA_OPTIONS["gpu"]).get("xla_gpu_enable_command_buffer", ""))
+
+
+def test_float32_means_float32():
+    assert matmul_precision(checked_dtype("float32")) == "highest"
+    assert matmul_precision(checked_dtype("bfloat16")) == "default"
+    assert checked_dtype("bfloat16") == jnp.bfloat16
+    with pytest.raises(ConfigError, match="float32, bfloat16"):
+        checked_dtype("float16")
