@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from svd2_jax.nn.row_shards import RowShards, with_halo
+
 Formulation = Literal["auto", "stacked", "taps", "conv3d"]
 
 # Up to so many input channels "stacked" is 1.5 to 2 times as fast as "taps" on XLA:CPU; for more, its copy of the
@@ -26,6 +28,7 @@ def causal_conv3d(
     *,
     time_stride: int = 1,
     formulation: Formulation = "auto",
+    shards: RowShards | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (convolved frames, new tail); a frame sees itself and earlier ones, the tail comes first.
 
@@ -42,6 +45,7 @@ def causal_conv3d(
       formulation: "taps" sums one 2-D convolution per time tap; "stacked" is one 2-D convolution over the taps' frames
         one behind the other as channels; "conv3d" is one 3-D convolution, slow on XLA:CPU, and on a GPU XLA turns it
         to channels first. All are equal but for rounding. "auto" takes "stacked" for few channels, else "taps".
+      shards: how the rows are cut over devices; the tail is cut likewise, without neighbours' rows.
 
     Returns:
       ([B, T // time_stride, H, W, out], [B, time taps - time_stride, H, W, C]), both in the input's dtype.
@@ -55,7 +59,11 @@ def causal_conv3d(
     if frames == 0:
         return jnp.zeros((batch, 0, height, width, features), x_BTHWC.dtype), before
     padded = jnp.concatenate([before, x_BTHWC], axis=1) if keep else x_BTHWC
-    space = ((kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2))
+    new_tail = padded[:, padded.shape[1] - keep :]
+    rows = (kernel_h // 2, kernel_h // 2)
+    if kernel_h > 1:
+        padded, rows = with_halo(padded, *rows, shards)
+    space = (rows, (kernel_w // 2, kernel_w // 2))
     if formulation == "conv3d":
         y = lax.conv_general_dilated(
             padded,
@@ -76,11 +84,11 @@ def causal_conv3d(
         if formulation == "stacked":
             seen, kernels = [jnp.concatenate(seen, axis=-1)], [jnp.concatenate(kernels, axis=2)]
         parts = [
-            _convolve(x.reshape(batch * frames_out, height, width, -1), k, space)
+            _convolve(x.reshape(batch * frames_out, *x.shape[2:]), k, space)
             for x, k in zip(seen, kernels, strict=True)
         ]
         y = functools.reduce(jnp.add, parts).reshape(batch, frames_out, height, width, features)
-    return y + bias.reshape(1, 1, 1, 1, features), padded[:, padded.shape[1] - keep :]
+    return y + bias.reshape(1, 1, 1, 1, features), new_tail
 
 
 def _convolve(x_NHWC: jax.Array, kernel: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
@@ -104,8 +112,10 @@ class CausalConv(nn.Module):
     time_stride: int = 1
 
     @nn.compact
-    def __call__(self, x_BTHWC: jax.Array, tail: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BTHWC: jax.Array, tail: jax.Array | None, shards: RowShards | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         shape = (*self.kernel_size, x_BTHWC.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return causal_conv3d(x_BTHWC, kernel, bias, tail, time_stride=self.time_stride)
+        return causal_conv3d(x_BTHWC, kernel, bias, tail, time_stride=self.time_stride, shards=shards)
