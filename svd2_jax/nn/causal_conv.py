@@ -59,14 +59,11 @@ def causal_conv3d(
     if frames == 0:
         return jnp.zeros((batch, 0, height, width, features), x_BTHWC.dtype), before
     padded = jnp.concatenate([before, x_BTHWC], axis=1) if keep else x_BTHWC
-    new_tail = padded[:, padded.shape[1] - keep :]
-    rows = (kernel_h // 2, kernel_h // 2)
-    if kernel_h > 1:
-        padded, rows = with_halo(padded, *rows, shards)
+    between, rows = with_halo(padded, kernel_h // 2, kernel_h // 2, shards)
     space = (rows, (kernel_w // 2, kernel_w // 2))
     if formulation == "conv3d":
         y = lax.conv_general_dilated(
-            padded,
+            between,
             kernel,
             window_strides=(time_stride, 1, 1),
             padding=((0, 0), *space),
@@ -77,7 +74,7 @@ def causal_conv3d(
         ends = [tap + (frames_out - 1) * time_stride + 1 for tap in range(taps)]
         # Taps that see nothing but the zeros before a stream are left out: a picture costs one 2-D convolution.
         used = [tap for tap in range(taps) if tail is not None or ends[tap] > keep]
-        seen = [padded[:, tap : ends[tap] : time_stride] for tap in used]
+        seen = [between[:, tap : ends[tap] : time_stride] for tap in used]
         kernels = [kernel[tap] for tap in used]
         if formulation == "auto":
             formulation = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
@@ -88,7 +85,7 @@ def causal_conv3d(
             for x, k in zip(seen, kernels, strict=True)
         ]
         y = functools.reduce(jnp.add, parts).reshape(batch, frames_out, height, width, features)
-    return y + bias.reshape(1, 1, 1, 1, features), new_tail
+    return y + bias.reshape(1, 1, 1, 1, features), padded[:, padded.shape[1] - keep :]
 
 
 def _convolve(x_NHWC: jax.Array, kernel: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
