@@ -68,6 +68,11 @@ class Temporaries:
     decode: int
     vae_devices: int = 1
 
+    def shared_by(self, devices: int) -> Temporaries:
+        """Returns what is needed where another number of devices shares encoding and decoding, in proportion."""
+        encode, decode = (size * self.vae_devices // devices for size in (self.encode, self.decode))
+        return Temporaries(self.tick, encode, decode, devices)
+
     def on(self, stage: int, stages: int) -> int:
         """Returns the largest one on a device."""
         first, last = stage < self.vae_devices, stage >= stages - self.vae_devices
