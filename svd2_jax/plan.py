@@ -275,7 +275,9 @@ def _bounds(costs: Costs, hardware: Hardware, devices: tuple[DevicePlan, ...]) -
         around += passes * stages * hop
         ticks, chunk = 0, max(chunk, around)
         # What devices share they do at the same time.
-        ends = [[p.seconds for d in devices for p in d.parts if p.name == name] for name in ("encode", "decode")]
+        ends = [
+            [p.seconds for d in devices for p in d.parts if p.name == name] for name in ("encode", "decode")
+        ]
         latency = live = around + sum(max(seconds, default=0.0) for seconds in ends)
     memory = max(device.total for device in devices)
     return Bounds(
@@ -315,7 +317,11 @@ def _header(plan: Plan) -> list[str]:
         f"mode {stream.mode}, decoder {stream.decoder}, {plan.dtype}",
         f"{len(plan.devices)} x {device.name}: {device.memory_bytes / GIB:.1f} GiB at "
         f"{si(device.memory_bandwidth)}B/s, {si(peak)}FLOP/s, link {si(device.link_bandwidth)}B/s",
-        *([f"{plan.vae_devices} devices share encoding, and as many decoding"] if plan.vae_devices > 1 else []),
+        *(
+            [f"{plan.vae_devices} devices share encoding, and as many decoding"]
+            if plan.vae_devices > 1
+            else []
+        ),
     ]
 
 

@@ -82,7 +82,12 @@ class Sizes:
 
 
 def default_split(
-    model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, stages: int, device_kind: str, vae_devices: int = 1
+    model: ModelConfig,
+    cfg: StreamConfig,
+    dtype: jnp.dtype,
+    stages: int,
+    device_kind: str,
+    vae_devices: int = 1,
 ) -> tuple[int, ...]:
     """Returns the blocks per stage that a stream starts with.
 

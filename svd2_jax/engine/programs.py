@@ -403,7 +403,11 @@ def _zeros(shapes: Any) -> Program:
 
 
 def _compile(
-    function: Program, args: Any, donate: tuple[int, ...], where: SingleDeviceSharding | _Over, dtype: jnp.dtype
+    function: Program,
+    args: Any,
+    donate: tuple[int, ...],
+    where: SingleDeviceSharding | _Over,
+    dtype: jnp.dtype,
 ) -> tuple[Program, Any]:
     leaves, structure = jax.tree.flatten(tuple(args))
     shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
