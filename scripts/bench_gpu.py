@@ -151,7 +151,7 @@ def compile_all(engine: DeviceEngine, wanted: list[Job]) -> None:
     steps = list(dict.fromkeys(job.cfg for job in wanted if job.part in OF_EVERY_STEP))
     of_one_decoder = [cfg for cfg in steps if cfg.decoder == "wan"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = [pool.submit(engine.ends, cfg) for cfg in ends[:1]]
+        made: list[concurrent.futures.Future[Any]] = [pool.submit(engine.ends, cfg) for cfg in ends[:1]]
         made += [pool.submit(engine.denoiser, cfg, engine.split(cfg)) for cfg in of_one_decoder]
         made.append(pool.submit(engine.params, ends[0]))
         for one in made:

@@ -53,6 +53,7 @@ def load(
     stages: int = 1,
     streams: int = 1,
     batch_sizes: tuple[int, ...] = (1,),
+    share_vae: bool = False,
 ) -> DeviceEngine:
     """Returns an engine that runs a converted checkpoint on JAX's devices.
 
@@ -63,6 +64,7 @@ def load(
       stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
       streams: sets of so many devices; sessions open at once are spread over them.
       batch_sizes: how many sessions may share a tick, as in (1, 2, 4), see docs/streaming.md.
+      share_vae: whether all stages' devices encode and decode together, see docs/pipeline.md.
 
     Raises:
       CheckpointError: the folder is missing, unfinished or of another format.
@@ -73,7 +75,7 @@ def load(
     from svd2_jax.engine.mesh import stage_meshes
 
     meshes = stage_meshes(streams, stages)
-    options = PipelineOptions(batch_sizes=batch_sizes)
+    options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
     folder = shipped.checkpoint_folder(checkpoint)
     return DeviceEngine.from_checkpoint(folder, dtype, text_encoder, meshes, options)
 
@@ -85,6 +87,7 @@ def random_engine(
     stages: int = 1,
     streams: int = 1,
     batch_sizes: tuple[int, ...] = (1,),
+    share_vae: bool = False,
 ) -> DeviceEngine:
     """Returns an engine of a preset's sizes with random weights: its pictures mean nothing, its speed does.
 
@@ -95,6 +98,7 @@ def random_engine(
       stages: see `load`.
       streams: see `load`.
       batch_sizes: see `load`.
+      share_vae: see `load`.
 
     Raises:
       ConfigError: there is no such preset, fewer devices than stages * streams, fewer blocks than stages, or batch
@@ -103,5 +107,5 @@ def random_engine(
     from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
     from svd2_jax.engine.mesh import stage_meshes
 
-    options = PipelineOptions(batch_sizes=batch_sizes)
+    options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
     return DeviceEngine.random(preset, seed, dtype, stage_meshes(streams, stages), options)

@@ -221,6 +221,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--no-rebalance", action="store_true",
         help="leave the blocks where they are, even where the stages turn out to be uneven",
     )  # fmt: skip
+    _add_share_vae(pipeline)
     pipeline.add_argument(
         "--coordinator", metavar="HOST:PORT", help="where process 0 listens; the port must be free"
     )
@@ -228,6 +229,14 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--process-id", type=int, metavar="I", help="of this process, 0 to one below their number"
     )
     pipeline.add_argument("--num-processes", type=int, metavar="N", help="how many run this command together")
+
+
+def _add_share_vae(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--share-vae", action="store_true",
+        help="let all stages' devices encode and decode together, each a part of the picture's rows; blocks then stay "
+        "where they are (default: the first one encodes, the last one decodes)",
+    )  # fmt: skip
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +342,7 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
         "--stages": str(_stages(args)),
         "--split": str(args.split),
         "--no-rebalance": str(args.no_rebalance),
+        "--share-vae": str(args.share_vae),
     }
     return cluster.join(args.coordinator, args.process_id, args.num_processes, same=same)
 
@@ -372,7 +382,8 @@ def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
         raise ConfigError(
             f"--split {args.split} has {len(split)} stages, --stages {args.stages}; leave one of them out"
         )
-    return PipelineOptions(args.attention, split, None if args.no_rebalance else BalancePolicy())
+    rebalance = None if args.no_rebalance else BalancePolicy()
+    return PipelineOptions(args.attention, split, rebalance, share_vae=args.share_vae)
 
 
 def _parse_split(text: str | None) -> tuple[int, ...] | None:
@@ -607,6 +618,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stages", type=int, default=1, metavar="N", help="cut the transformer over so many devices"
     )
+    _add_share_vae(parser)
     parser.set_defaults(mode=None, split=None)
 
 
@@ -671,7 +683,7 @@ def _live(args: argparse.Namespace) -> int:
     from svd2_jax.engine.mesh import stage_meshes
 
     sizes = tuple(2**n for n in range(args.streams.bit_length()))
-    options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes)
+    options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes, share_vae=args.share_vae)
     engine = _engine(args, stage_meshes(1, args.stages), options)
     ended_well = _device_errors(live.run, engine, plan, PolicyConfig(), _say)
     return 0 if ended_well else EXIT_FAILED
@@ -807,6 +819,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--stages", type=int, metavar="N", help="devices of the pipeline (default: as many as recommended)"
     )
     machine.add_argument("--split", metavar="N,N,...", help="blocks on each stage (default: the best)")
+    _add_share_vae(machine)
     parser.add_argument(
         "--quick", action="store_true", help="compile nothing, and so leave out what programs need in passing"
     )
@@ -827,10 +840,13 @@ def _plan(args: argparse.Namespace) -> int:
 
     def temporaries(split: tuple[int, ...]) -> Temporaries:
         mesh, dtype = stage_meshes(1, len(split), devices)[0], checked_dtype(args.dtype)
-        return compiled_temporaries(model, cfg, dtype, split, mesh, lambda what: _say(f"compiling {what}"))
+        return compiled_temporaries(
+            model, cfg, dtype, split, mesh, lambda what: _say(f"compiling {what}"), args.share_vae
+        )
 
     def planned(stages: int, quick: bool) -> plan_lib.Plan:
-        return plan_lib.plan(model, cfg, stages, device, args.dtype, split, None if quick else temporaries)
+        find = None if quick else temporaries
+        return plan_lib.plan(model, cfg, stages, device, args.dtype, split, find, args.share_vae)
 
     if stages is None:
         plan, stages = None, planned(1, quick=True).recommended or 1
@@ -886,7 +902,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     _add_noise(parser)
     _add_shape(parser, "what is computed (defaults: published settings)")
     _add_machine(parser)
-    parser.set_defaults(mode=None, stages=1, split=None, no_rebalance=True)
+    parser.set_defaults(mode=None, stages=1, split=None, no_rebalance=True, share_vae=False)
 
 
 def _demo(args: argparse.Namespace) -> int:

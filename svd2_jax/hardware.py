@@ -22,16 +22,18 @@ class Work:
     Attributes:
       flops: floating point operations, two for a multiply-add.
       bytes: read from and written to the device's memory.
+      sent: bytes handed to other devices.
     """
 
     flops: int = 0
     bytes: int = 0
+    sent: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.sent + other.sent)
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.flops * times, self.bytes * times)
+        return Work(self.flops * times, self.bytes * times, self.sent * times)
 
     __rmul__ = __mul__
 
@@ -131,16 +133,20 @@ class Roofline:
     """The least time a computation takes.
 
     Attributes:
-      seconds: the larger of both times.
-      bound: which one that is, arithmetic or memory traffic.
+      seconds: the largest of the times, as all may go on at once.
+      bound: which one that is: arithmetic, memory traffic or what is sent to other devices.
     """
 
     seconds: float
-    bound: Literal["compute", "memory"]
+    bound: Literal["compute", "memory", "link"]
 
 
 def roofline(work: Work, device: Hardware, dtype_bits: int) -> Roofline:
     """Returns the least time that `work` on numbers of 16 or 32 bits takes on a device."""
     arithmetic = work.flops / device.peak_flops(dtype_bits)
     traffic = work.bytes / device.memory_bandwidth
-    return Roofline(arithmetic, "compute") if arithmetic >= traffic else Roofline(traffic, "memory")
+    link = work.sent / device.link_bandwidth if work.sent else 0.0
+    bounds: tuple[Roofline, ...] = (
+        Roofline(arithmetic, "compute"), Roofline(traffic, "memory"), Roofline(link, "link"),
+    )  # fmt: skip
+    return max(bounds, key=lambda bound: bound.seconds)

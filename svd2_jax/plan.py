@@ -18,6 +18,7 @@ from svd2_jax.engine.costs import Costs, costs
 from svd2_jax.engine.engine import checked_split
 from svd2_jax.engine.memory import LARGEST_SHARE, StageMemory, Temporaries, stage_memory
 from svd2_jax.engine.policy import checked_dtype
+from svd2_jax.engine.shared_vae import sharing_devices
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
 from svd2_jax.text import aligned, si
@@ -37,10 +38,11 @@ class Part:
     """Something a device computes for every chunk.
 
     Attributes:
-      name: "encode", "timesteps", "blocks" (patch embedding and head included) or "decode".
+      name: "encode", "timesteps", "blocks" (patch embedding and head included) or "decode"; of what devices share, this
+        one's part.
       work: its arithmetic and memory traffic.
       seconds: the least time it takes.
-      bound: what it waits for, "compute" or "memory".
+      bound: what it waits for, "compute", "memory" or "link".
     """
 
     name: str
@@ -108,6 +110,7 @@ class Plan:
       dtype: compute dtype.
       hardware: each device.
       devices: the pipeline, first stage first.
+      vae_devices: how many of them share encoding, and how many decoding.
       bounds: of this pipeline.
       bottleneck: index of its slowest device.
       hop_bytes: what a stage hands to the next in a tick.
@@ -122,6 +125,7 @@ class Plan:
     dtype: str
     hardware: Hardware
     devices: tuple[DevicePlan, ...]
+    vae_devices: int
     bounds: Bounds
     bottleneck: int
     hop_bytes: int
@@ -146,6 +150,7 @@ def plan(
     dtype: str = "bfloat16",
     split: tuple[int, ...] | None = None,
     temporaries: FindTemporaries | None = None,
+    share_vae: bool = False,
 ) -> Plan:
     """Plans a stream on a pipeline; takes seconds and little memory, whatever the model's size.
 
@@ -158,6 +163,7 @@ def plan(
       split: blocks per stage; None takes the best.
       temporaries: called once, with the split, for what only a compiler knows; other splits are taken to need
         the same.
+      share_vae: whether all devices share encoding and decoding, see `engine.shared_vae`.
 
     Raises:
       ConfigError: unknown dtype, more stages than blocks, or a split that does not fit.
@@ -167,7 +173,11 @@ def plan(
     if not 1 <= stages <= layers:
         raise ConfigError(f"stages must be 1 to {layers}, the blocks of {model.name}; got {stages}")
     checked_split(split, layers, stages)
-    cost = costs(model, stream, compute)
+
+    def cost_of(stages: int) -> Costs:
+        return costs(model, stream, compute, sharing_devices(stream, stages) if share_vae else 1)
+
+    cost = cost_of(stages)
     seconds = functools.partial(_seconds, cost, hardware)
     split = split or cost.fastest_split(stages, seconds)
     transient = None if temporaries is None else temporaries(split)
@@ -175,14 +185,17 @@ def plan(
     options = []
     for count in sorted({*STAGE_COUNTS, stages}):
         if count <= layers:
-            other = _devices(cost, hardware, cost.fastest_split(count, seconds), transient)
-            options.append(_bounds(cost, hardware, other))
+            other = cost_of(count)
+            needed = transient and transient.shared_by(other.vae_devices)
+            there = _devices(other, hardware, other.fastest_split(count, seconds), needed)
+            options.append(_bounds(other, hardware, there))
     return Plan(
         model=model.name,
         stream=stream,
         dtype=dtype,
         hardware=hardware,
         devices=devices,
+        vae_devices=cost.vae_devices,
         bounds=_bounds(cost, hardware, devices),
         bottleneck=max(range(stages), key=lambda i: devices[i].seconds),
         hop_bytes=cost.sizes.message if stages > 1 else 0,
@@ -225,14 +238,15 @@ def _seconds(costs: Costs, hardware: Hardware, work: Work) -> float:
 def _devices(
     costs: Costs, hardware: Hardware, split: tuple[int, ...], temporaries: Temporaries | None
 ) -> tuple[DevicePlan, ...]:
-    work, passes, stages = costs.chunk, _passes(costs.cfg), len(split)
+    work, passes, stages, sharing = costs.chunk, _passes(costs.cfg), len(split), costs.vae_devices
     devices = []
-    for i, memory in enumerate(stage_memory(costs.model, costs.cfg, costs.dtype, split)):
-        works = {"blocks": passes * (memory.blocks * work.block + work.ends)}
-        if i == 0:
-            works = {"encode": work.encode, "timesteps": passes * work.condition, **works}
-        if i == stages - 1:
-            works["decode"] = work.decode
+    for i, memory in enumerate(stage_memory(costs.model, costs.cfg, costs.dtype, split, sharing)):
+        works = {
+            "encode": work.encode if i < sharing else Work(),
+            "timesteps": passes * work.condition if i == 0 else Work(),
+            "blocks": passes * (memory.blocks * work.block + work.ends),
+            "decode": work.decode if i >= stages - sharing else Work(),
+        }
         parts = []
         for name, cost in works.items():
             if cost != Work():
@@ -261,7 +275,11 @@ def _bounds(costs: Costs, hardware: Hardware, devices: tuple[DevicePlan, ...]) -
         around = sum(p.seconds for d in devices for p in d.parts if p.name in ("timesteps", "blocks"))
         around += passes * stages * hop
         ticks, chunk = 0, max(chunk, around)
-        latency = live = sum(device.seconds for device in devices) + passes * stages * hop
+        # What devices share they do at the same time.
+        ends = [
+            [p.seconds for d in devices for p in d.parts if p.name == name] for name in ("encode", "decode")
+        ]
+        latency = live = around + sum(max(seconds, default=0.0) for seconds in ends)
     memory = max(device.total for device in devices)
     return Bounds(
         split=tuple(device.blocks for device in devices),
@@ -300,6 +318,11 @@ def _header(plan: Plan) -> list[str]:
         f"mode {stream.mode}, decoder {stream.decoder}, {plan.dtype}",
         f"{len(plan.devices)} x {device.name}: {device.memory_bytes / GIB:.1f} GiB at "
         f"{si(device.memory_bandwidth)}B/s, {si(peak)}FLOP/s, link {si(device.link_bandwidth)}B/s",
+        *(
+            [f"{plan.vae_devices} devices share encoding, and as many decoding"]
+            if plan.vae_devices > 1
+            else []
+        ),
     ]
 
 

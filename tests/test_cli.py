@@ -286,6 +286,14 @@ def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, c
     ]
 
 
+@pytest.mark.slow
+def test_a_pipeline_with_a_shared_vae_draws_the_same_video(svd2, clip, tmp_path):
+    run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--output"]
+    assert svd2(*run, tmp_path / "one.mp4")[0] == 0
+    assert svd2(*run, tmp_path / "two.mp4", "--stages", 2, "--share-vae")[0] == 0
+    assert difference(load_clip(tmp_path / "one.mp4"), load_clip(tmp_path / "two.mp4")) < CODEC
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_clear_line(svd2, bad_files, monkeypatch, case):
     args, message = CASES[case]

@@ -47,6 +47,11 @@ def test_a_quick_plan_of_the_large_model_says_what_fits_on_four_devices(plan):
     assert "recommended: 2 stages" in out
 
 
+def test_a_plan_with_a_shared_vae_says_how_many_devices_share_it(plan):
+    out = plan("--stages", 4, "--quick", *SMALL, "--share-vae")[1]
+    assert "3 devices share encoding, and as many decoding" in out  # of 6 rows of latents
+
+
 def test_without_stages_the_recommended_number_is_planned(plan):
     assert "2 x h100" in plan("--quick")[1]
     assert (

@@ -13,6 +13,7 @@ TOY = Hardware(
 def test_work_is_summed_and_repeated():
     assert Work(1, 2) + Work(3, 4) == Work(4, 6)
     assert 3 * Work(1, 2) == Work(1, 2) * 3 == Work(3, 6)
+    assert 2 * (Work(sent=3) + Work(1)) == Work(2, 0, 6)
 
 
 @pytest.mark.parametrize(
@@ -21,10 +22,12 @@ def test_work_is_summed_and_repeated():
         (Work(400, 10), 16, 2.0, "compute"),
         (Work(400, 10), 32, 8.0, "compute"),
         (Work(400, 50), 16, 5.0, "memory"),
+        (Work(400, 50, 4), 16, 5.0, "memory"),
+        (Work(400, 50, 6), 16, 6.0, "link"),
         (Work(), 16, 0.0, "compute"),
     ],
 )
-def test_the_slower_of_arithmetic_and_traffic_binds(work, bits, seconds, bound):
+def test_the_slowest_of_arithmetic_and_traffic_binds(work, bits, seconds, bound):
     least = roofline(work, TOY, bits)
     assert (least.seconds, least.bound) == (seconds, bound)
 

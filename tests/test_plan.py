@@ -83,6 +83,36 @@ def test_all_devices_together_do_the_work_of_one():
     assert sum(w.flops for w in work(two, "blocks")) == blocks + ends
 
 
+def test_a_shared_vae_is_no_bottleneck_of_its_own():
+    model, stream = preset("wan-1.3b"), StreamConfig(height=480, width=832)
+    apart, shared = (plan_lib.plan(model, stream, 4, H100, share_vae=share) for share in (False, True))
+    names = [[part.name for part in device.parts] for device in shared.devices]
+    assert names == [["encode", "timesteps", "blocks", "decode"], *[["encode", "blocks", "decode"]] * 3]
+    everything = sum(p.seconds for p in plan_lib.plan(model, stream, 1, H100).devices[0].parts)
+    slowest = max(device.seconds for device in shared.devices)
+    assert everything / 4 < slowest < 1.05 * everything / 4
+    assert slowest < 0.7 * max(device.seconds for device in apart.devices)
+    assert shared.first_frame_seconds < apart.first_frame_seconds
+    assert "4 devices share encoding, and as many decoding" in plan_lib.report(shared)
+    assert "share" not in plan_lib.report(apart)
+    assert max(d.weights for d in shared.devices) < max(d.weights for d in apart.devices)
+
+
+def test_what_devices_share_a_single_chunk_passes_once():
+    stream = dataclasses.replace(TINY, mode="sequential")
+    plan = tiny(2, stream, split=(2, 2), share_vae=True)
+    first, second = plan.devices
+    ends = sum(part.seconds for part in second.parts if part.name in ("encode", "decode"))
+    around = first.seconds + second.seconds - 2 * ends + 2 * 2 * plan.hop_seconds
+    assert plan.bounds.latency_seconds == pytest.approx(around + ends)
+
+
+def test_temporaries_of_a_shared_vae_are_on_all_that_share_it_and_in_proportion():
+    shared = Temporaries(tick=1, encode=20, decode=40, vae_devices=2)
+    assert [shared.on(stage, 3) for stage in range(3)] == [20, 40, 40]
+    assert shared.shared_by(1) == Temporaries(1, 40, 80)
+
+
 def test_a_stage_with_fewer_blocks_has_room_for_the_longest_stages_cache():
     devices = tiny(2, split=(3, 1)).devices
     assert [d.blocks for d in devices] == [3, 1]

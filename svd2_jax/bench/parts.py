@@ -132,9 +132,10 @@ class Bench:
         """Frames of a chunk to noisy latents."""
         ends, params = self.engine.ends(self.cfg), self.engine.params(self.cfg).encoder
         assert ends.encode_first is not None
-        frames, scale = self._put(self.inputs.chunk), self._put(np.float32(self.spec.noise_scale))
+        first, frames = (jax.device_put(x, ends.frames) for x in (self.inputs.first, self.inputs.chunk))
+        scale = jax.device_put(np.float32(self.spec.noise_scale), ends.scale)
         noise = [self._put(np.zeros_like(x)) for x in (self.inputs.first_latents, self.inputs.latents)]
-        state, noisy = ends.encode_first(params, self._put(self.inputs.first), noise[0], scale)
+        state, noisy = ends.encode_first(params, first, noise[0], scale)
 
         def run() -> Any:
             nonlocal state, noisy

@@ -172,9 +172,8 @@ def _table(report: Report) -> list[str]:
     ]
     for part in report.parts:
         total, share = part.total, report.share(part)
-        rates = (
-            ["", ""] if part.work is None else [si(x / total.median) for x in dataclasses.astuple(part.work)]
-        )
+        counted = () if part.work is None else (part.work.flops, part.work.bytes)
+        rates = [si(x / total.median) for x in counted] or ["", ""]
         rows.append(
             (
                 part.name,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from svd2_jax.nn.row_shards import RowShards, mean_over
+
 MOTION_SCALE = 0.2  # root mean square frame difference, in [-1, 1] pixels, that counts as full motion
 SMOOTHING = 0.1  # weight of the previous noise scale
 STEP_MARGIN = 100  # the first denoising timestep lies this far below 1000 * noise scale
@@ -16,15 +18,16 @@ def pixels_from_uint8(frames: jax.Array) -> jax.Array:
     return frames.astype(jnp.float32) / 127.5 - 1.0
 
 
-def motion(previous_HWC: jax.Array, frames_THWC: jax.Array) -> jax.Array:
+def motion(previous_HWC: jax.Array, frames_THWC: jax.Array, shards: RowShards | None = None) -> jax.Array:
     """Returns the motion of a chunk in [0, 1]: its largest frame difference, root mean square over pixels.
 
     Args:
       previous_HWC: the frame before the chunk, float32 in [-1, 1].
       frames_THWC: the chunk, float32 in [-1, 1].
+      shards: how the rows of both are cut over devices.
     """
     before = jnp.concatenate([previous_HWC[None], frames_THWC[:-1]])
-    difference = jnp.square(frames_THWC - before).mean(axis=(1, 2, 3))
+    difference = mean_over(jnp.square(frames_THWC - before).mean(axis=(1, 2, 3)), shards)
     return jnp.clip(jnp.sqrt(difference).max() / MOTION_SCALE, 0.0, 1.0)
 
 

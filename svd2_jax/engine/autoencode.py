@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import StreamConfig
@@ -33,20 +32,21 @@ def rebuild(engine: DeviceEngine, cfg: StreamConfig, frames: np.ndarray) -> np.n
     missing = max(0, first - len(frames)) or (first - len(frames)) % step
     padded = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
     shape = (*cfg.latent_size, engine.model.dit.in_channels)
-    silence = jax.device_put(np.float32(0), mesh.first)
+    silence = jax.device_put(np.float32(0), ends.scale)
 
     def no_noise(latents: int) -> jax.Array:
         return jax.device_put(np.zeros((latents, *shape), np.float32), mesh.first)
 
     def clean(noisy: jax.Array, scale: jax.Array) -> jax.Array:
-        return jax.device_put(vae.decodable(engine.model.vae, noisy / (jnp.float32(1) - scale)), mesh.last)
+        latents = noisy / (np.float32(1) - np.asarray(scale))
+        return jax.device_put(vae.decodable(engine.model.vae, latents), mesh.last)
 
-    group = jax.device_put(padded[:first], mesh.first)
+    group = jax.device_put(padded[:first], ends.frames)
     input_, noisy = ends.encode_first(params.encoder, group, no_noise(cfg.first_latents), silence)
     decoder, pixels = ends.decode_first(params.decoder, clean(noisy, input_.noise_scale))
     groups = [np.asarray(pixels)]
     for start in range(first, len(padded), step):
-        group = jax.device_put(padded[start : start + step], mesh.first)
+        group = jax.device_put(padded[start : start + step], ends.frames)
         input_, noisy, _ = ends.encode(params.encoder, input_, group, no_noise(cfg.frames_per_block), silence)
         decoder, pixels = ends.decode(params.decoder, decoder, clean(noisy, input_.noise_scale))
         groups.append(np.asarray(pixels))

@@ -27,7 +27,9 @@ from svd2_jax.models.dit import Conditioning
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
 from svd2_jax.nn.kv_cache import LayerCache, WritePlan
+from svd2_jax.nn.row_shards import RowShards
 from svd2_jax.stream import pixels, state, step
+from svd2_jax.stream.step import AXIS
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,12 @@ class Sizes:
 
 
 def default_split(
-    model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, stages: int, device_kind: str
+    model: ModelConfig,
+    cfg: StreamConfig,
+    dtype: jnp.dtype,
+    stages: int,
+    device_kind: str,
+    vae_devices: int = 1,
 ) -> tuple[int, ...]:
     """Returns the blocks per stage that a stream starts with.
 
@@ -92,6 +99,7 @@ def default_split(
       stages: number of stages, at most the model's blocks.
       device_kind: JAX's name for the devices. What is known of them weighs arithmetic against memory traffic
         (`hardware.roofline`); for a device that is not known only arithmetic counts.
+      vae_devices: how many of them share encoding, and how many decoding.
     """
     if stages == 1:
         return (model.dit.num_layers,)
@@ -100,13 +108,13 @@ def default_split(
     def seconds(work: Work) -> float:
         return float(work.flops) if hardware is None else roofline(work, hardware, 8 * dtype.itemsize).seconds
 
-    return costs(model, cfg, dtype).fastest_split(stages, seconds)
+    return costs(model, cfg, dtype, vae_devices).fastest_split(stages, seconds)
 
 
 @functools.lru_cache(maxsize=32)
-def costs(model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype) -> Costs:
+def costs(model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, vae_devices: int = 1) -> Costs:
     """Returns the costs of a stream; what was counted once is remembered."""
-    return Costs(model, cfg, dtype)
+    return Costs(model, cfg, dtype, vae_devices)
 
 
 @dataclass(frozen=True)
@@ -117,11 +125,13 @@ class Costs:
       model: sizes of the networks.
       cfg: what the stream computes.
       dtype: of weights, cache and arithmetic.
+      vae_devices: how many devices share encoding, and how many decoding; what both cost and keep is of each.
     """
 
     model: ModelConfig
     cfg: StreamConfig
     dtype: jnp.dtype
+    vae_devices: int = 1
 
     def fastest_split(self, stages: int, seconds: Callable[[Work], float]) -> tuple[int, ...]:
         """Returns the blocks per stage whose slowest stage is the fastest possible, encode and decode included.
@@ -134,8 +144,10 @@ class Costs:
             return best_split([1.0] * layers, [0.0] * stages)
         work = self.chunk
         overheads = [seconds(work.ends)] * stages
-        overheads[0] += seconds(work.encode) + seconds(work.condition)
-        overheads[-1] += seconds(work.decode)
+        overheads[0] += seconds(work.condition)
+        for i in range(self.vae_devices):
+            overheads[i] += seconds(work.encode)
+            overheads[-1 - i] += seconds(work.decode)
         return best_split([seconds(work.block)] * layers, overheads)
 
     @cached_property
@@ -159,13 +171,13 @@ class Costs:
     def first_group(self) -> ChunkWork:
         """The work of the first group: one row, which sees only itself."""
         with _flax_may_promote():
-            encode = count_work(*self._encode_first) if self.cfg.task == "v2v" else Work()
+            encode = self._count_end(*self._encode_first) if self.cfg.task == "v2v" else Work()
             return ChunkWork(
                 encode=encode,
                 condition=self._condition_work("single"),
                 block=self._first_block_work(),
                 ends=self._ends_work(1, self.cfg.first_latents),
-                decode=count_work(*self._decode_first),
+                decode=self._count_end(*self._decode_first),
             )
 
     @cached_property
@@ -210,7 +222,7 @@ class Costs:
     @cached_property
     def _encode_first(self) -> tuple[Any, ...]:
         """The encoder's first function and what it takes."""
-        function = functools.partial(pixels.encode_first_group, self.model.vae)
+        function = functools.partial(pixels.encode_first_group, self.model.vae, shards=self._shards)
         params = self._items[vae.ENCODER_ITEM]
         frames, noise = self._frames(self.cfg.first_frames), self._latents(self.cfg.first_latents)
         return function, params, frames, noise, _array(())
@@ -223,28 +235,45 @@ class Costs:
 
     @cached_property
     def _encoder_state(self) -> Any:
-        return jax.eval_shape(*self._encode_first)[0]
+        return self._shapes_of_end(*self._encode_first)[0]
 
     @cached_property
     def _decoder_state(self) -> Any:
-        return jax.eval_shape(*self._decode_first)[0]
+        return self._shapes_of_end(*self._decode_first)[0]
 
     def _encode_work(self) -> Work:
         if self.cfg.task != "v2v":  # no video comes in
             return Work()
-        function = functools.partial(pixels.encode_chunk, self.model.vae, motion_range=self.cfg.motion_range)
+        function = functools.partial(
+            pixels.encode_chunk, self.model.vae, motion_range=self.cfg.motion_range, shards=self._shards
+        )
         params, frames = self._encode_first[1], self._frames(self.cfg.chunk_frames)
         noise = self._latents(self.cfg.frames_per_block)
-        return count_work(function, params, self._encoder_state, frames, noise, _array(()))
+        return self._count_end(function, params, self._encoder_state, frames, noise, _array(()))
 
     def _decode_work(self) -> Work:
         latents = self._latents(self.cfg.frames_per_block)
-        return count_work(
+        return self._count_end(
             self._decoder(pixels.decode_chunk), self._decode_first[1], self._decoder_state, latents
         )
 
     def _decoder(self, function: Any) -> Any:
-        return functools.partial(function, pixels.decoder_config(self.model, self.cfg), pixels="uint8")
+        cfg = pixels.decoder_config(self.model, self.cfg)
+        return functools.partial(function, cfg, pixels="uint8", shards=self._shards)
+
+    @property
+    def _shards(self) -> RowShards | None:
+        return RowShards(AXIS, self.vae_devices) if self.vae_devices > 1 else None
+
+    @property
+    def _axes(self) -> list[tuple[str, int]]:
+        return [(AXIS, self.vae_devices)]
+
+    def _count_end(self, function: Any, *args: Any) -> Work:
+        return count_work(function, *args, axes=self._axes)
+
+    def _shapes_of_end(self, function: Any, *args: Any) -> Any:
+        return jax.make_jaxpr(function, axis_env=self._axes, return_shape=True)(*args)[1]
 
     # --- the transformer
 
@@ -347,7 +376,7 @@ class Costs:
         return _array((*shape, *self.cfg.latent_size, self.model.dit.in_channels), dtype)
 
     def _frames(self, count: int) -> Any:
-        return _array((count, self.cfg.height, self.cfg.width, 3), jnp.uint8)
+        return _array((count, self.cfg.height // self.vae_devices, self.cfg.width, 3), jnp.uint8)
 
 
 def _flax_may_promote() -> Any:

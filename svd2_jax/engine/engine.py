@@ -47,18 +47,22 @@ class PipelineOptions:
       rebalance: when blocks move between stages that turn out to be uneven; None: never.
       batch_sizes: how many streams may share a tick, ascending, beginning with 1. With more than one size blocks stay
         where they are.
+      share_vae: whether all stages' devices share encoding and decoding, each with a part of the picture's rows; else
+        the first one encodes and the last one decodes. Blocks then stay where they are as well: the devices wait for
+        one another in every chunk, so that none of them could be told to be slow.
     """
 
     attention: AttentionImplementation = "auto"
     split: tuple[int, ...] | None = None
     rebalance: BalancePolicy | None = field(default_factory=BalancePolicy)
     batch_sizes: tuple[int, ...] = (1,)
+    share_vae: bool = False
 
     def __post_init__(self):
         sizes = self.batch_sizes
         if not sizes or sizes[0] != 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
             raise ConfigError(f"batch_sizes must ascend from 1, as in (1, 2, 4), got {sizes}")
-        if len(sizes) > 1:
+        if len(sizes) > 1 or self.share_vae:
             object.__setattr__(self, "rebalance", None)
 
 
@@ -94,6 +98,8 @@ class DeviceEngine:
         self.model, self.meshes, self.prompts = model, tuple(meshes), prompts
         self._dtype, self._options = dtype, options
         checked_split(options.split, model.dit.num_layers, self.stages)
+        if options.share_vae and not all(len(m.local_stages) == m.stages for m in self.meshes):
+            raise ConfigError("stages share the VAE within one process only; leave out --share-vae")
         self._weights = [StageWeights(model, read_item, mesh) for mesh in self.meshes]
         self._ends: dict[object, EndPrograms] = {}
         self._denoisers: dict[object, DenoiserPrograms] = {}
@@ -208,11 +214,12 @@ class DeviceEngine:
         cfg, mesh, weights = spec.stream, self.meshes[lane], self._weights[lane]
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
         streams = len(self._open[lane]) + self._opening[lane]
-        check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams)
+        vae_devices = self._builder(cfg, lane).vae_devices
+        check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams, vae_devices=vae_devices)
         encode = (prompts or self.prompts).encode
         # Reading waits for the disk, compiling runs outside of Python: the first session gets all of it at once.
         with ThreadPoolExecutor() as pool:
-            reading = pool.submit(weights.params, split, cfg.decoder)
+            reading = pool.submit(weights.params, split, cfg.decoder, vae_devices)
             others = [pool.submit(self.denoiser, cfg, split, lane), pool.submit(encode, spec.prompt)]
             ends = self.ends(cfg, spec.pixels, lane)
             params = reading.result()
@@ -275,7 +282,8 @@ class DeviceEngine:
 
     def params(self, cfg: StreamConfig, lane: int = 0) -> EngineParams:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
-        return self._weights[lane].params(self.split(cfg, lane), cfg.decoder)
+        vae_devices = self._builder(cfg, lane).vae_devices
+        return self._weights[lane].params(self.split(cfg, lane), cfg.decoder, vae_devices)
 
     def ends(self, cfg: StreamConfig, pixels: str = "uint8", lane: int = 0) -> EndPrograms:
         """Returns the compiled programs of a stream's two ends."""
@@ -313,7 +321,8 @@ class DeviceEngine:
         if self._options.split is not None:
             return self._options.split
         kind = self.meshes[lane].first.device_kind
-        return default_split(self.model, cfg, self._dtype, self.stages, kind)
+        vae_devices = self._builder(cfg, lane).vae_devices
+        return default_split(self.model, cfg, self._dtype, self.stages, kind, vae_devices)
 
     def describe(self, cfg: StreamConfig) -> str:
         """Returns what the model is, where it runs, and the bytes of parameters on each device of this process."""
@@ -339,7 +348,9 @@ class DeviceEngine:
 
     def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
         options, mesh = self._options, self.meshes[lane]
-        return Builder(self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes)
+        return Builder(
+            self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes, options.share_vae
+        )  # fmt: skip
 
 
 def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> tuple[StageMesh, ...]:

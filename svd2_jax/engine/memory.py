@@ -30,7 +30,8 @@ class StageMemory:
       first_block: its first block.
       blocks: how many it has.
       weights: its blocks, patch embedding and head; on the first device also the text and timestep embeddings and
-        the VAE's encoder, on the last also the decoder. The text encoder is not among them.
+        the VAE's encoder, on the last also the decoder; on all that share them both. The text encoder is not among
+        them.
       cache: rolling KV cache. All stages run one program, so all have room for the longest stage's blocks.
       prompt: cross-attention keys and values of one prompt.
       stream: the VAE's tails and the chunks under way.
@@ -57,32 +58,41 @@ class Temporaries:
 
     Attributes:
       tick: a pass through the blocks, on every device.
-      encode: on the first device.
-      decode: on the last one.
+      encode: on the first device, or the first ones that share it.
+      decode: on the last one, likewise.
+      vae_devices: how many share encoding, and how many decoding.
     """
 
     tick: int
     encode: int
     decode: int
+    vae_devices: int = 1
+
+    def shared_by(self, devices: int) -> Temporaries:
+        """Returns what is needed where another number of devices shares encoding and decoding, in proportion."""
+        encode, decode = (size * self.vae_devices // devices for size in (self.encode, self.decode))
+        return Temporaries(self.tick, encode, decode, devices)
 
     def on(self, stage: int, stages: int) -> int:
         """Returns the largest one on a device."""
-        first, last = stage == 0, stage == stages - 1
+        first, last = stage < self.vae_devices, stage >= stages - self.vae_devices
         return max(self.tick, self.encode if first else 0, self.decode if last else 0)
 
 
 def stage_memory(
-    model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, split: Sequence[int]
+    model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, split: Sequence[int], vae_devices: int = 1
 ) -> tuple[StageMemory, ...]:
-    """Returns what each device holds with so many blocks on each stage."""
-    sizes, room, last = costs(model, cfg, dtype).sizes, max(split), len(split) - 1
+    """Returns what each device holds with so many blocks on each stage, and so many that share the VAE."""
+    sizes, room = costs(model, cfg, dtype, vae_devices).sizes, max(split)
     stages = []
     for i, blocks in enumerate(split):
         weights, stream = blocks * sizes.block + sizes.ends, sizes.message
         if i == 0:
-            weights += sizes.conditioner + sizes.encoder
+            weights += sizes.conditioner
+        if i < vae_devices:
+            weights += sizes.encoder
             stream += sizes.encode_state
-        if i == last:
+        if i >= len(split) - vae_devices:
             weights += sizes.decoder
             stream += sizes.decode_state
         cache = room * sizes.cache
@@ -101,6 +111,7 @@ def check_memory(
     mesh: StageMesh,
     limits: Sequence[int | None] | None = None,
     streams: int = 1,
+    vae_devices: int = 1,
 ) -> None:
     """Refuses a stream that cannot fit, before any parameter is read.
 
@@ -115,6 +126,7 @@ def check_memory(
       limits: bytes that JAX may use on each stage's device, None where that is not known; None asks the devices.
         A CPU does not say, and another process's device cannot be asked.
       streams: of this kind that are to be open at once; they share the parameters.
+      vae_devices: how many devices share encoding, and how many decoding.
 
     Raises:
       ConfigError: a stage needs more; names the one that lacks the most.
@@ -122,7 +134,7 @@ def check_memory(
     limits = [_limit(mesh, stage) for stage in range(mesh.stages)] if limits is None else limits
     if all(limit is None for limit in limits):
         return
-    stages = stage_memory(model, cfg, dtype, split)
+    stages = stage_memory(model, cfg, dtype, split, vae_devices)
     needs = [m.held + m.opening + (streams - 1) * (m.cache + m.prompt + m.stream) for m in stages]
     lacks = [0 if limit is None else need - limit for need, limit in zip(needs, limits, strict=True)]
     stage = max(range(len(lacks)), key=lacks.__getitem__)
@@ -165,6 +177,7 @@ def compiled_temporaries(
     split: Sequence[int],
     mesh: StageMesh,
     progress: Callable[[str], None] = lambda what: None,
+    share_vae: bool = False,
 ) -> Temporaries:
     """Returns an upper bound of what a GPU's programs need in passing, from the real ones compiled for a CPU.
 
@@ -181,16 +194,18 @@ def compiled_temporaries(
       split: blocks on each stage.
       mesh: as many CPU devices; virtual ones do.
       progress: told what is compiled next.
+      share_vae: see `Builder`.
     """
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix bfloat16 with float32
         progress(f"the tick, {max(split)} blocks a stage")
         wide = Builder(model, cfg, jnp.dtype(jnp.float32), mesh, attention="blocked")
         tick = _temporaries(wide.ticks(split).tick[1])
         progress("encoder and decoder")
-        ends = Builder(model, cfg, dtype, mesh).ends()
+        builder = Builder(model, cfg, dtype, mesh, share_vae=share_vae)
+        ends = builder.ends()
         encode = max(_temporaries(p) for p in (ends.encode_first, ends.encode))
         decode = max(_temporaries(p) for p in (ends.decode_first, ends.decode))
-    return Temporaries(tick, encode, decode)
+    return Temporaries(tick, encode, decode, builder.vae_devices)
 
 
 def _temporaries(program: Any) -> int:

@@ -96,6 +96,14 @@ class StageMesh:
 
         return jax.tree.map(one, tree)
 
+    def leading(self, stages: int) -> StageMesh:
+        """The first stages' devices, so many."""
+        return StageMesh(self.devices[:stages])
+
+    def trailing(self, stages: int) -> StageMesh:
+        """The last stages' devices, so many."""
+        return StageMesh(self.devices[self.stages - stages :])
+
     def part(self, tree: Any, stage: int) -> Any:
         """Returns a local stage's part of a tree over the stages; a negative stage counts from the end."""
         device = self.devices[stage]

@@ -38,8 +38,9 @@ class EngineParams:
     Attributes:
       dit: the transformer, over the stages.
       conditioner: timestep and text embedding, on the first of this process's devices.
-      encoder: the VAE's encoder on the first stage's device; None where another process has it.
-      decoder: the decoder in use, on the last stage's device; None where another process has it.
+      encoder: the VAE's encoder on the first stage's device, or on all that share it; None where another process has
+        it.
+      decoder: the decoder in use, on the last stage's device, likewise.
     """
 
     dit: DiTParams
@@ -64,15 +65,25 @@ class StageWeights:
         self.model, self.mesh = model, mesh
         self.split: tuple[int, ...] | None = None  # that was asked for last
         self._read_item = read_item
-        self._items: dict[tuple[str, Device], Params] = {}
+        self._items: dict[tuple[str, Device | tuple[Device, ...]], Params] = {}
         self._lock = threading.Lock()  # sessions of several threads may share these
         self._ends: tuple[Params, Params, Params] | None = None  # patch, head, conditioner
 
-    def params(self, split: Sequence[int], decoder: Literal["wan", "taehv"]) -> EngineParams:
-        """Returns all that a stream reads, with so many blocks on each stage; the transformer is read last."""
-        mesh = self.mesh
-        encoder = self._item("vae.encoder", mesh.first) if mesh.is_local(0) else None
-        decoder_params = self._item(decoder_item(decoder), mesh.last) if mesh.is_local(-1) else None
+    def params(
+        self, split: Sequence[int], decoder: Literal["wan", "taehv"], vae_devices: int = 1
+    ) -> EngineParams:
+        """Returns all that a stream reads, with so many blocks on each stage; the transformer is read last.
+
+        Args:
+          split: blocks on each stage.
+          decoder: the one in use.
+          vae_devices: how many of the first devices encode, and how many of the last decode.
+        """
+        mesh, count = self.mesh, vae_devices
+        encoder = self._copies("vae.encoder", mesh.leading(count)) if mesh.is_local(0) else None
+        decoder_params = (
+            self._copies(decoder_item(decoder), mesh.trailing(count)) if mesh.is_local(-1) else None
+        )
         transformer = self.dit(split)
         assert self._ends is not None
         return EngineParams(transformer, self._ends[2], encoder, decoder_params)
@@ -142,6 +153,15 @@ class StageWeights:
         if (item, device) not in self._items:
             self._items[item, device] = self._read_item(item, device)
         return self._items[item, device]
+
+    def _copies(self, item: str, devices: StageMesh) -> Params:
+        """Returns an item on one device, or the same on several, read once."""
+        if devices.stages == 1:
+            return self._item(item, devices.first)
+        key = item, devices.devices
+        if key not in self._items:
+            self._items[key] = devices.replicate(self._read_item(item, devices.first))
+        return self._items[key]
 
 
 def with_random_text(model: ModelConfig) -> ModelConfig:

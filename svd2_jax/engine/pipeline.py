@@ -114,7 +114,7 @@ class Pipeline:
         self.mesh: StageMesh = builder.mesh
         self.split = tuple(split)
         self._builder, self._programs_for, self._weights = builder, programs, weights
-        self._params = weights.params(split, builder.cfg.decoder)
+        self._params = weights.params(split, builder.cfg.decoder, builder.vae_devices)
         self._flags: dict[tuple[bool, ...], jax.Array] = {}
         self._use(builder.cfg)
         self._state: StreamState = self._programs.init_state()

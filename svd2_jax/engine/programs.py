@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
-from svd2_jax.engine import noise, rebalance
+from svd2_jax.engine import noise, rebalance, shared_vae
 from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
@@ -96,9 +96,12 @@ class DenoiserPrograms:
 class EndPrograms:
     """Programs at the two ends of a stream, on the first and the last stage's device; donated arguments: *.
 
-    Those that touch frames are None where another process has the device.
+    Those that touch frames are None where another process has the device. Where devices share the VAE, they take and
+    give latents on the first and the last one likewise, while frames and states lie over all (`shared_vae`).
 
     Attributes:
+      frames: where the encoder takes frames [T, H, W, 3]; None where another process has it.
+      scale: where it takes the noise scale, likewise.
       draw_first: key -> noise of the first group.
       blend: old embedding, new embedding, weight [] -> embedding between them.
       encode_first: encoder params, frames, noise, noise scale -> InputState, noisy latents.
@@ -107,6 +110,8 @@ class EndPrograms:
       decode: decoder params, decoder state*, clean latents -> decoder state, frames.
     """
 
+    frames: Sharding | None
+    scale: Sharding | None
     draw_first: Program
     blend: Program
     encode_first: Program | None
@@ -127,6 +132,7 @@ class Builder:
       pixel_format: see `SessionSpec.pixels`.
       attention: see `attend`; "auto" takes the fused kernel where the device has one.
       batch_sizes: numbers of streams that can share a tick.
+      share_vae: whether all devices share encoding and decoding, or as many as `shared_vae.sharing_devices` says.
     """
 
     model: ModelConfig
@@ -136,6 +142,7 @@ class Builder:
     pixel_format: str = "uint8"
     attention: AttentionImplementation = "auto"
     batch_sizes: tuple[int, ...] = (1,)
+    share_vae: bool = False
 
     def ends(self) -> EndPrograms:
         """Compiles what runs before the first and behind the last stage."""
@@ -144,29 +151,36 @@ class Builder:
         first, block = cfg.first_latents, cfg.frames_per_block
         scalar, embedding = _array(()), self._embedding
 
-        encode_first = encode = decode_first = decode = None
+        encoders, decoders = mesh.leading(self.vae_devices), mesh.trailing(self.vae_devices)
+        frames = scale = encode_first = encode = decode_first = decode = None
         if cfg.task == "v2v" and mesh.is_local(0):
             encoder = items["vae.encoder"]
-            encode_first, (input_state, _) = self._compile_on(
-                mesh.first, functools.partial(pixels.encode_first_group, model.vae),
+            frames, scale = (shared_vae.sharding(encoders, spec) for spec in (shared_vae.ROWS, EVERYWHERE))
+            encode_first, (input_state, _) = self._compile_vae(
+                encoders, shared_vae.ENCODE_FIRST, functools.partial(pixels.encode_first_group, model.vae),
                 encoder, self._frames(cfg.first_frames), self._latents(first), scalar,
             )  # fmt: skip
-            encode, _ = self._compile_on(
-                mesh.first, functools.partial(pixels.encode_chunk, model.vae, motion_range=cfg.motion_range),
+            encode, _ = self._compile_vae(
+                encoders, shared_vae.ENCODE,
+                functools.partial(pixels.encode_chunk, model.vae, motion_range=cfg.motion_range),
                 encoder, input_state, self._frames(cfg.chunk_frames), self._latents(block), scalar, donate=(1,),
             )  # fmt: skip
         if mesh.is_local(-1):
             decoder, decoder_cfg = items[decoder_item(cfg.decoder)], pixels.decoder_config(model, cfg)
-            decode_first, (decoder_state, _) = self._compile_on(
-                mesh.last, functools.partial(pixels.decode_first_group, decoder_cfg, pixels=self.pixel_format),
+            decode_first, (decoder_state, _) = self._compile_vae(
+                decoders, shared_vae.DECODE_FIRST,
+                functools.partial(pixels.decode_first_group, decoder_cfg, pixels=self.pixel_format),
                 decoder, self._latents(first),
             )  # fmt: skip
-            decode, _ = self._compile_on(
-                mesh.last, functools.partial(pixels.decode_chunk, decoder_cfg, pixels=self.pixel_format),
+            decode, _ = self._compile_vae(
+                decoders, shared_vae.DECODE,
+                functools.partial(pixels.decode_chunk, decoder_cfg, pixels=self.pixel_format),
                 decoder, decoder_state, self._latents(block), donate=(1,),
             )  # fmt: skip
         draw_first = functools.partial(noise.draw_first, cfg, model.dit.in_channels)
         return EndPrograms(
+            frames=frames,
+            scale=scale,
             draw_first=self._compile_on(mesh.home, draw_first, self._key)[0],
             blend=self._compile_on(mesh.home, _blend, embedding, embedding, scalar)[0],
             encode_first=encode_first,
@@ -270,6 +284,11 @@ class Builder:
         return Entry(latents, _array((rows,), jnp.bool_), message.conditioning, (latents,) * again)
 
     @property
+    def vae_devices(self) -> int:
+        """How many devices share encoding, and how many decoding."""
+        return shared_vae.sharing_devices(self.cfg, self.mesh.stages) if self.share_vae else 1
+
+    @property
     def _embedding(self) -> Any:
         return _array((1, self.model.dit.text_len, self.model.dit.text_dim), self.dtype)
 
@@ -331,14 +350,40 @@ class Builder:
 
     def _compile_on(self, device: Any, function: Program, *args: Any, donate: tuple[int, ...] = ()) -> Any:
         """Returns an executable for one device, and its results as shapes there."""
-        return _compile(function, on(device, args), donate, SingleDeviceSharding(device), None, self.dtype)
+        return _compile(function, on(device, args), donate, SingleDeviceSharding(device), self.dtype)
 
     def _compile_over(
         self, function: Program, specs: tuple[Any, ...], *args: Any, donate: tuple[int, ...] = ()
     ) -> Program:
         """Returns an executable over the stages; its results lie over them."""
-        layout = (self.mesh.mesh, specs)
-        return _compile(function, args, donate, self.mesh.over_stages, layout, self.dtype)[0]
+        return _compile(function, args, donate, _Over(self.mesh.mesh, specs, OVER), self.dtype)[0]
+
+    def _compile_vae(
+        self,
+        devices: StageMesh,
+        layout: shared_vae.Layout,
+        function: functools.partial[Any],
+        *args: Any,
+        donate: tuple[int, ...] = (),
+    ) -> Any:
+        """Returns a program of one device or of several that share it, and its results as shapes there."""
+        shards = shared_vae.row_shards(devices)
+        if shards is None:
+            return self._compile_on(devices.first, function, *args, donate=donate)
+        program, results = _compile(
+            functools.partial(function, shards=shards), shared_vae.abstract(devices, layout, args), donate,
+            _Over(devices.mesh, layout.arguments, layout.results), self.dtype,
+        )  # fmt: skip
+        return shared_vae.SharedProgram(program, devices, layout, args[layout.latents]), results
+
+
+@dataclass(frozen=True)
+class _Over:
+    """Where a program over several devices runs, and the specs of its arguments and results."""
+
+    mesh: Mesh
+    arguments: tuple[Any, ...]
+    results: Any
 
 
 def run_where_it_lies(function: Program, static: tuple[Any, ...], params: Any, *args: Any) -> Any:
@@ -347,7 +392,7 @@ def run_where_it_lies(function: Program, static: tuple[Any, ...], params: Any, *
     (device,) = leaf.devices()
     shapes = on(device, (params, *args))
     bound = functools.partial(function, *static)
-    program, _ = _compile(bound, shapes, (), SingleDeviceSharding(device), None, leaf.dtype)
+    program, _ = _compile(bound, shapes, (), SingleDeviceSharding(device), leaf.dtype)
     return program(params, *args)
 
 
@@ -360,8 +405,7 @@ def _compile(
     function: Program,
     args: tuple[Any, ...],
     donate: tuple[int, ...],
-    out_sharding: Any,
-    layout: Any,
+    where: SingleDeviceSharding | _Over,
     dtype: jnp.dtype,
 ) -> tuple[Program, Any]:
     """Returns an executable and its results' shapes, as everything that the engine runs is compiled.
@@ -370,16 +414,15 @@ def _compile(
       function: pure; arguments bound to it are hashable.
       args: ShapeDtypeStructs with shardings.
       donate: arguments that the program takes over.
-      out_sharding: where all results lie.
-      layout: mesh and specs of the arguments for `shard_map`; None: for one device.
+      where: where it runs, and how arguments and results lie there.
       dtype: what it computes in.
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
     call = function if isinstance(function, functools.partial) else functools.partial(function)
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
-    devices = tuple(out_sharding.device_set) if layout is None else tuple(layout[0].devices.flat)
-    how = _How(donate, out_sharding, layout, matmul_precision(dtype), compiler_options(devices[0].platform))
+    devices = tuple(where.mesh.devices.flat if isinstance(where, _Over) else where.device_set)
+    how = _How(donate, where, matmul_precision(dtype), compiler_options(devices[0].platform))
     return _compile_once(static, structure, shapes, devices, how)
 
 
@@ -388,8 +431,7 @@ class _How:
     """What decides a program but its function and arguments; see `_compile`."""
 
     donate: tuple[int, ...]
-    out_sharding: Any
-    layout: Any
+    where: SingleDeviceSharding | _Over
     precision: str
     options: CompilerOptions
 
@@ -398,20 +440,25 @@ class _How:
 def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
+    out: Any = how.where
+    if isinstance(how.where, _Over):
+        out = jax.tree.map(functools.partial(NamedSharding, how.where.mesh), how.where.results)
 
     def trace() -> tuple[jax.stages.Traced, jax.stages.Lowered]:
         function, positional, keywords = static
         bound = functools.partial(function, *positional, **dict(keywords))
-        if how.layout is not None:
-            mesh, specs = how.layout
-            bound = jax.shard_map(bound, mesh=mesh, in_specs=specs, out_specs=OVER)
+        if isinstance(how.where, _Over):
+            over = how.where
+            bound = jax.shard_map(bound, mesh=over.mesh, in_specs=over.arguments, out_specs=over.results)
         with jax.default_matmul_precision(how.precision):
-            traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=how.out_sharding).trace(*args)
+            traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=out).trace(*args)
             return traced, traced.lower()
 
     program, results = kept_program((static, how), args, devices, trace, dict(how.options))
     return program, jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=how.out_sharding), results
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        results,
+        jax.tree.broadcast(out, results),
     )
 
 

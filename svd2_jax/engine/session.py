@@ -85,7 +85,7 @@ class DeviceSession:
         self._blend_steps: list[jax.Array] = []
         self._blend_from = self._embedding
         self._pipeline = pipeline(self._embedding)
-        self._noise_scale = self._put(np.float32(spec.noise_scale))
+        self._noise_scale = jax.device_put(np.float32(spec.noise_scale), programs.scale or device)
         self._input = self._decoder = None
         self._waiting: list[np.ndarray] = []  # input frames that do not fill a chunk yet
         self._taken = self._given = 0
@@ -283,7 +283,7 @@ class DeviceSession:
         noisy, again = self._noise.first() if self._has_input else (None, ())
         if programs.encode_first is not None:
             self._input, noisy = programs.encode_first(
-                self._params.encoder, self._put(frames), noisy, self._noise_scale
+                self._params.encoder, jax.device_put(frames, programs.frames), noisy, self._noise_scale
             )
         pixels = self._pipeline.own(self._pipeline.first_group(noisy, again))
         if programs.decode_first is not None:
@@ -297,7 +297,11 @@ class DeviceSession:
         timestep = pipeline.first_timestep
         if programs.encode is not None and fresh:
             self._input, noisy, timestep = programs.encode(
-                self._params.encoder, self._input, self._put(frames), noisy, self._noise_scale
+                self._params.encoder,
+                self._input,
+                jax.device_put(frames, programs.frames),
+                noisy,
+                self._noise_scale,
             )
         return Arrival(noisy, timestep, again, fresh, given_ns)
 

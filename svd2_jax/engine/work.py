@@ -8,7 +8,7 @@ into a larger array, which move the slice. So both counts are lower bounds of wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +17,20 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from svd2_jax.hardware import Work
 
+# Of its operand a device sends so many times the bytes, by the number of devices; sums of scalars are left out.
+_SENT: Mapping[str, Callable[[int], float]] = {
+    "ppermute": lambda devices: 1,
+    "all_gather": lambda devices: devices - 1,
+    "reduce_scatter": lambda devices: (devices - 1) / devices,
+}
 
-def count_work(function: Callable[..., Any], *args: Any, fused_attention: bool = False) -> Work:
+
+def count_work(
+    function: Callable[..., Any],
+    *args: Any,
+    fused_attention: bool = False,
+    axes: Sequence[tuple[str, int]] = (),
+) -> Work:
     """Returns what one call costs; under `shard_map`, on each device.
 
     A loop with a known number of passes counts that often, one that runs while a condition holds counts once, and
@@ -30,8 +42,9 @@ def count_work(function: Callable[..., Any], *args: Any, fused_attention: bool =
       fused_attention: leave out the largest array of every product with batch axes. In attention these are the
         logits, which a fused kernel keeps on the chip. The function has to be traced with the attention that
         multiplies all heads at once ("xla"), as fused kernels cannot be traced on every machine.
+      axes: names and sizes of mesh axes that the function communicates over, where it is not in a `shard_map` yet.
     """
-    return _count(jax.make_jaxpr(function)(*args).jaxpr, fused_attention)
+    return _count(jax.make_jaxpr(function, axis_env=list(axes))(*args).jaxpr, fused_attention)
 
 
 def _count(jaxpr: Jaxpr, fused: bool) -> Work:
@@ -52,6 +65,8 @@ def _count_equation(equation: Any, fused: bool) -> Work:
         return Work(flops, sum(map(_nbytes, (*inputs, *outputs))))
     if name == "dynamic_update_slice":
         return Work(0, 2 * _nbytes(inputs[1]))  # read the new values, write them; the rest stays in place
+    if name in _SENT:
+        return Work(sent=int(sum(map(_nbytes, inputs)) * _SENT[name](params.get("axis_size", 1))))
     if name == "scan":
         return _count(params["jaxpr"].jaxpr, fused) * params["length"]
     if name == "cond":

@@ -5,7 +5,8 @@ latent frames once more in front of the new ones, so that the memory blocks, whi
 warm, and keeps only the new frames. Unlike the reference's wrapper, whose first call drops the frames of the
 first latent, the first call here also returns the one true first frame (TAEHV's own trim of three), so a
 stream has as many frames with either decoder. Unlike the VAE it takes normalised latents as they are.
-Channels last; everything is computed in the parameters' dtype.
+Channels last; everything is computed in the parameters' dtype. The rows of the picture may be cut over devices, as in
+`models.vae`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flax import linen as nn
 
 from svd2_jax.config import LATENT_STRIDE, SPATIAL_STRIDE, TAEHVConfig
 from svd2_jax.nn.resample import unfold_frames, upsample_space
+from svd2_jax.nn.row_shards import RowShards, with_halo
 
 Params = Any  # nested dict of arrays, the parameters of one part
 
@@ -44,16 +46,26 @@ class TAEHVState:
     valid_B: jax.Array
 
 
+def _conv(
+    x: jax.Array, features: int, name: str, shards: RowShards | None, use_bias: bool = True
+) -> jax.Array:
+    """Returns a 3x3 convolution of the same size; for use in a module's `__call__`, whose parameters it takes."""
+    x, rows = with_halo(x, 1, 1, shards)
+    return nn.Conv(features, (3, 3), padding=(rows, (1, 1)), use_bias=use_bias, name=name)(x)
+
+
 class _MemBlock(nn.Module):
     """Residual block that sees each frame beside the one before, `past`."""
+
+    shards: RowShards | None
 
     @nn.compact
     def __call__(self, x: jax.Array, past: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         y = jnp.concatenate([x, past], axis=-1)
-        y = nn.relu(nn.Conv(channels, (3, 3), padding=1, name="conv_0")(y))
-        y = nn.relu(nn.Conv(channels, (3, 3), padding=1, name="conv_1")(y))
-        y = nn.Conv(channels, (3, 3), padding=1, name="conv_2")(y)
+        y = nn.relu(_conv(y, channels, "conv_0", self.shards))
+        y = nn.relu(_conv(y, channels, "conv_1", self.shards))
+        y = _conv(y, channels, "conv_2", self.shards)
         return nn.relu(x + y)
 
 
@@ -66,34 +78,37 @@ class Decoder(nn.Module):
     """
 
     cfg: TAEHVConfig
+    shards: RowShards | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array, valid_B: jax.Array, emit: int) -> jax.Array:
-        channels = self.cfg.channels
+        channels, shards = self.cfg.channels, self.shards
         x = jnp.tanh(z / CLAMP) * CLAMP
-        x = nn.relu(nn.Conv(channels[0], (3, 3), padding=1, name="conv_in")(x))
+        x = nn.relu(_conv(x, channels[0], "conv_in", shards))
         needed = _frames_needed(emit)
         rate = 1  # frames per latent
         for stage, growth in enumerate(TIME_GROWTH):
             for block in range(MEM_BLOCKS):
                 past = _previous_frame(x, rate * valid_B)
-                x = _MemBlock(name=f"stage_{stage}_mem_{block}")(x, past)
+                x = _MemBlock(shards, name=f"stage_{stage}_mem_{block}")(x, past)
             x = upsample_space(x[:, -needed[stage] :])
             grow = nn.Dense(growth * channels[stage], use_bias=False, name=f"stage_{stage}_grow")
             x = unfold_frames(grow(x), growth)
             rate *= growth
-            conv = nn.Conv(channels[stage + 1], (3, 3), padding=1, use_bias=False, name=f"stage_{stage}_out")
-            x = conv(x)
-        return nn.Conv(3, (3, 3), padding=1, name="conv_out")(nn.relu(x))
+            x = _conv(x, channels[stage + 1], f"stage_{stage}_out", shards, use_bias=False)
+        return _conv(nn.relu(x), 3, "conv_out", shards)
 
 
-def decode_first(cfg: TAEHVConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, TAEHVState]:
+def decode_first(
+    cfg: TAEHVConfig, params: Params, latents: jax.Array, shards: RowShards | None = None
+) -> tuple[jax.Array, TAEHVState]:
     """Returns (pixels, state) of the first latent frames of a stream.
 
     Args:
       cfg: sizes (static).
       params: tree of "taehv".
       latents: [B, F, h, w, C], normalised.
+      shards: how the rows are cut over devices; h is then of one device, as in all shapes here.
 
     Returns:
       Pixels [B, 1 + 4(F-1), 8h, 8w, 3] clipped to [-1, 1] in the parameters' dtype, and the state for
@@ -108,12 +123,16 @@ def decode_first(cfg: TAEHVConfig, params: Params, latents: jax.Array) -> tuple[
     state = TAEHVState(
         jnp.zeros((batch, CONTEXT_LATENTS, *latents.shape[2:]), latents.dtype), jnp.zeros((batch,), jnp.int32)
     )
-    raw = _run(cfg, params, latents, jnp.full((batch,), frames, jnp.int32), frames)
+    raw = _run(cfg, params, latents, jnp.full((batch,), frames, jnp.int32), frames, shards)
     return _to_pixels(raw[:, FRAMES_TO_TRIM:]), _remember(state, latents)
 
 
 def decode(
-    cfg: TAEHVConfig, params: Params, state: TAEHVState, latents: jax.Array
+    cfg: TAEHVConfig,
+    params: Params,
+    state: TAEHVState,
+    latents: jax.Array,
+    shards: RowShards | None = None,
 ) -> tuple[jax.Array, TAEHVState]:
     """Returns (pixels, new state) of the next latent frames of a stream, all in one pass.
 
@@ -122,6 +141,7 @@ def decode(
       params: tree of "taehv".
       state: what the stream remembers; may be donated.
       latents: [B, F, h, w, C], normalised.
+      shards: as in `decode_first`.
 
     Returns:
       Pixels [B, 4F, 8h, 8w, 3] clipped to [-1, 1], and a state of the same shapes.
@@ -133,7 +153,7 @@ def decode(
     frames = latents.shape[1]
     latents = _cast(params, latents)
     seen = jnp.concatenate([state.context, latents], axis=1)
-    raw = _run(cfg, params, seen, state.valid_B + jnp.int32(frames), frames)
+    raw = _run(cfg, params, seen, state.valid_B + jnp.int32(frames), frames, shards)
     return _to_pixels(raw), _remember(state, latents)
 
 
@@ -191,8 +211,15 @@ def _remember(state: TAEHVState, latents: jax.Array) -> TAEHVState:
     return TAEHVState(seen[:, -CONTEXT_LATENTS:], valid_B)
 
 
-def _run(cfg: TAEHVConfig, params: Params, latents: jax.Array, valid_B: jax.Array, emit: int) -> jax.Array:
-    return cast(jax.Array, Decoder(cfg).apply({"params": params}, latents, valid_B, emit))
+def _run(
+    cfg: TAEHVConfig,
+    params: Params,
+    latents: jax.Array,
+    valid_B: jax.Array,
+    emit: int,
+    shards: RowShards | None = None,
+) -> jax.Array:
+    return cast(jax.Array, Decoder(cfg, shards).apply({"params": params}, latents, valid_B, emit))
 
 
 def _cast(params: Params, latents: jax.Array) -> jax.Array:

@@ -5,6 +5,9 @@ shapes, the last input frames ("tail") of every causal convolution. Only the ver
 is a latent frame by itself and skips the convolutions that change the frame rate, so the start of a stream is
 its own function. Channels last; all arrays inside have the dtype of the parameters, norms and the softmax are
 computed in float32.
+
+The rows of the picture may be cut over devices (`RowShards`): every spatial convolution then gets the rows next to its
+own from the neighbours, and the attention keys and values from all. The tails are cut likewise and stay where they are.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from svd2_jax.errors import ConfigError
 from svd2_jax.nn.attention import attend
 from svd2_jax.nn.causal_conv import CausalConv
 from svd2_jax.nn.resample import unfold_frames, upsample_space
+from svd2_jax.nn.row_shards import RowShards, gather, with_halo
 
 Params = Any  # nested dict of arrays, the parameters of one part
 _State = TypeVar("_State")
@@ -68,20 +72,21 @@ class DecodeState:
 class _Tails:
     """Hands every causal convolution its old tail and collects the new ones, in the order they run."""
 
-    def __init__(self, old: Iterable[jax.Array] | None):
+    def __init__(self, old: Iterable[jax.Array] | None, shards: RowShards | None):
         self.first = old is None  # start of a stream: nothing to hand out
+        self.shards = shards
         self.new: list[jax.Array] = []
         self._old = iter(old or ())
 
     def conv(self, conv: CausalConv, x: jax.Array) -> jax.Array:
         """Runs `conv` behind its old tail, or behind zeros at the start of a stream."""
-        y, tail = conv(x, None if self.first else next(self._old))
+        y, tail = conv(x, None if self.first else next(self._old), self.shards)
         self.new.append(tail)
         return y
 
     def conv_after(self, conv: CausalConv, tail: jax.Array, x: jax.Array) -> jax.Array:
         """Runs `conv` behind the given frames instead (start of a stream only)."""
-        y, tail = conv(x, tail)
+        y, tail = conv(x, tail, self.shards)
         self.new.append(tail)
         return y
 
@@ -116,12 +121,12 @@ class _Attention(nn.Module):
     """Self-attention with one head among the pixels of one frame."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shards: RowShards | None) -> jax.Array:
         batch, frames, height, width, channels = x.shape
         qkv = nn.Dense(3 * channels, name="qkv")(_Norm(silu=False, name="norm")(x))
         qkv_BQND = qkv.reshape(batch * frames, height * width, 1, 3 * channels)
         q_BQND, k_BKND, v_BKND = jnp.split(qkv_BQND, 3, axis=-1)
-        y = attend(q_BQND, k_BKND, v_BKND)
+        y = attend(q_BQND, gather(k_BKND, 1, shards), gather(v_BKND, 1, shards))
         return x + nn.Dense(channels, name="proj")(y.reshape(x.shape))
 
 
@@ -134,7 +139,8 @@ class _Down(nn.Module):
     def __call__(self, x: jax.Array, tails: _Tails) -> jax.Array:
         channels = x.shape[-1]
         # Padded only at the bottom and at the right.
-        x = nn.Conv(channels, (3, 3), strides=2, padding=((0, 1), (0, 1)), name="conv")(x)
+        x, rows = with_halo(x, 0, 1, tails.shards)
+        x = nn.Conv(channels, (3, 3), strides=2, padding=(rows, (0, 1)), name="conv")(x)
         if not self.temporal:
             return x
         conv = CausalConv(channels, (3, 1, 1), time_stride=2, name="time_conv")
@@ -157,7 +163,8 @@ class _Up(nn.Module):
             # The first frame passes as it is; later ones never look back at it but at zeros.
             head, rest = (x[:, :1], x[:, 1:]) if tails.first else (x[:, :0], x)
             x = jnp.concatenate([head, unfold_frames(tails.conv(conv, rest), 2)], axis=1)
-        return nn.Conv(channels // 2, (3, 3), padding=1, name="conv")(upsample_space(x))
+        x, rows = with_halo(upsample_space(x), 1, 1, tails.shards)
+        return nn.Conv(channels // 2, (3, 3), padding=(rows, (1, 1)), name="conv")(x)
 
 
 class Encoder(nn.Module):
@@ -168,12 +175,13 @@ class Encoder(nn.Module):
     """
 
     cfg: VAEConfig
+    shards: RowShards | None = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, tails: tuple[jax.Array, ...] | None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        cfg, keep = self.cfg, _Tails(tails)
+        cfg, keep = self.cfg, _Tails(tails, self.shards)
         x = keep.conv(CausalConv(cfg.dim, name="conv_in"), x)
         for level, mult in enumerate(cfg.dim_mult):
             for block in range(cfg.num_res_blocks):
@@ -182,7 +190,7 @@ class Encoder(nn.Module):
                 x = _Down(cfg.temporal_downsample[level], name=f"down_{level}")(x, keep)
         width = cfg.dim * cfg.dim_mult[-1]
         x = _ResBlock(width, name="mid_res_0")(x, keep)
-        x = _Attention(name="mid_attn")(x)
+        x = _Attention(name="mid_attn")(x, self.shards)
         x = _ResBlock(width, name="mid_res_1")(x, keep)
         x = keep.conv(CausalConv(2 * cfg.z_dim, name="conv_out"), _Norm(name="norm_out")(x))
         mean_and_logvar = nn.Dense(2 * cfg.z_dim, name="quant")(x)
@@ -196,17 +204,18 @@ class Decoder(nn.Module):
     """
 
     cfg: VAEConfig
+    shards: RowShards | None = None
 
     @nn.compact
     def __call__(
         self, z: jax.Array, tails: tuple[jax.Array, ...] | None
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        cfg, keep = self.cfg, _Tails(tails)
+        cfg, keep = self.cfg, _Tails(tails, self.shards)
         width = cfg.dim * cfg.dim_mult[-1]
         x = nn.Dense(cfg.z_dim, name="quant")(z)
         x = keep.conv(CausalConv(width, name="conv_in"), x)
         x = _ResBlock(width, name="mid_res_0")(x, keep)
-        x = _Attention(name="mid_attn")(x)
+        x = _Attention(name="mid_attn")(x, self.shards)
         x = _ResBlock(width, name="mid_res_1")(x, keep)
         temporal_upsample = cfg.temporal_downsample[::-1]
         for level, mult in enumerate(reversed(cfg.dim_mult)):
@@ -233,7 +242,9 @@ def denormalise(latents: jax.Array) -> jax.Array:
     return _affine(latents, np.asarray(LATENT_STD), np.asarray(LATENT_MEAN))
 
 
-def encode_first(cfg: VAEConfig, params: Params, pixels: jax.Array) -> tuple[jax.Array, EncodeState]:
+def encode_first(
+    cfg: VAEConfig, params: Params, pixels: jax.Array, shards: RowShards | None = None
+) -> tuple[jax.Array, EncodeState]:
     """Returns (latents, state) of the first frames of a stream.
 
     Unlike the offline encoder it does not normalise the latents; that is how the stream feeds the DiT.
@@ -242,6 +253,7 @@ def encode_first(cfg: VAEConfig, params: Params, pixels: jax.Array) -> tuple[jax
       cfg: sizes (static).
       params: tree of "vae.encoder".
       pixels: [B, 1 + 4k, H, W, 3] in [-1, 1], H and W multiples of 8.
+      shards: how the rows are cut over devices; H is then of one device, as in all shapes here.
 
     Returns:
       Latents [B, 1 + k, H / 8, W / 8, C] in the parameters' dtype, and the state for `encode`.
@@ -254,16 +266,20 @@ def encode_first(cfg: VAEConfig, params: Params, pixels: jax.Array) -> tuple[jax
     frames = pixels.shape[1]
     _check_pixels(pixels, frames % LATENT_STRIDE == 1, "1 + 4k")
     group = min(frames, 1 + LATENT_STRIDE)
-    latents, tails = _run(Encoder(cfg), params, pixels[:, :group], None)
+    latents, tails = _run(Encoder(cfg, shards), params, pixels[:, :group], None)
     state = EncodeState(tails)
     if frames == group:
         return latents, state
-    rest, state = encode(cfg, params, state, pixels[:, group:])
+    rest, state = encode(cfg, params, state, pixels[:, group:], shards)
     return jnp.concatenate([latents, rest], axis=1), state
 
 
 def encode(
-    cfg: VAEConfig, params: Params, state: EncodeState, pixels: jax.Array
+    cfg: VAEConfig,
+    params: Params,
+    state: EncodeState,
+    pixels: jax.Array,
+    shards: RowShards | None = None,
 ) -> tuple[jax.Array, EncodeState]:
     """Returns (latents, new state) of the next frames of a stream, four frames per pass.
 
@@ -272,6 +288,7 @@ def encode(
       params: tree of "vae.encoder".
       state: what the stream remembers; may be donated.
       pixels: [B, 4k, H, W, 3] in [-1, 1].
+      shards: as in `encode_first`.
 
     Returns:
       Latents [B, k, H / 8, W / 8, C], not normalised, and a state of the same shapes.
@@ -282,19 +299,22 @@ def encode(
     _check_pixels(pixels, pixels.shape[1] % LATENT_STRIDE == 0 and pixels.shape[1] > 0, "4k")
 
     def step(state: EncodeState, pixels: jax.Array) -> tuple[EncodeState, jax.Array]:
-        latents, tails = _run(Encoder(cfg), params, pixels, state.tails)
+        latents, tails = _run(Encoder(cfg, shards), params, pixels, state.tails)
         return EncodeState(tails), latents
 
     return _in_pieces(step, state, pixels, LATENT_STRIDE)
 
 
-def decode_first(cfg: VAEConfig, params: Params, latents: jax.Array) -> tuple[jax.Array, DecodeState]:
+def decode_first(
+    cfg: VAEConfig, params: Params, latents: jax.Array, shards: RowShards | None = None
+) -> tuple[jax.Array, DecodeState]:
     """Returns (pixels, state) of the first latent frames of a stream.
 
     Args:
       cfg: sizes (static).
       params: tree of "vae.decoder".
       latents: [B, F, h, w, C], normalised.
+      shards: how the rows are cut over devices; h is then of one device, as in all shapes here.
 
     Returns:
       Pixels [B, 1 + 4(F-1), 8h, 8w, 3] clipped to [-1, 1] in the parameters' dtype, and the state
@@ -308,16 +328,20 @@ def decode_first(cfg: VAEConfig, params: Params, latents: jax.Array) -> tuple[ja
     _check_latents(latents)
     group = min(latents.shape[1], 2)
     z = denormalise(latents[:, :group].astype(jnp.float32))
-    pixels, tails = _run(Decoder(cfg), params, z, None)
+    pixels, tails = _run(Decoder(cfg, shards), params, z, None)
     pixels, state = _clip(pixels), DecodeState(tails)
     if latents.shape[1] == group:
         return pixels, state
-    rest, state = decode(cfg, params, state, latents[:, group:])
+    rest, state = decode(cfg, params, state, latents[:, group:], shards)
     return jnp.concatenate([pixels, rest], axis=1), state
 
 
 def decode(
-    cfg: VAEConfig, params: Params, state: DecodeState, latents: jax.Array
+    cfg: VAEConfig,
+    params: Params,
+    state: DecodeState,
+    latents: jax.Array,
+    shards: RowShards | None = None,
 ) -> tuple[jax.Array, DecodeState]:
     """Returns (pixels, new state) of the next latent frames of a stream, one latent frame per pass.
 
@@ -328,6 +352,7 @@ def decode(
       params: tree of "vae.decoder".
       state: what the stream remembers; may be donated.
       latents: [B, F, h, w, C], normalised.
+      shards: as in `decode_first`.
 
     Returns:
       Pixels [B, 4F, 8h, 8w, 3] clipped to [-1, 1], and a state of the same shapes.
@@ -339,7 +364,7 @@ def decode(
 
     def step(state: DecodeState, latents: jax.Array) -> tuple[DecodeState, jax.Array]:
         z = denormalise(latents.astype(jnp.float32))
-        pixels, tails = _run(Decoder(cfg), params, z, state.tails)
+        pixels, tails = _run(Decoder(cfg, shards), params, z, state.tails)
         return DecodeState(tails), _clip(pixels)
 
     return _in_pieces(step, state, latents, 1)

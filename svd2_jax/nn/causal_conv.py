@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from svd2_jax.nn.row_shards import RowShards, with_halo
+
 Formulation = Literal["auto", "stacked", "taps", "conv3d"]
 
 # Up to so many input channels "stacked" is 1.5 to 2 times as fast as "taps" on XLA:CPU; for more, its copy of the
@@ -29,6 +31,7 @@ def causal_conv3d(
     *,
     time_stride: int = 1,
     formulation: Formulation = "auto",
+    shards: RowShards | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (convolved frames, new tail); a frame sees itself and earlier ones, the tail comes first.
 
@@ -46,6 +49,7 @@ def causal_conv3d(
         one behind the other as channels; "conv3d" is one 3-D convolution, slow on XLA:CPU, and on a GPU XLA turns it
         to channels first unless `--xla_gpu_force_conv_nhwc` is set. All are equal but for rounding. "auto" takes
         `GPU_FORMULATION` on an NVIDIA GPU, elsewhere "stacked" for few channels, else "taps".
+      shards: how the rows are cut over devices; the tail is cut likewise, without neighbours' rows.
 
     Returns:
       ([B, T // time_stride, H, W, out], [B, time taps - time_stride, H, W, C]), both in the input's dtype.
@@ -58,39 +62,47 @@ def causal_conv3d(
     before = jnp.zeros((batch, keep, height, width, channels), x_BTHWC.dtype) if tail is None else tail
     if frames == 0:
         return jnp.zeros((batch, 0, height, width, features), x_BTHWC.dtype), before
-    convolve = functools.partial(_convolve_behind, time_stride, tail is None)
+    padded = jnp.concatenate([before, x_BTHWC], axis=1) if keep else x_BTHWC
+    between, rows = with_halo(padded, kernel.shape[1] // 2, kernel.shape[1] // 2, shards)
+    convolve = functools.partial(_convolve_behind, time_stride, tail is None, rows)
     if formulation == "auto":
         elsewhere = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
         y, new_tail = lax.platform_dependent(
-            before,
+            padded,
+            between,
             x_BTHWC,
             kernel,
             cuda=functools.partial(convolve, GPU_FORMULATION),
             default=functools.partial(convolve, elsewhere),
         )
     else:
-        y, new_tail = convolve(formulation, before, x_BTHWC, kernel)
+        y, new_tail = convolve(formulation, padded, between, x_BTHWC, kernel)
     return y + bias.reshape(1, 1, 1, 1, features), new_tail
 
 
 def _convolve_behind(
     time_stride: int,
     is_start: bool,
+    rows: tuple[int, int],
     formulation: Formulation,
-    before: jax.Array,
+    padded: jax.Array,
+    between: jax.Array,
     x_BTHWC: jax.Array,
     kernel: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the frames behind `before` convolved with the kernel, and the new tail."""
+    """Returns frames convolved with the kernel, and the new tail.
+
+    `padded` are the frames behind the old tail, `between` the same between the neighbours' rows, to which `rows` more
+    of zeros come.
+    """
     batch, frames, height, width, _ = x_BTHWC.shape
     taps, kernel_h, kernel_w, _, features = kernel.shape
     keep = taps - time_stride
-    padded = jnp.concatenate([before, x_BTHWC], axis=1) if keep else x_BTHWC
-    space = ((kernel_h // 2, kernel_h // 2), (kernel_w // 2, kernel_w // 2))
+    space = (rows, (kernel_w // 2, kernel_w // 2))
     if formulation == "conv3d":
-        padded, tail = _then_tail(padded, x_BTHWC, padded[:, frames:])
+        between, tail = _then_tail(between, x_BTHWC, padded[:, frames:])
         y = lax.conv_general_dilated(
-            padded,
+            between,
             kernel,
             window_strides=(time_stride, 1, 1),
             padding=((0, 0), *space),
@@ -101,7 +113,7 @@ def _convolve_behind(
     ends = [tap + (frames_out - 1) * time_stride + 1 for tap in range(taps)]
     # Taps that see nothing but the zeros before a stream are left out: a picture costs one 2-D convolution.
     first = next(tap for tap in range(taps) if not is_start or ends[tap] > keep)
-    seen = [padded[:, tap : ends[tap] : time_stride] for tap in range(first, taps)]
+    seen = [between[:, tap : ends[tap] : time_stride] for tap in range(first, taps)]
     tail = padded[:, frames:]
     if formulation == "stacked":
         stacked, tail = _then_tail(jnp.concatenate(seen, axis=-1), x_BTHWC, tail)
@@ -110,7 +122,7 @@ def _convolve_behind(
     else:
         kernels = [kernel[tap] for tap in range(first, taps)]
     parts = [
-        _convolve(x.reshape(batch * frames_out, height, width, -1), k, space)
+        _convolve(x.reshape(batch * frames_out, *x.shape[2:]), k, space)
         for x, k in zip(seen, kernels, strict=True)
     ]
     y = functools.reduce(jnp.add, parts).reshape(batch, frames_out, height, width, features)
@@ -150,8 +162,10 @@ class CausalConv(nn.Module):
     time_stride: int = 1
 
     @nn.compact
-    def __call__(self, x_BTHWC: jax.Array, tail: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, x_BTHWC: jax.Array, tail: jax.Array | None, shards: RowShards | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         shape = (*self.kernel_size, x_BTHWC.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return causal_conv3d(x_BTHWC, kernel, bias, tail, time_stride=self.time_stride)
+        return causal_conv3d(x_BTHWC, kernel, bias, tail, time_stride=self.time_stride, shards=shards)

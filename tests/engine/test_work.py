@@ -93,6 +93,24 @@ def test_a_sharded_program_counts_for_one_device():
     assert count_work(sharded, array(8, 4, 4)) == SQUARED
 
 
+@pytest.mark.parametrize(
+    ("communicate", "sent"),
+    [
+        (lambda x: lax.ppermute(x, "stage", [(0, 1), (1, 2)]), 64),
+        (lambda x: lax.all_gather(x, "stage", axis=0, tiled=True), 3 * 64),  # to each of the others
+        (
+            lambda x: lax.psum_scatter(x, "stage", scatter_dimension=0, tiled=True),
+            48,
+        ),  # a row to each of the others
+        (lambda x: lax.psum(x.sum(), "stage"), 0),
+    ],
+    ids=["permute", "gather", "scatter", "sum"],
+)
+def test_what_is_sent_to_other_devices_is_counted(communicate, sent):
+    work = count_work(communicate, SQUARE, axes=[("stage", 4)])
+    assert work == Work(sent=sent)
+
+
 def convolution(**settings):
     """A 2-D convolution, channels last; returns the function."""
     settings = {"window_strides": (1, 1), "padding": "VALID", **settings}
