@@ -115,7 +115,7 @@ class Costs:
     Attributes:
       model: sizes of the networks.
       cfg: what the stream computes.
-      dtype: of weights, cache and arithmetic.
+      dtype: of arithmetic, and of weights and cache unless these are held in 8 bits.
     """
 
     model: ModelConfig
