@@ -54,6 +54,7 @@ def load(
     streams: int = 1,
     batch_sizes: tuple[int, ...] = (1,),
     share_vae: bool = False,
+    weight_dtype: Literal["int8", "fp8"] | None = None,
 ) -> DeviceEngine:
     """Returns an engine that runs a converted checkpoint on JAX's devices.
 
@@ -65,6 +66,7 @@ def load(
       streams: sets of so many devices; sessions open at once are spread over them.
       batch_sizes: how many sessions may share a tick, as in (1, 2, 4), see docs/streaming.md.
       share_vae: whether all stages' devices encode and decode together, see docs/pipeline.md.
+      weight_dtype: 8 bits that the transformer's linear layers are held in; None: as they are computed with.
 
     Raises:
       CheckpointError: the folder is missing, unfinished or of another format.
@@ -77,7 +79,9 @@ def load(
     meshes = stage_meshes(streams, stages)
     options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
     folder = shipped.checkpoint_folder(checkpoint)
-    return DeviceEngine.from_checkpoint(folder, dtype, text_encoder, meshes, options)
+    return DeviceEngine.from_checkpoint(
+        folder, dtype, text_encoder, meshes, options, weight_dtype=weight_dtype
+    )
 
 
 def random_engine(
@@ -88,6 +92,7 @@ def random_engine(
     streams: int = 1,
     batch_sizes: tuple[int, ...] = (1,),
     share_vae: bool = False,
+    weight_dtype: Literal["int8", "fp8"] | None = None,
 ) -> DeviceEngine:
     """Returns an engine of a preset's sizes with random weights: its pictures mean nothing, its speed does.
 
@@ -99,6 +104,7 @@ def random_engine(
       streams: see `load`.
       batch_sizes: see `load`.
       share_vae: see `load`.
+      weight_dtype: see `load`.
 
     Raises:
       ConfigError: there is no such preset, fewer devices than stages * streams, fewer blocks than stages, or batch
@@ -108,4 +114,5 @@ def random_engine(
     from svd2_jax.engine.mesh import stage_meshes
 
     options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
-    return DeviceEngine.random(preset, seed, dtype, stage_meshes(streams, stages), options)
+    meshes = stage_meshes(streams, stages)
+    return DeviceEngine.random(preset, seed, dtype, meshes, options, weight_dtype)

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from svd2_jax import files, media, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
-from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
+from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
+from svd2_jax.text import held_in
 
 if TYPE_CHECKING:
     from svd2_jax.engine.cluster import Cluster
@@ -43,6 +44,7 @@ _END_BYTES = 1 << 20  # of each end of a file, to tell it from another
 RANDOM = "random:"
 MOST_STAGES = 8  # that a plan compares
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
+EIGHT_BITS = STORAGES[1:]
 DEMO_PROMPTS = ("a neon city at night", "an oil painting", "a pencil sketch")
 DEMO_HEIGHT = 384  # pixels of the demo's picture, about: small frames are enlarged
 
@@ -270,6 +272,10 @@ def _add_shape(parser: argparse.ArgumentParser, title: str) -> argparse._Argumen
         "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)"
     )
     shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
+    shape.add_argument(
+        "--cache-dtype", choices=EIGHT_BITS,
+        help="hold the cache in 8 bits: half its memory (default: what is computed in)",
+    )  # fmt: skip
     shape.add_argument("--sink-frames", type=int, metavar="N", help="of these, kept as anchors")
     shape.add_argument("--sink-threshold", type=float, metavar="X",
                        help="similarity below which an anchor is replaced; -1: never")  # fmt: skip
@@ -283,6 +289,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="to compute in (default: the checkpoint's; float32 for a small one on a CPU)",
     )
+    _add_weight_dtype(machine)
     machine.add_argument(
         "--attention", choices=("auto", "xla", "blocked", "cudnn"), default="auto",
         help="auto: the fused kernel where there is one (default %(default)s)",
@@ -294,6 +301,13 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "-v", "--verbose", action="store_true",
         help="say what is loaded, how large it is on each device, and when blocks move between stages",
+    )  # fmt: skip
+
+
+def _add_weight_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--weight-dtype", choices=EIGHT_BITS,
+        help="hold the transformer's linear layers in 8 bits: half their memory (default: what is computed in)",
     )  # fmt: skip
 
 
@@ -334,7 +348,15 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
     from svd2_jax.engine import cluster
 
     manifest = shipped.checkpoint_folder(args.checkpoint) / "manifest.json"
-    settings = (spec, sorted(prompts.items()), args.blend, args.frames, args.dtype, args.attention)
+    settings = (
+        spec,
+        sorted(prompts.items()),
+        args.blend,
+        args.frames,
+        args.dtype,
+        args.weight_dtype,
+        args.attention,
+    )
     same = {
         "a model": _digest(args.checkpoint.encode(), manifest),
         "an input": _digest(b"", args.input),
@@ -418,7 +440,9 @@ def _stream_config(args: argparse.Namespace) -> StreamConfig:
     if args.config and (of_file := settings.pop("task", StreamConfig().task)) != task:
         hint = "" if args.input else "; add --input VIDEO, or `task: t2v` to the file"
         raise ConfigError(f"{args.config}: has settings for the task {of_file!r}, expected {task!r}{hint}")
-    for name in ("height", "width", "mode", "decoder", "cache_frames", "sink_frames", "sink_threshold"):
+    for name in (
+        "height", "width", "mode", "decoder", "cache_frames", "cache_dtype", "sink_frames", "sink_threshold",
+    ):  # fmt: skip
         value = getattr(args, name)
         if value is not None:
             settings[name] = value
@@ -435,16 +459,16 @@ def _stream_config(args: argparse.Namespace) -> StreamConfig:
 
 
 def _model(args: argparse.Namespace) -> ModelConfig:
-    """Returns the sizes of the model that the options name."""
+    """Returns the model that the options name: its sizes, and what its weights are held in."""
     if "preset" in args:
-        return preset(args.preset)
-    blocks = getattr(args, "blocks", None)
-    if args.checkpoint.startswith(RANDOM):
-        return preset(args.checkpoint.removeprefix(RANDOM)).with_blocks(blocks)
-    from svd2_jax.engine.checkpoint import Checkpoint
+        model = preset(args.preset)
+    elif args.checkpoint.startswith(RANDOM):
+        model = preset(args.checkpoint.removeprefix(RANDOM))
+    else:
+        from svd2_jax.engine.checkpoint import Checkpoint
 
-    folder = shipped.checkpoint_folder(args.checkpoint)
-    return Checkpoint.open(folder).manifest.model.with_blocks(blocks)
+        model = Checkpoint.open(shipped.checkpoint_folder(args.checkpoint)).manifest.model
+    return model.with_blocks(getattr(args, "blocks", None)).with_weight_dtype(args.weight_dtype)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -519,7 +543,9 @@ def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: Pipe
         return DeviceEngine.random(model, dtype=args.dtype or "float32", meshes=meshes, options=options)
     _say(f"loading {args.checkpoint}")
     folder, blocks = shipped.checkpoint_folder(args.checkpoint), getattr(args, "blocks", None)
-    return DeviceEngine.from_checkpoint(folder, args.dtype, args.text_encoder, meshes, options, blocks)
+    return DeviceEngine.from_checkpoint(
+        folder, args.dtype, args.text_encoder, meshes, options, blocks, args.weight_dtype
+    )
 
 
 def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter | None, total: int | None) -> None:
@@ -702,6 +728,12 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "--stages", type=int, default=1, metavar="N",
         help="run the streams on a pipeline of so many devices (default %(default)s)",
     )  # fmt: skip
+    _add_weight_dtype(parser)
+    parser.add_argument(
+        "--cache-dtype",
+        choices=EIGHT_BITS,
+        help="hold the cache in 8 bits; both with tolerances of their own",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
 
 
@@ -715,16 +747,19 @@ def _verify(args: argparse.Namespace) -> int:
     stage_meshes(1, args.stages)
     goldens = verify.golden_files(args.folder)
     outcomes = []
+    computed_in = args.dtype + held_in(args.weight_dtype or "compute", args.cache_dtype or "compute")
     with tqdm(total=len(goldens), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
-        for outcome in _guarded(verify.verify(args.folder, args.dtype, args.stages)):
+        for outcome in _guarded(
+            verify.verify(args.folder, args.dtype, args.stages, args.weight_dtype, args.cache_dtype)
+        ):
             outcomes.append(outcome)
             bar.write(outcome.line(), file=sys.stdout)
             bar.update()
     if args.json:
-        files.write_json(args.json, verify.report(outcomes, args.dtype))
+        files.write_json(args.json, verify.report(outcomes, computed_in))
     failed = [o.name for o in outcomes if not o.passed]
     written = f"; report in {args.json}" if args.json else ""
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} goldens pass in {args.dtype}{written}")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} goldens pass in {computed_in}{written}")
     return EXIT_FAILED if failed else 0
 
 
@@ -812,6 +847,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--mode", choices=("stream", "sequential"), help="(default stream, or --config's)")
     shape.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16",
                        help="to compute in (default %(default)s)")  # fmt: skip
+    _add_weight_dtype(shape)
     machine = parser.add_argument_group("where it is to run")
     machine.add_argument("--hardware", default="h100", metavar="NAME",
                          help=f"each device: {', '.join(HARDWARE)} (default %(default)s)")  # fmt: skip
@@ -827,7 +863,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    model, device, split = preset(args.preset), hardware(args.hardware), _parse_split(args.split)
+    model, device, split = _model(args), hardware(args.hardware), _parse_split(args.split)
     if args.json:
         files.check_target(args.json)
     cfg = _planned_stream(args)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from svd2_jax.errors import ConfigError
 
@@ -22,6 +22,10 @@ TRAIN_TIMESTEPS = 1000  # timestep of pure noise
 
 V2V_TIMESTEPS = (700, 500, 400, 200)  # published denoising list; a stream uses its first `steps` entries
 T2V_TIMESTEPS = (1000, 750, 500, 250)  # the same for text-to-video, always followed by a clean pass at 0
+
+Storage = Literal["compute", "int8", "fp8"]
+"""What numbers are held in: what is computed in, or 8 bits and a scale for each group (fp8 is float8_e4m3fn)."""
+STORAGES: tuple[Storage, ...] = get_args(Storage)
 
 
 def _to_tuple(value: Any) -> Any:
@@ -35,6 +39,11 @@ def _is_like(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return type(value) in (int, float)
     return type(value) is type(default) if isinstance(default, (bool, int, str)) else True
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class DiTConfig(_Config):
       out_channels: latent channels out.
       patch: patch size (time, height, width).
       eps: epsilon of all norms.
+      weight_dtype: what the blocks' linear layers are held in, 8 bits with a scale for each output channel. Not of a
+        checkpoint, but of whoever runs it.
     """
 
     dim: int
@@ -91,8 +102,10 @@ class DiTConfig(_Config):
     out_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    weight_dtype: Storage = "compute"
 
     def __post_init__(self):
+        _check_choice("weight_dtype", self.weight_dtype, STORAGES)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(f"DiT: dim={self.dim} must split into {self.num_heads=} heads of even size")
         if self.patch[0] != 1:
@@ -207,6 +220,12 @@ class ModelConfig(_Config):
             raise ConfigError(f"{self.name} has 1 to {self.dit.num_layers} blocks to take, got {blocks}")
         return dataclasses.replace(self, dit=dataclasses.replace(self.dit, num_layers=blocks))
 
+    def with_weight_dtype(self, weight_dtype: Storage | None) -> ModelConfig:
+        """Returns the model with its transformer's weights held in another way; None leaves them as they are."""
+        if weight_dtype is None:
+            return self
+        return dataclasses.replace(self, dit=dataclasses.replace(self.dit, weight_dtype=weight_dtype))
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Builds the config, nested configs included, from plain values."""
@@ -253,6 +272,7 @@ class StreamConfig(_Config):
         another (lower latency, lower throughput).
       frames_per_block: latent frames per chunk.
       cache_frames: latent frames held in the rolling KV cache; best the first group and whole chunks.
+      cache_dtype: what the cache is held in, 8 bits with a scale for each token and head.
       sink_frames: cache positions kept as anchors.
       keep_first: whether the first group, and with chunks of one latent frame also the first chunk, stays in the cache
         for good even without anchors, as in the reference.
@@ -269,6 +289,7 @@ class StreamConfig(_Config):
     mode: Literal["stream", "sequential"] = "stream"
     frames_per_block: int = 1
     cache_frames: int = 6
+    cache_dtype: Storage = "compute"
     sink_frames: int = 3
     keep_first: bool = True
     sink_threshold: float = 0.2
@@ -287,9 +308,8 @@ class StreamConfig(_Config):
                     f"{name} must be a positive multiple of {PIXEL_MULTIPLE}, got {value}; try {near}"
                 )
         for name, choices in (("task", ("v2v", "t2v")), ("mode", ("stream", "sequential")),
-                              ("decoder", ("wan", "taehv"))):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                              ("decoder", ("wan", "taehv")), ("cache_dtype", STORAGES)):  # fmt: skip
+            _check_choice(name, getattr(self, name), choices)
         if not 1 <= len(self.timesteps) <= 8 or not all(0 <= t <= 1000 for t in self.timesteps):
             raise ConfigError(f"timesteps must be 1 to 8 values in [0, 1000], got {self.timesteps}")
         if self.frames_per_block < 1:

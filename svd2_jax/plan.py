@@ -21,7 +21,7 @@ from svd2_jax.engine.policy import checked_dtype
 from svd2_jax.engine.shared_vae import sharing_devices
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB, Hardware, Work, roofline
-from svd2_jax.text import aligned, si
+from svd2_jax.text import aligned, held_in, si
 
 STAGE_COUNTS = (1, 2, 3, 4, 8)  # compared in every plan
 TARGET_FPS = 16.0  # the rate Wan2.1 was trained at
@@ -108,6 +108,7 @@ class Plan:
       model: name of the model.
       stream: what the stream computes.
       dtype: compute dtype.
+      weight_dtype: what the transformer's linear layers are held in, see `DiTConfig`.
       hardware: each device.
       devices: the pipeline, first stage first.
       vae_devices: how many of them share encoding, and how many decoding.
@@ -123,6 +124,7 @@ class Plan:
     model: str
     stream: StreamConfig
     dtype: str
+    weight_dtype: str
     hardware: Hardware
     devices: tuple[DevicePlan, ...]
     vae_devices: int
@@ -159,7 +161,7 @@ def plan(
       stream: what the stream computes.
       stages: number of stages, one device each.
       hardware: each device.
-      dtype: "bfloat16" or "float32", of weights, cache and arithmetic.
+      dtype: "bfloat16" or "float32", of arithmetic, and of weights and cache unless these are held in 8 bits.
       split: blocks per stage; None takes the best.
       temporaries: called once, with the split, for what only a compiler knows; other splits are taken to need
         the same.
@@ -193,6 +195,7 @@ def plan(
         model=model.name,
         stream=stream,
         dtype=dtype,
+        weight_dtype=model.dit.weight_dtype,
         hardware=hardware,
         devices=devices,
         vae_devices=cost.vae_devices,
@@ -315,7 +318,8 @@ def _header(plan: Plan) -> list[str]:
     peak = device.peak_flops(8 * checked_dtype(plan.dtype).itemsize)
     return [
         f"{plan.model}, {stream.width}x{stream.height}, {_plural(stream.steps, 'step')}, {stream.task}, "
-        f"mode {stream.mode}, decoder {stream.decoder}, {plan.dtype}",
+        f"mode {stream.mode}, decoder {stream.decoder}, "
+        f"{plan.dtype}{held_in(plan.weight_dtype, stream.cache_dtype)}",
         f"{len(plan.devices)} x {device.name}: {device.memory_bytes / GIB:.1f} GiB at "
         f"{si(device.memory_bandwidth)}B/s, {si(peak)}FLOP/s, link {si(device.link_bandwidth)}B/s",
         *(

@@ -16,6 +16,12 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[
     return [line(row) for row in rows]
 
 
+def held_in(weight_dtype: str, cache_dtype: str) -> str:
+    """Returns what is held in another way than it is computed in, to go behind the dtype; may be nothing."""
+    held = (("weights", weight_dtype), ("cache", cache_dtype))
+    return "".join(f", {what} {storage}" for what, storage in held if storage != "compute")
+
+
 def si(value: float) -> str:
     """Returns a rate with its prefix, for example "3.35 T"; the unit is to follow."""
     for exponent, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):

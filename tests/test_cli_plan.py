@@ -101,3 +101,31 @@ def test_the_help_shows_examples_and_how_much_memory_jax_takes(plan):
     assert code == 0
     assert "svd2 plan --preset wan-14b --stages 4" in out
     assert "XLA_CLIENT_MEM_FRACTION" in out
+
+
+def test_weights_and_cache_in_8_bits_take_about_half_the_memory(plan, tmp_path):
+    def device(*options):
+        file = tmp_path / "plan.json"
+        code, out, _ = plan("--quick", "--preset", "wan-1.3b", "--stages", 1, "--json", file, *options)
+        assert code == 0
+        return out, json.loads(file.read_text())["devices"][0]
+
+    _, plain = device()
+    out, small = device("--weight-dtype", "int8", "--cache-dtype", "fp8")
+    assert "bfloat16, weights int8, cache fp8" in out
+    assert "bfloat16, cache fp8" in device("--cache-dtype", "fp8")[0]
+    # One byte in place of two, and a float32 for each head of 128; the anchors' means stay as they are.
+    assert small["cache"] == pytest.approx(plain["cache"] * (1 + 4 / 128) / 2, rel=0.01)
+    kernels = 30 * (8 * 1536**2 + 2 * 1536 * 8960)
+    assert plain["weights"] - small["weights"] == pytest.approx(kernels, rel=0.01)
+
+
+def test_an_unknown_way_to_hold_the_cache_is_refused(plan, tmp_path):
+    config = tmp_path / "stream.yaml"
+    config.write_text("cache_dtype: int4\n")
+    check_refused(
+        plan("--config", config), "cache_dtype must be one of ('compute', 'int8', 'fp8'), got 'int4'"
+    )
+    code, _, err = plan("--weight-dtype", "int4")
+    assert code == 2
+    assert "argument --weight-dtype: invalid choice: 'int4'" in err.splitlines()[-1]

@@ -112,6 +112,28 @@ def test_bfloat16_has_tolerances_of_its_own(svd2, make_folder):
     assert out[1] == "1 of 1 goldens pass in bfloat16"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("storage", ["int8", "fp8"])
+def test_weights_and_cache_in_8_bits_stay_within_tolerances_of_their_own(
+    svd2, make_folder, tmp_path, storage, stages
+):
+    report = tmp_path / "report.json"
+    options = ["--weight-dtype", storage, "--cache-dtype", storage, "--stages", stages, "--json", report]
+    code, out, _ = svd2(make_folder("e2e_stream_2step.npz"), *options)
+    assert code == 0
+    assert out[1].startswith(f"1 of 1 goldens pass in float32, weights {storage}, cache {storage}")
+    values = json.loads(report.read_text())
+    assert values["dtype"] == f"float32, weights {storage}, cache {storage}"
+    (golden,) = values["goldens"]
+    of = verify.TOLERANCES["end to end"]
+    assert golden["tolerance"] == pytest.approx(
+        of["float32"] + of[f"weights {storage}"] + of[f"cache {storage}"]
+    )
+    assert golden["error"] > of["float32"]  # it was in 8 bits
+    assert 0 < golden["relative_error"] < 0.1
+
+
 def test_a_number_that_differs_a_little_fails(svd2, make_folder):
     folder = make_folder("flow_match.npz", "noise_controller.npz")
     x0 = array("x0", "flow_match.npz")

@@ -197,6 +197,7 @@ def _report(
         jax=jax.__version__,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         against=against,
+        weight_dtype=engine.model.dit.weight_dtype,
     )
     wanted = not args.part or FIRST_FRAME in args.part
     return Report(settings, ceiling, tuple(parts), phases if wanted else {})

@@ -221,6 +221,7 @@ class Bench:
         dit = DiTConfig(
             NARROW, NARROW, 1, model.dit.num_layers, NARROW, model.dit.text_dim, 8,
             model.dit.in_channels, model.dit.out_channels, model.dit.patch, model.dit.eps,
+            model.dit.weight_dtype,
         )  # fmt: skip
         vae = dataclasses.replace(model.vae, dim=NARROW // 4)  # never run
         narrow = DeviceEngine.random(

@@ -45,7 +45,7 @@ def draw(path: Path, report: Report) -> None:
     s = report.settings
     figure.suptitle(
         f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
-        f"{(steps := len(s.stream['timesteps']))} step{'s'[: steps - 1]}, {s.dtype} on {s.device}",
+        f"{(steps := len(s.stream['timesteps']))} step{'s'[: steps - 1]}, {s.precision} on {s.device}",
         fontsize=11,
     )
     for (title, stacks, scale), one in zip(panels, axes[: len(panels), 0], strict=True):

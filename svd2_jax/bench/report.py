@@ -11,7 +11,7 @@ from typing import Any
 from svd2_jax.bench.timing import Sample, Spread
 from svd2_jax.bench.trace import Kernel
 from svd2_jax.hardware import Hardware, Work, roofline
-from svd2_jax.text import aligned, si
+from svd2_jax.text import aligned, held_in, si
 
 MS = 1e3  # milliseconds in a second
 SHOWN_KERNELS = 8  # kinds of each part; the JSON has all
@@ -105,6 +105,12 @@ class Settings:
     jax: str
     xla_flags: str
     against: str | None = None
+    weight_dtype: str = "compute"
+
+    @property
+    def precision(self) -> str:
+        """What is computed in, and what is held in another way."""
+        return self.dtype + held_in(self.weight_dtype, self.stream.get("cache_dtype", "compute"))
 
 
 @dataclass(frozen=True)
@@ -159,8 +165,8 @@ def _header(report: Report) -> list[str]:
     steps = len(s.stream["timesteps"])
     return [
         f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
-        f"{steps} step{'s'[: steps - 1]}, {s.stream['mode']}, {s.dtype}; {s.device}, {s.threads} CPU threads, "
-        f"jax {s.jax}",
+        f"{steps} step{'s'[: steps - 1]}, {s.stream['mode']}, "
+        f"{s.precision}; {s.device}, {s.threads} CPU threads, jax {s.jax}",
         f"ceiling in this run: {si(ceiling.flops_32bit)}FLOP/s (matrix product), "
         f"{si(ceiling.memory_bandwidth)}B/s (copy)",
     ]

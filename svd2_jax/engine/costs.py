@@ -124,7 +124,7 @@ class Costs:
     Attributes:
       model: sizes of the networks.
       cfg: what the stream computes.
-      dtype: of weights, cache and arithmetic.
+      dtype: of arithmetic, and of weights and cache unless these are held in 8 bits.
       vae_devices: how many devices share encoding, and how many decoding; what both cost and keep is of each.
     """
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from svd2_jax.api import SessionSpec, Work
-from svd2_jax.config import ModelConfig, StreamConfig, preset
+from svd2_jax.config import ModelConfig, Storage, StreamConfig, preset
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.checkpoint import Checkpoint
@@ -116,6 +116,7 @@ class DeviceEngine:
         meshes: Sequence[StageMesh] | None = None,
         options: PipelineOptions = DEFAULT_OPTIONS,
         blocks: int | None = None,
+        weight_dtype: Storage | None = None,
     ) -> Self:
         """Opens a converted checkpoint.
 
@@ -126,6 +127,7 @@ class DeviceEngine:
           meshes: see `stage_meshes`; None is one stage on JAX's default device.
           options: how the pipeline runs.
           blocks: take only the transformer's first ones, so many; None takes all.
+          weight_dtype: "int8" or "fp8" for what its linear layers are held in; None: what is computed in.
 
         Raises:
           CheckpointError: the folder is missing, unfinished or of another format.
@@ -133,7 +135,7 @@ class DeviceEngine:
         """
         checkpoint = Checkpoint.open(Path(path))
         checkpoint.require(("dit", "vae", "text"))
-        model = checkpoint.manifest.model.with_blocks(blocks)
+        model = checkpoint.manifest.model.with_blocks(blocks).with_weight_dtype(weight_dtype)
         meshes = _checked_meshes(model, meshes)
         compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, meshes[0].first))
 
@@ -155,9 +157,11 @@ class DeviceEngine:
         dtype: str = "float32",
         meshes: Sequence[StageMesh] | None = None,
         options: PipelineOptions = DEFAULT_OPTIONS,
+        weight_dtype: Storage | None = None,
     ) -> Self:
         """Makes a model of these sizes with random weights: its pictures mean nothing, its speed does."""
         model = params_lib.with_random_text(preset(model) if isinstance(model, str) else model)
+        model = model.with_weight_dtype(weight_dtype)
         meshes = _checked_meshes(model, meshes)
         compute = checked_dtype(dtype)
         read_item = params_lib.random_items(model, seed, compute)
@@ -326,14 +330,19 @@ class DeviceEngine:
 
     def describe(self, cfg: StreamConfig) -> str:
         """Returns what the model is, where it runs, and the bytes of parameters on each device of this process."""
-        shapes = params_lib.abstract_items(self.model, self._dtype)
         used = ("dit.", "vae.", params_lib.decoder_item(cfg.decoder))
-        count = sum(
-            x.size for item, tree in shapes.items() if item.startswith(used) for x in jax.tree.leaves(tree)
+
+        def leaves(items: dict[str, Any]) -> list[Any]:
+            return jax.tree.leaves([tree for item, tree in items.items() if item.startswith(used)])
+
+        count = sum(x.size for x in leaves(params_lib.abstract_items(self.model)))
+        held = sum(
+            x.size * x.dtype.itemsize for x in leaves(params_lib.abstract_items(self.model, self._dtype))
         )
+        blocks = "" if (stored := self.model.dit.weight_dtype) == "compute" else f" (blocks: {stored})"
         lines = [
-            f"{self.model.name}: {count / 1e6:.1f} million parameters as {self._dtype}, "
-            f"{count * self._dtype.itemsize / 2**30:.2f} GiB in all"
+            f"{self.model.name}: {count / 1e6:.1f} million parameters as {self._dtype}{blocks}, "
+            f"{held / 2**30:.2f} GiB in all"
         ]
         for lane, weights in enumerate(self._weights):
             held, start = weights.resident_bytes(), 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,7 +186,8 @@ def compiled_temporaries(
     where a CPU widens all weights to float32 first. So the tick is always compiled in float32, where there is
     nothing to widen and each array takes at least as much as in bfloat16. At 14B with 8+12+12+8 blocks, 480x832, two
     steps and bfloat16 this gives 2.1 GiB for a tick (10.3 when compiled in bfloat16), 4.4 to encode and 3.9 to
-    decode; the same programs compiled for an H100 need 0.2, 2.1 and 2.1.
+    decode; the same programs compiled for an H100 need 0.2, 2.1 and 2.1. Weights and cache in 8 bits are compiled in
+    float32 as well: a GPU widens one layer's at a time, to 16 bits, and a CPU all of them at once.
 
     Args:
       model: sizes of the networks.
@@ -198,7 +200,11 @@ def compiled_temporaries(
     """
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix bfloat16 with float32
         progress(f"the tick, {max(split)} blocks a stage")
-        wide = Builder(model, cfg, jnp.dtype(jnp.float32), mesh, attention="blocked")
+        plain_model, plain_cfg = (
+            model.with_weight_dtype("compute"),
+            dataclasses.replace(cfg, cache_dtype="compute"),
+        )
+        wide = Builder(plain_model, plain_cfg, jnp.dtype(jnp.float32), mesh, attention="blocked")
         tick = _temporaries(wide.ticks(split).tick[1])
         progress("encoder and decoder")
         builder = Builder(model, cfg, dtype, mesh, share_vae=share_vae)

@@ -151,7 +151,10 @@ class StageWeights:
 
     def _item(self, item: str, device: Device) -> Params:
         if (item, device) not in self._items:
-            self._items[item, device] = self._read_item(item, device)
+            params = self._read_item(item, device)
+            if dit.is_block(item) and self.model.dit.weight_dtype != "compute":
+                params = _stored_block(self.model.dit, params)
+            self._items[item, device] = params
         return self._items[item, device]
 
     def _copies(self, item: str, devices: StageMesh) -> Params:
@@ -164,6 +167,9 @@ class StageWeights:
         return self._items[key]
 
 
+_stored_block = jax.jit(dit.stored_block, static_argnums=0)
+
+
 def with_random_text(model: ModelConfig) -> ModelConfig:
     """Returns the model with a one-block text encoder over bytes: random weights know no language anyway."""
     text = dataclasses.replace(model.text, num_layers=1, vocab=RANDOM_VOCAB)
@@ -172,9 +178,18 @@ def with_random_text(model: ModelConfig) -> ModelConfig:
 
 @functools.lru_cache(maxsize=16)
 def abstract_items(model: ModelConfig, dtype: jnp.dtype | None = None) -> dict[str, Params]:
-    """Returns the shapes (ShapeDtypeStruct, float32 or of a dtype) of every checkpoint item of a model."""
+    """Returns the shapes (ShapeDtypeStruct) of every item of a model.
+
+    Args:
+      model: sizes of the networks.
+      dtype: that is computed in, for the items as devices hold them; None for float32, as they are made.
+    """
     items = kept_value(_traced_items, model)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), items)
+    if dtype is None:
+        return items
+    items = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), items)
+    block = jax.eval_shape(functools.partial(dit.stored_block, model.dit), items[dit.block_item(0)])
+    return {item: block if dit.is_block(item) else tree for item, tree in items.items()}
 
 
 def _traced_items(model: ModelConfig) -> dict[str, Params]:

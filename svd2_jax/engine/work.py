@@ -2,7 +2,8 @@
 
 The model: only matrix products and convolutions cost arithmetic, and each reads its operands and writes its
 result once. All else (norms, activations, softmax, copies) is taken as fused into them and free, but for writes
-into a larger array, which move the slice. So both counts are lower bounds of what a device does.
+into a larger array, which move the slice; an operand that is widened on its way counts as it lies in memory. So both
+counts are lower bounds of what a device does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from svd2_jax.hardware import Work
 
@@ -48,21 +49,30 @@ def count_work(
 
 
 def _count(jaxpr: Jaxpr, fused: bool) -> Work:
-    return sum((_count_equation(equation, fused) for equation in jaxpr.eqns), Work())
+    work, stored = Work(), {}  # bytes of widened arrays where they come from
+    for equation in jaxpr.eqns:
+        operands = [
+            _nbytes(x.aval) if isinstance(x, Literal) else stored.get(x, _nbytes(x.aval))
+            for x in equation.invars
+        ]
+        if equation.primitive.name == "convert_element_type":
+            stored[equation.outvars[0]] = min(operands[0], _nbytes(equation.outvars[0].aval))
+        work += _count_equation(equation, fused, operands)
+    return work
 
 
-def _count_equation(equation: Any, fused: bool) -> Work:
+def _count_equation(equation: Any, fused: bool, operands: Sequence[int]) -> Work:
     name, params = equation.primitive.name, equation.params
     inputs, outputs = [x.aval for x in equation.invars], [x.aval for x in equation.outvars]
     if name == "dot_general":
         (contracted, _), (batch, _) = params["dimension_numbers"]
         depth = math.prod(inputs[0].shape[axis] for axis in contracted)
-        sizes = [_nbytes(x) for x in (*inputs, *outputs)]
+        sizes = [*operands, *map(_nbytes, outputs)]
         skipped = max(sizes) if fused and batch else 0
         return Work(2 * depth * math.prod(outputs[0].shape), sum(sizes) - skipped)
     if name == "conv_general_dilated":
         flops = _conv_flops(inputs[0], inputs[1], outputs[0], params)
-        return Work(flops, sum(map(_nbytes, (*inputs, *outputs))))
+        return Work(flops, sum((*operands, *map(_nbytes, outputs))))
     if name == "dynamic_update_slice":
         return Work(0, 2 * _nbytes(inputs[1]))  # read the new values, write them; the rest stays in place
     if name in _SENT:

@@ -21,15 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax.linen.dtypes import promote_dtype
 from jax.tree_util import register_dataclass
 
 from svd2_jax.config import TRAIN_TIMESTEPS, DiTConfig, StreamConfig
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, attend
 from svd2_jax.nn.kv_cache import LayerCache, WritePlan
+from svd2_jax.nn.quantised import Quantised, quantise
 from svd2_jax.nn.rope import apply_rope
 
 TIMESTEP_PERIOD = 10000.0
+_BLOCK = "dit.block."
 Params = dict[str, Any]
 
 
@@ -99,6 +102,27 @@ def _over_last(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
+class Dense(nn.Module):
+    """A linear layer, as Flax has it, whose kernel may be quantised over its inputs."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] -> [..., features]."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        scales = None
+        if isinstance(kernel, Quantised):
+            # Exact in 16 bits; the scale of an output channel is taken out of its sum.
+            kernel, scales = kernel.values.astype(x.dtype), kernel.scales
+        x, kernel, bias = promote_dtype(x, kernel, bias)
+        y = jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if scales is not None:
+            y = (y.astype(jnp.float32) * _over_last(scales[0], y)).astype(y.dtype)
+        return y + _over_last(bias, y)
+
+
 class Attention(nn.Module):
     """Projections of one attention: queries and keys are normalised over all heads together."""
 
@@ -106,7 +130,7 @@ class Attention(nn.Module):
 
     def setup(self):
         """Defines the four projections and the two norms."""
-        self.q, self.k, self.v, self.o = (nn.Dense(self.cfg.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Dense(self.cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(self.cfg.eps), RMSNorm(self.cfg.eps)
 
     def query(self, x: jax.Array) -> jax.Array:
@@ -139,7 +163,7 @@ class Block(nn.Module):
         self.modulation = self.param("modulation", nn.initializers.normal(cfg.dim**-0.5), (6, cfg.dim))
         self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
         self.norm_cross = nn.LayerNorm(epsilon=cfg.eps, use_fast_variance=False)
-        self.mlp_up, self.mlp_down = nn.Dense(cfg.ffn_dim), nn.Dense(cfg.dim)
+        self.mlp_up, self.mlp_down = Dense(cfg.ffn_dim), Dense(cfg.dim)
 
     def project(
         self, x: jax.Array, modulation_B6E: jax.Array, rope: tuple[jax.Array, jax.Array]
@@ -377,7 +401,12 @@ def embed_item() -> str:
 
 def block_item(index: int) -> str:
     """Returns the checkpoint item of block `index`."""
-    return f"dit.block.{index:03d}"
+    return f"{_BLOCK}{index:03d}"
+
+
+def is_block(item: str) -> bool:
+    """Returns whether a checkpoint item is a block."""
+    return item.startswith(_BLOCK)
 
 
 def head_item() -> str:
@@ -400,6 +429,15 @@ def abstract_params(cfg: DiTConfig) -> dict[str, Params]:
         **{block_item(i): block for i in range(cfg.num_layers)},
         head_item(): shapes(Head(cfg), hidden, time),
     }
+
+
+def stored_block(cfg: DiTConfig, block: Params) -> Params:
+    """Returns a block's parameters with the kernels of its linear layers held as the configuration says."""
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        return quantise(leaf, cfg.weight_dtype, axis=0) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(one, block)
 
 
 def split_embed(item: Params) -> tuple[Params, Params]:

@@ -7,6 +7,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+
+from svd2_jax.nn.quantised import MaybeQuantised, Quantised, dequantise
 
 AttentionImplementation = Literal["auto", "xla", "blocked", "cudnn"]
 
@@ -19,8 +22,8 @@ MASKED = -1e30  # finite, so that a block without any valid key gives no NaN
 
 def attend(
     q_BQND: jax.Array,
-    k_BKND: jax.Array,
-    v_BKND: jax.Array,
+    k_BKND: MaybeQuantised,
+    v_BKND: MaybeQuantised,
     kv_len_B: jax.Array | None = None,
     implementation: AttentionImplementation = "auto",
 ) -> jax.Array:
@@ -28,17 +31,16 @@ def attend(
 
     Args:
       q_BQND: queries.
-      k_BKND: keys, same dtype as the queries; B may be 1 to serve all rows.
-      v_BKND: values, shaped like the keys.
+      k_BKND: keys, same dtype as the queries or quantised over D; B may be 1 to serve all rows.
+      v_BKND: values, shaped and held like the keys.
       kv_len_B: int32 number of leading keys that are valid for each row (at least 1), or None for all.
       implementation: "xla" materialises the logits; "blocked" keeps an online softmax over blocks of keys, one
         head at a time (Milakov & Gimelshein 2018), for large sizes without a fused kernel; "cudnn" is the fused
-        GPU kernel (16-bit, D a multiple of 8 up to 128); "auto" takes "xla" or, where that would be large, "blocked";
-        an NVIDIA GPU may have it larger than other devices.
+        GPU kernel (16-bit, D a multiple of 8 up to 128; it gets a dequantised copy of what is in 8 bits); "auto" takes
+        "xla" or, where that would be large, "blocked"; an NVIDIA GPU may have it larger than other devices.
     """
     rows = q_BQND.shape[0]
-    k_BKND = jnp.broadcast_to(k_BKND, (rows, *k_BKND.shape[1:]))
-    v_BKND = jnp.broadcast_to(v_BKND, (rows, *v_BKND.shape[1:]))
+    k_BKND, v_BKND = jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), (k_BKND, v_BKND))
     if implementation == "auto":
         logits = math.prod(q_BQND.shape[:3]) * k_BKND.shape[1]
         if PLAIN_LOGITS_LIMIT < logits <= GPU_PLAIN_LOGITS_LIMIT:
@@ -47,6 +49,7 @@ def attend(
             )
         implementation = "xla" if logits <= PLAIN_LOGITS_LIMIT else "blocked"
     if implementation == "cudnn":
+        k_BKND, v_BKND = dequantise(k_BKND, q_BQND.dtype), dequantise(v_BKND, q_BQND.dtype)
         return jax.nn.dot_product_attention(
             q_BQND, k_BKND, v_BKND, key_value_seq_lengths=kv_len_B, implementation="cudnn"
         )
@@ -64,12 +67,14 @@ def fused_if_possible(platform: str, dtype: jnp.dtype, head_dim: int) -> Attenti
 
 def _attend_plain(q_BQND, k_BKND, v_BKND, kv_len_B):
     scale = 1.0 / math.sqrt(q_BQND.shape[-1])
-    logits_BNQK = jnp.einsum("BQND,BKND->BNQK", q_BQND, k_BKND, preferred_element_type=jnp.float32) * scale
+    keys_BKND, values_BKND = _unscaled(k_BKND, q_BQND.dtype), _unscaled(v_BKND, q_BQND.dtype)
+    logits_BNQK = jnp.einsum("BQND,BKND->BNQK", q_BQND, keys_BKND, preferred_element_type=jnp.float32) * scale
+    logits_BNQK = _scaled(logits_BNQK, k_BKND, "B K N 1 -> B N 1 K")
     if kv_len_B is not None:
         valid_BK = jnp.arange(k_BKND.shape[1], dtype=jnp.int32)[None, :] < kv_len_B[:, None]
         logits_BNQK = jnp.where(valid_BK[:, None, None, :], logits_BNQK, MASKED)
-    weights_BNQK = jax.nn.softmax(logits_BNQK, axis=-1).astype(v_BKND.dtype)
-    return jnp.einsum("BNQK,BKND->BQND", weights_BNQK, v_BKND)
+    weights_BNQK = _scaled(jax.nn.softmax(logits_BNQK, axis=-1), v_BKND, "B K N 1 -> B N 1 K")
+    return jnp.einsum("BNQK,BKND->BQND", weights_BNQK.astype(values_BKND.dtype), values_BKND)
 
 
 def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
@@ -84,7 +89,7 @@ def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
 
     def split(x_BKND):
         x_BKND = jnp.pad(x_BKND, ((0, 0), (0, padded - K), (0, 0), (0, 0)))
-        return x_BKND.reshape(B, blocks, size, N, D).transpose(0, 3, 1, 2, 4).reshape(B * N, blocks, size, D)
+        return rearrange(x_BKND, "B (J K) N D -> (B N) J K D", J=blocks)
 
     def one_head(args):
         q_QD, k_JKD, v_JKD, length = args
@@ -92,7 +97,9 @@ def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
         def step(carry, block):
             best_Q, total_Q, out_QD = carry
             k_KD, v_KD, j = block
-            logits_QK = jnp.einsum("QD,KD->QK", q_QD, k_KD, preferred_element_type=jnp.float32) * scale
+            keys_KD, values_KD = _unscaled(k_KD, q_QD.dtype), _unscaled(v_KD, q_QD.dtype)
+            logits_QK = jnp.einsum("QD,KD->QK", q_QD, keys_KD, preferred_element_type=jnp.float32) * scale
+            logits_QK = _scaled(logits_QK, k_KD, "K 1 -> 1 K")
             if masked:
                 valid_K = j * size + jnp.arange(size, dtype=jnp.int32) < length
                 logits_QK = jnp.where(valid_K[None, :], logits_QK, MASKED)
@@ -100,9 +107,8 @@ def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
             weights_QK = jnp.exp(logits_QK - new_Q[:, None])
             shrink_Q = jnp.exp(best_Q - new_Q)
             total_Q = total_Q * shrink_Q + weights_QK.sum(axis=-1)
-            part_QD = jnp.einsum(
-                "QK,KD->QD", weights_QK.astype(v_KD.dtype), v_KD, preferred_element_type=jnp.float32
-            )
+            weights_QK = _scaled(weights_QK, v_KD, "K 1 -> 1 K").astype(values_KD.dtype)
+            part_QD = jnp.einsum("QK,KD->QD", weights_QK, values_KD, preferred_element_type=jnp.float32)
             return (new_Q, total_Q, out_QD * shrink_Q[:, None] + part_QD), None
 
         # Like the queries, not plain zeros: under `shard_map` a carry has to vary over the mesh as its results do.
@@ -114,5 +120,16 @@ def _attend_blocked(q_BQND, k_BKND, v_BKND, kv_len_B):
         return (out_QD / total_Q[:, None]).astype(q_BQND.dtype)
 
     q_XQD = q_BQND.transpose(0, 2, 1, 3).reshape(B * N, Q, D)
-    out_XQD = jax.lax.map(one_head, (q_XQD, split(k_BKND), split(v_BKND), jnp.repeat(length_B, N)))
+    k_XJKD, v_XJKD = jax.tree.map(split, (k_BKND, v_BKND))
+    out_XQD = jax.lax.map(one_head, (q_XQD, k_XJKD, v_XJKD, jnp.repeat(length_B, N)))
     return out_XQD.reshape(B, N, Q, D).transpose(0, 2, 1, 3)
+
+
+def _unscaled(x: MaybeQuantised, dtype: jnp.dtype) -> jax.Array:
+    """Returns keys or values in the dtype, but for the scales that `_scaled` folds into what has one number a key."""
+    return x.values.astype(dtype) if isinstance(x, Quantised) else x
+
+
+def _scaled(weights: jax.Array, of: MaybeQuantised, axes: str) -> jax.Array:
+    """Returns logits, or weights, times the scales of the keys, or values, that they belong to."""
+    return weights * rearrange(of.scales, axes) if isinstance(of, Quantised) else weights

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
 from svd2_jax.config import DiTConfig, StreamConfig
+from svd2_jax.nn.quantised import MaybeQuantised, quantise
 
 Cache = TypeVar("Cache")
 
@@ -30,16 +31,16 @@ class LayerCache:
     """One layer's cache.
 
     Attributes:
-      k: [B, K, N, D] rotated keys, K = cache_frames * tokens per frame.
-      v: [B, K, N, D] values.
+      k: [B, K, N, D] rotated keys, K = cache_frames * tokens per frame; quantised over D, or not.
+      v: [B, K, N, D] values, held like the keys.
       sink_means: float32 [B, sinks, 2, N * D] token means of the keys and values at the sink positions; zero
         sinks where sinks do not adapt.
       queue: int32 [B, C] eviction order: exclusive ends of cache positions in latent frames, next first.
       queue_len: int32 [B] valid entries of the queue.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: MaybeQuantised
+    v: MaybeQuantised
     sink_means: jax.Array
     queue: jax.Array
     queue_len: jax.Array
@@ -93,10 +94,14 @@ def init_kv_cache(dit: DiTConfig, cfg: StreamConfig, dtype: jnp.dtype, layers: i
     tokens = cfg.cache_frames * frame_tokens(dit, cfg)
     sinks = cfg.sink_frames if cfg.adaptive_sinks else 0
 
+    def slots() -> MaybeQuantised:
+        empty = jnp.zeros((1, tokens, dit.num_heads, dit.head_dim), dtype)
+        return quantise(empty, cfg.cache_dtype, axis=-1)
+
     def layer() -> LayerCache:
         return LayerCache(
-            k=jnp.zeros((1, tokens, dit.num_heads, dit.head_dim), dtype),
-            v=jnp.zeros((1, tokens, dit.num_heads, dit.head_dim), dtype),
+            k=slots(),
+            v=slots(),
             sink_means=jnp.zeros((1, sinks, 2, dit.dim), jnp.float32),
             queue=jnp.zeros((1, queue_capacity(cfg)), jnp.int32),
             queue_len=jnp.zeros((1,), jnp.int32),
@@ -153,11 +158,12 @@ def write(
     end, queue, queue_len = jax.vmap(functools.partial(_next_position, cfg, frames))(plan, queue, queue_len)
     tokens = cache.k.shape[1] // cfg.cache_frames
     k, v, sink_means = cache.k, cache.v, cache.sink_means
+    new_k, new_v = (quantise(x, cfg.cache_dtype, axis=-1) for x in (k_BQND, v_BQND))
     # A row at a time: as a vmap this would be a scatter, which copies the cache.
     for row in range(k.shape[0]):
-        first = end[row] - frames
-        k = _write_row(k, k_BQND, row, first * tokens, plan.active[row])
-        v = _write_row(v, v_BQND, row, first * tokens, plan.active[row])
+        first_token = (end[row] - frames) * tokens
+        write_row = functools.partial(_write_row, row=row, first_token=first_token, active=plan.active[row])
+        k, v = jax.tree.map(write_row, k, new_k), jax.tree.map(write_row, v, new_v)
     if means is not None:
         sink_means = _write_sink_means(sink_means, means, end - frames, plan.active)
     return LayerCache(k, v, sink_means, queue, queue_len)

@@ -53,10 +53,10 @@ def embedding(seed):
     return jnp.asarray(gaussian(7, seed, shape=(1, MODEL.dit.text_len, MODEL.dit.text_dim)))
 
 
-def pipeline(cfg, split, rebalance=None, stopwatch=None):
+def pipeline(cfg, split, rebalance=None, stopwatch=None, model=MODEL):
     mesh = stage_meshes(1, len(split))[0]
-    builder = Builder(MODEL, cfg, DTYPE, mesh)
-    weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
+    builder = Builder(model, cfg, DTYPE, mesh)
+    weights = StageWeights(model, params.random_items(model, 0, DTYPE), mesh)
     movable = rebalance is not None
 
     def programs(cfg):
@@ -65,12 +65,12 @@ def pipeline(cfg, split, rebalance=None, stopwatch=None):
     return Pipeline(builder, programs, weights, split, embedding(0), rebalance, stopwatch)
 
 
-def stream(line, chunks=CHUNKS, moves=None, prompts=None):
+def stream(line, chunks=CHUNKS, moves=None, prompts=None, steps=None):
     """Drives a pipeline and returns the finished chunks' latents, float32 [chunks, F, h, w, C]."""
     cfg, shape = line.cfg, (*line.cfg.latent_size, MODEL.dit.in_channels)
     put = functools.partial(jax.device_put, device=line.mesh.first)
 
-    def noise(chunk, step, frames=1):
+    def noise(chunk, step, frames=cfg.frames_per_block):
         return put(gaussian(max(chunk, 0), step, shape=(frames, *shape)))
 
     first = cfg.first_latents
@@ -81,6 +81,8 @@ def stream(line, chunks=CHUNKS, moves=None, prompts=None):
             line.move(moves[tick])
         if prompts and tick in prompts:
             line.set_prompt(embedding(prompts[tick]))
+        if steps and tick in steps:
+            line.set_steps(steps[tick])
         fresh = tick <= chunks
         latents, *again = (noise(chunk or 0, s) for s, chunk in enumerate(line.entering(fresh)))
         timestep = put(np.int32(690 - 10 * (tick % 3)))  # follows the motion, chunk by chunk
@@ -131,6 +133,38 @@ def test_the_prompt_of_a_chunk_is_the_one_it_came_in_with():
     plain = stream(pipeline(cfg, (4, 4)))
     np.testing.assert_array_equal(changed[:8], plain[:8])
     assert (np.abs(changed[8:] - plain[8:]).max(axis=(1, 2, 3, 4)) > 1e-3).all()
+
+
+# --- weights and cache in 8 bits
+
+
+def relative_error(got, wanted):
+    return float(np.sqrt(np.square(got - wanted).mean() / np.square(wanted).mean()))
+
+
+T2V = StreamConfig.for_task("t2v", 1, height=32, width=32)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "split", "changes"),
+    [
+        (config(2), (BLOCKS,), {}),
+        (config(2), (BLOCKS,), {"steps": {4: 1, 9: 2}}),
+        (config(2), (4, 4), {"moves": {2: (5, 3), 3: (3, 5), 6: (4, 4), 14: (5, 3)}}),
+        (config(2, mode="sequential"), (5, 3), {}),
+        (T2V, (4, 4), {}),
+    ],
+    ids=["one stage", "other steps", "blocks on the move", "sequential", "t2v"],
+)
+@pytest.mark.parametrize(("storage", "error"), [("int8", 0.02), ("fp8", 0.08)])
+def test_a_stream_in_8_bits_stays_close_to_the_plain_one(cfg, split, changes, storage, error):
+    rebalance = BY_HAND if "moves" in changes else None
+    wanted = stream(pipeline(cfg, split, rebalance), **changes)
+    small = dataclasses.replace(cfg, cache_dtype=storage)
+    line = pipeline(small, split, rebalance, model=MODEL.with_weight_dtype(storage))
+    got = stream(line, **changes)
+    # About twice of what is seen: that of the roundings, which does not add up over a stream.
+    assert 0 < relative_error(got, wanted) < error
 
 
 # --- what is compiled

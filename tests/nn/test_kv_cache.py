@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from svd2_jax.config import DiTConfig, StreamConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.nn import kv_cache
+from svd2_jax.nn.quantised import dequantise
 
 DIT = DiTConfig(dim=8, ffn_dim=8, num_heads=2, num_layers=1)
 
@@ -187,3 +188,30 @@ def test_a_stream_that_re_anchors_at_every_step_never_outgrows_the_queue(cache_f
             if start >= cache_frames:  # every position beyond the sinks stays in the queue
                 regular = [e for e in entries if e > cfg.sink_frames]
                 assert len(regular) == len(set(regular)) >= 1
+
+
+@pytest.mark.parametrize(("storage", "error"), [("int8", 0.5 / 127), ("fp8", 1 / 16)])
+def test_a_cache_in_8_bits_holds_what_a_plain_one_holds_in_the_same_order(storage, error):
+    """Adaptive anchors are compared before anything is rounded, so both take the same turns."""
+    plain = dataclasses.replace(config(sink_threshold=0.2), timesteps=(700, 500))
+    small = dataclasses.replace(plain, cache_dtype=storage)
+    caches = {cfg: kv_cache.init_kv_cache(DIT, cfg, jnp.float32) for cfg in (plain, small)}
+    rng, scene, turns = np.random.default_rng(0), np.zeros((1, 2, 2, 4), np.float32), []
+    for start in (0, *range(2, 26)):  # full after six, and replaced one by one from there
+        frames = 1 if start else 2
+        scene = scene[:, :frames] * 0.8 + rng.standard_normal((1, frames, 2, 4), np.float32)
+        for cfg in caches:
+            caches[cfg] = write(cfg, caches[cfg], start, frames, jnp.asarray(scene))
+        assert queue_of(caches[small]) == queue_of(caches[plain])
+        turns.append(queue_of(caches[plain])[0])
+        layers = [caches[cfg].layers[0] for cfg in (plain, small)]
+        for wanted, got in ((layers[0].k, layers[1].k), (layers[0].v, layers[1].v)):
+            got = dequantise(got, jnp.dtype(jnp.float32))
+            assert (np.abs(got - wanted) <= error * np.abs(wanted).max(axis=-1, keepdims=True) * 1.0001).all()
+        np.testing.assert_array_equal(layers[0].sink_means, layers[1].sink_means)
+    # Anchors were replaced, and all others in turn.
+    assert {*turns[4:]} >= {4, 5, 6}
+    assert min(turns) <= plain.sink_frames
+    rows = kv_cache.resize_rows(caches[small], 2)
+    np.testing.assert_array_equal(rows.layers[0].k.values[1], caches[small].layers[0].k.values[0])
+    np.testing.assert_array_equal(rows.layers[0].k.scales[1], caches[small].layers[0].k.scales[0])
