@@ -15,14 +15,11 @@ from svd2_jax.engine.autoencode import rebuild
 from svd2_jax.evaluate import measures
 
 SCENES, FRAMES = (0, 3), 17
-# Looks that it knew well when it was trained: all but comic, mosaic and infrared.
-ASKED = (
-    "pencil_sketch", "oil_painting", "watercolour", "neon_night", "sunset", "winter", "thermal", "blueprint", "sepia",
-    "unchanged",
-)  # fmt: skip
-# Half a decibel below what was measured then: a wrong cache, schedule or layer costs more.
-VAE_PSNR_DB = {0: 23.2, 3: 31.9}
-REDRAWN_PSNR_DB = 22.8
+# Half a decibel below what was measured when it was trained: a wrong cache, schedule or layer costs more.
+VAE_PSNR_DB = {0: 23.8, 3: 32.2}
+REDRAWN_PSNR_DB = 22.4
+# Of 26; then it was 24: "draw it like an engineer" does nothing, and one infrared picture is nearer to a sketch.
+RIGHT = 23
 
 
 @functools.cache
@@ -65,14 +62,17 @@ def test_the_vae_redraws_scenes_that_it_has_not_seen(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SCENES)
-@pytest.mark.parametrize("look", ASKED)
-def test_the_look_that_was_asked_for_is_the_nearest(look, seed):
-    targets = [measures.blurred(apply_look(name, clip(seed))) for name in LOOKS]
-    assert list(LOOKS)[measures.nearest(measures.blurred(redrawn(look, seed)), targets)] == look
+def test_the_look_that_was_asked_for_is_the_nearest():
+    wrong = []
+    for seed in SCENES:
+        targets = [measures.blurred(apply_look(name, clip(seed))) for name in LOOKS]
+        for number, look in enumerate(LOOKS):
+            if measures.nearest(measures.blurred(redrawn(look, seed)), targets) != number:
+                wrong.append((look, seed))
+    assert len(SCENES) * len(LOOKS) - len(wrong) >= RIGHT, wrong
 
 
 @pytest.mark.slow
 def test_the_pictures_are_as_near_to_their_targets_as_when_the_model_was_trained():
-    drawn = [(redrawn(look, seed), apply_look(look, clip(seed))) for look in ASKED for seed in SCENES]
+    drawn = [(redrawn(look, seed), apply_look(look, clip(seed))) for look in LOOKS for seed in SCENES]
     assert np.mean([measures.likeness(*pair).psnr_db for pair in drawn]) > REDRAWN_PSNR_DB
