@@ -9,8 +9,8 @@ from svd2_jax.engine.policy import XLA_OPTIONS, checked_dtype, compiler_options,
 from svd2_jax.errors import ConfigError
 
 
-def test_a_cpu_is_given_no_options():
-    assert compiler_options("cpu", "") == ()
+def test_a_platform_without_options_is_given_none():
+    assert compiler_options("tpu", "") == ()
 
 
 def test_what_the_environment_names_is_left_to_it():
