@@ -3,7 +3,7 @@
 What is in the JSON already is not measured again, so that a run may be cut off at any time:
 
   python scripts/bench_gpu.py --out bench_gpu --budget 540
-  python scripts/bench_gpu.py --out bench_gpu --model wan-1.3b --size 512x512 --steps 2 --trace
+  python scripts/bench_gpu.py --out bench_gpu/traced --model wan-1.3b --size 512x512 --steps 2 --trace
   python scripts/bench_gpu.py --out bench_gpu --table
 """
 
@@ -115,7 +115,14 @@ def _run(args: argparse.Namespace) -> None:
     if args.part and (unknown := set(args.part) - {*OF_EVERY_STEP, *OF_ONE_SIZE, *OF_ONE_MODEL}):
         raise ConfigError(f"--part: there is no {', '.join(sorted(unknown))}")
     keep_programs()
-    left = [] if args.table else [job for job in jobs(args) if job.key not in results]
+
+    def is_measured(job: Job) -> bool:
+        if (found := results.get(job.key)) is None:
+            return False
+        same = found["settings"]["blocks"] == _sizes(job.model, args.blocks).dit.num_layers
+        return same and (not args.trace or bool(found["parts"][0]["kernels"]))
+
+    left = [] if args.table else [job for job in jobs(args) if not is_measured(job)]
     for model, of_model in itertools.groupby(left, key=lambda job: job.model):
         engine = DeviceEngine.random(_sizes(model, args.blocks), dtype="bfloat16")
         ceiling = None

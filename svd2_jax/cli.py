@@ -55,6 +55,8 @@ examples:
       --steps 4 --output out.mp4
   svd2 run --checkpoint ckpt --prompt "a dog runs on the beach" --frames 81 --output dog.mp4
   svd2 run --checkpoint ckpt-14b --stages 4 -v --input in.mp4 --prompt "a film noir" --output out.mp4
+  svd2 run --checkpoint ckpt-14b --stages 2 --share-vae --weight-dtype int8 --cache-dtype int8 --input in.mp4 \\
+      --prompt "a film noir" --output out.mp4
 
   # the same on two hosts with two devices each: the same command on both, but for --process-id
   svd2 run --checkpoint ckpt-14b --stages 4 --coordinator host0:9876 --num-processes 2 --process-id 0 \\
@@ -84,6 +86,7 @@ VERIFY_EXAMPLES = """\
 example:
   svd2 verify tests/goldens
   svd2 verify tests/goldens --dtype bfloat16 --json report.json
+  svd2 verify tests/goldens --weight-dtype int8 --cache-dtype int8
   XLA_FLAGS=--xla_force_host_platform_device_count=4 svd2 verify tests/goldens --stages 4
 
 Converts the weights found in the folder, runs every golden file there is through the same programs that
@@ -92,6 +95,7 @@ Converts the weights found in the folder, runs every golden file there is throug
 PLAN_EXAMPLES = """\
 examples:
   svd2 plan --preset wan-14b --stages 4
+  svd2 plan --preset wan-1.3b --stages 4 --share-vae --weight-dtype int8 --quick
   svd2 plan --preset wan-14b --hardware rtx4090 --split 5,5,5,5,5,5,5,5
   svd2 plan --preset wan-1.3b --hardware rtx4090 --config configs/v2v_fast.yaml --json plan.json
   svd2 plan --preset wan-14b --task t2v --steps 4 --quick

@@ -225,7 +225,7 @@ CASES = {
     "id alone": (["--process-id", 1], "--coordinator"),
     "no port": (["--coordinator", "host", "--process-id", 0, "--num-processes", 2], "HOST:PORT"),
     "no config": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory)"),
-    "unknown key": (["--config", "unknown.yaml"], "unknown keys ['speed']; known keys are ['cache_frames'"),
+    "unknown key": (["--config", "unknown.yaml"], "unknown keys ['speed']; known keys are ['cache_dtype'"),
     "broken config": (["--config", "broken.yaml"], "broken.yaml: is not YAML at line 2; expected lines of"),
     "binary config": (["--config", "binary.yaml"], "binary.yaml: is not YAML"),
     "config is a list": (["--config", "list.yaml"], "list.yaml: expected lines of `name: value`, got list"),

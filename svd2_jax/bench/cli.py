@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw there where the time goes")
     parser.add_argument(
         "--trace", type=Path, metavar="FOLDER",
-        help="also profile a few runs of each part: its costliest kernels are listed; the profiler.s files stay there",
+        help="also profile a few runs of each part: its costliest kernels are listed; the profiler's files stay there",
     )  # fmt: skip
 
 
@@ -113,6 +113,11 @@ def run(
         files.check_target(args.json)
     if args.picture:
         files.check_picture(args.picture)
+    if args.trace:
+        try:
+            args.trace.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"{args.trace}: cannot be made a folder for profiles ({e.strerror})") from e
     if (args.against is None) != (args.reference is None):
         raise ConfigError("--against reference needs --reference FOLDER, and the other way round")
     if args.repeats < 1:

@@ -73,11 +73,11 @@ def keep_programs() -> Path | None:
     _store = None
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = Path(os.environ.get(CACHE_VARIABLE) or caches / "svd2-jax")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
+        folder = Path(os.environ.get(CACHE_VARIABLE) or f"{caches}/svd2-jax").expanduser()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
+    except (OSError, RuntimeError):  # a user may have no home
         return None
     _store = Store(folder / "engine")
     if jax.config.values["jax_compilation_cache_dir"] or not os.access(folder, os.W_OK):
@@ -186,15 +186,15 @@ def kept_program(
     parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
 
     def load(key: object) -> tuple[Any, Any] | None:
-        if not isinstance(key, str):
+        if not isinstance(key, str) or (kept := store.read(key)) is None:
             return None
         try:
-            results, executable = store.read(key)
+            results, executable = kept
             return serialize_executable.deserialize_and_load(
                 executable, structure, jax.tree.structure(results), devices[0].client, devices
             ), results
         except Exception as e:  # whatever the file holds, the program can be compiled
-            _log.info("%s is compiled: %s", what, e)
+            _log.info("a kept program is not used: %s", e)
             return None
 
     made_from = _key(*parts, _sources())
@@ -213,7 +213,7 @@ def kept_program(
         try:
             executable, _, _ = serialize_executable.serialize(program)
         except Exception as e:  # not every backend can
-            _log.info("%s is not kept: %s", what, e)
+            _log.info("a program is not kept: %s", e)
             return found
         store.write(key, (results, executable))
     if made_from is not None:

@@ -122,7 +122,9 @@ class StageWeights:
     def resident_bytes(self) -> dict[Device, int]:
         """Returns the bytes of parameters on each local device."""
         held = dict.fromkeys((self.mesh.devices[s] for s in self.mesh.local_stages), 0)
-        leaves = jax.tree.leaves([self._items, self._ends])
+        leaves = jax.tree.leaves(
+            [*self._items.values(), self._ends]
+        )  # keys hold devices, which have no order
         for shard in (shard for x in leaves for shard in x.addressable_shards):
             held[shard.device] += shard.data.nbytes
         return held

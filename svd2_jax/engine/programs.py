@@ -450,7 +450,9 @@ def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Progra
         if isinstance(how.where, _Over):
             over = how.where
             bound = jax.shard_map(bound, mesh=over.mesh, in_specs=over.arguments, out_specs=over.results)
-        with jax.default_matmul_precision(how.precision):
+        # Flax's norms mix bfloat16 with float32, which may be forbidden elsewhere.
+        promotion = None if how.precision == matmul_precision(jnp.float32) else "standard"
+        with jax.default_matmul_precision(how.precision), jax.numpy_dtype_promotion(promotion):
             traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=out).trace(*args)
             return traced, traced.lower()
 

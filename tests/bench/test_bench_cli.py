@@ -55,6 +55,26 @@ def test_parts_of_a_smaller_model_are_measured_and_written(bench, tmp_path):
     assert drawn.exists()
 
 
+def test_a_profile_lists_the_costliest_kernels(bench, tmp_path):
+    file, folder = tmp_path / "bench.json", tmp_path / "profile"
+    code, out, err = bench(
+        *SMALL, "--blocks", 2, "--repeats", 1, "--part", "tick", "--trace", folder, "--json", file
+    )
+    assert code == 0, err
+    kernels = json.loads(file.read_text())["parts"][0]["kernels"]
+    seconds = [kernel["seconds"] for kernel in kernels]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] > 0
+    assert kernels[0]["name"] in out
+    assert list(folder.glob("tick/**/*.xplane.pb"))
+
+
+def test_a_file_is_no_folder_for_profiles(bench, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    check_refused(bench(*SMALL, "--part", "tick", "--trace", taken), "cannot be made a folder for profiles")
+
+
 def test_timed_parts_run_what_a_session_runs(engine):
     cfg = StreamConfig(height=48, width=64)
     bench = Bench.of(engine, cfg)

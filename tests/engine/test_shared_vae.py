@@ -178,3 +178,10 @@ def test_several_processes_cannot_share():
     draw = random_items(MODEL, 0, F32)
     with pytest.raises(ConfigError, match="share the VAE within one process only; leave out --share-vae"):
         DeviceEngine(MODEL, draw, types.SimpleNamespace(), F32, [mesh], PipelineOptions(share_vae=True))
+
+
+def test_sizes_that_are_shared_by_different_numbers_of_devices_are_both_described():
+    shared = engine(4, share_vae=True)
+    for cfg in (STREAM, UNEVEN):  # by four devices, and by three of them
+        shared.params(cfg)
+        assert "GiB of parameters" in shared.describe(cfg)
