@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -451,8 +452,9 @@ def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Progra
             over = how.where
             bound = jax.shard_map(bound, mesh=over.mesh, in_specs=over.arguments, out_specs=over.results)
         # Flax's norms mix bfloat16 with float32, which may be forbidden elsewhere.
-        promotion = None if how.precision == matmul_precision(jnp.float32) else "standard"
-        with jax.default_matmul_precision(how.precision), jax.numpy_dtype_promotion(promotion):
+        is_float32 = how.precision == matmul_precision(jnp.dtype(jnp.float32))
+        mixing = contextlib.nullcontext() if is_float32 else jax.numpy_dtype_promotion("standard")
+        with jax.default_matmul_precision(how.precision), mixing:
             traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=out).trace(*args)
             return traced, traced.lower()
 
