@@ -18,11 +18,12 @@ from svd2_jax.engine import noise, rebalance, shared_vae
 from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
-from svd2_jax.engine.policy import CompilerOptions, compiler_options, matmul_precision
+from svd2_jax.engine.policy import ONEDNN, CompilerOptions, compiler_options, matmul_precision
 from svd2_jax.models import dit
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
+from svd2_jax.nn.causal_conv import convolving_with_onednn
 from svd2_jax.stream import pixels, state, step
 from svd2_jax.stream.state import Entry
 from svd2_jax.stream.step import AXIS, Ring
@@ -454,7 +455,9 @@ def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Progra
         # Flax's norms mix bfloat16 with float32, which may be forbidden elsewhere.
         is_float32 = how.precision == matmul_precision(jnp.dtype(jnp.float32))
         mixing = contextlib.nullcontext() if is_float32 else jax.numpy_dtype_promotion("standard")
-        with jax.default_matmul_precision(how.precision), mixing:
+        by_onednn = (ONEDNN, True) in how.options
+        convolving = convolving_with_onednn() if by_onednn else contextlib.nullcontext()
+        with jax.default_matmul_precision(how.precision), mixing, convolving:
             traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=out).trace(*args)
             return traced, traced.lower()
 

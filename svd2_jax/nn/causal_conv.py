@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -21,6 +23,22 @@ MOST_STACKED_CHANNELS = 32
 # The Wan decoder's chunk at 512x512 on an H200: 23.3 ms with "conv3d", 25.5 with "stacked" and 27.8 with "taps", whose
 # sums all go through memory. Channels have to stay last (`engine.policy.XLA_OPTIONS`): 34.8 ms otherwise.
 GPU_FORMULATION: Formulation = "conv3d"
+
+
+_with_onednn = contextvars.ContextVar("_with_onednn", default=False)
+
+
+@contextlib.contextmanager
+def convolving_with_onednn() -> Iterator[None]:
+    """Has "auto" take what is fastest on a CPU in programs that are traced meanwhile, and compiled for oneDNN.
+
+    That is "conv3d", which without `engine.policy.ONEDNN` would be the slowest.
+    """
+    before = _with_onednn.set(True)
+    try:
+        yield
+    finally:
+        _with_onednn.reset(before)
 
 
 def causal_conv3d(
@@ -48,7 +66,8 @@ def causal_conv3d(
       formulation: "taps" sums one 2-D convolution per time tap; "stacked" is one 2-D convolution over the taps' frames
         one behind the other as channels; "conv3d" is one 3-D convolution, slow on XLA:CPU, and on a GPU XLA turns it
         to channels first unless `--xla_gpu_force_conv_nhwc` is set. All are equal but for rounding. "auto" takes
-        `GPU_FORMULATION` on an NVIDIA GPU, elsewhere "stacked" for few channels, else "taps".
+        `GPU_FORMULATION` on an NVIDIA GPU, elsewhere "stacked" for few channels, else "taps"; see
+        `convolving_with_onednn`.
       shards: how the rows are cut over devices; the tail is cut likewise, without neighbours' rows.
 
     Returns:
@@ -66,7 +85,9 @@ def causal_conv3d(
     between, rows = with_halo(padded, kernel.shape[1] // 2, kernel.shape[1] // 2, shards)
     convolve = functools.partial(_convolve_behind, time_stride, tail is None, rows)
     if formulation == "auto":
-        elsewhere = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
+        elsewhere: Formulation = "stacked" if channels <= MOST_STACKED_CHANNELS else "taps"
+        if _with_onednn.get():
+            elsewhere = "conv3d"
         y, new_tail = lax.platform_dependent(
             padded,
             between,
