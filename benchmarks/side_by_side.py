@@ -38,6 +38,23 @@ SIZES = (
 )
 PARTS = ("encode", "tick", "decode-wan", "decode-taehv", "stream")
 GOALS = {"encode": 1.0, "tick": 1.0, "decode-wan": 1.0, "stream": 1.3}
+HEAD = """\
+# Side by side with the reference
+
+```bash
+bash scripts/reference_venv.sh reference
+python benchmarks/side_by_side.py --reference reference --dtype float32 --dtype bfloat16
+```
+
+Same weights, inputs, dtype and number of threads, in one run, in turn: ours, theirs, ours, ... *ratio* is how many
+times as fast ours is, the median over the pairs, *from* and *to* the least and the most. *Of ceiling*: the least time
+that this machine allows, by a large matrix product and a large copy in the same run, as a share of the time taken.
+*Difference*: of the results, as a share of the largest value; frames are compared as 8 bits (4e-03 is one grey level).
+Goals: 1.0 for each part, 1.3 for the stream, end to end.
+
+![Ratios](side_by_side.png)
+
+"""
 MAIN = "from svd2_jax.cli import entry_point; entry_point()"
 
 
@@ -71,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
             print(f"{key}, {size[3]}x{size[4]}", flush=True)
             results[key] = measured(args.reference, dtype, args.repeats, *size[1:])
             files.write_json(file, results)
-    files.write_whole(args.out.with_suffix(".md"), lambda path: path.write_text(table(results)))
+    files.write_whole(args.out.with_suffix(".md"), lambda path: path.write_text(HEAD + table(results)))
     files.write_whole(args.out.with_suffix(".png"), lambda path: draw(path, results))
     print(table(results))
 
