@@ -13,21 +13,18 @@ import argparse
 import concurrent.futures
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from svd2_jax import files
 from svd2_jax.bench.ceiling import measured
 from svd2_jax.bench.parts import Bench
-from svd2_jax.bench.report import Report, Settings, text
-from svd2_jax.bench.run import measure
-from svd2_jax.config import StreamConfig
+from svd2_jax.bench.report import Report, text
+from svd2_jax.bench.run import measure, settings
+from svd2_jax.config import StreamConfig, preset
 from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.kept_programs import keep_programs
 from svd2_jax.errors import ConfigError, exit_code
@@ -119,12 +116,12 @@ def _run(args: argparse.Namespace) -> None:
     def is_measured(job: Job) -> bool:
         if (found := results.get(job.key)) is None:
             return False
-        same = found["settings"]["blocks"] == _sizes(job.model, args.blocks).dit.num_layers
+        same = found["settings"]["blocks"] == preset(job.model).with_blocks(args.blocks).dit.num_layers
         return same and (not args.trace or bool(found["parts"][0]["kernels"]))
 
     left = [] if args.table else [job for job in jobs(args) if not is_measured(job)]
     for model, of_model in itertools.groupby(left, key=lambda job: job.model):
-        engine = DeviceEngine.random(_sizes(model, args.blocks), dtype="bfloat16")
+        engine = DeviceEngine.random(preset(model).with_blocks(args.blocks), dtype="bfloat16")
         ceiling = None
         for _, group in itertools.groupby(of_model, key=lambda job: (job.height, job.width)):
             of_size = list(group)
@@ -140,10 +137,9 @@ def _run(args: argparse.Namespace) -> None:
                     break
                 trace = args.out / "trace" / job.key.replace(" ", "_") if args.trace else None
                 name = "stream" if job.part == "stream-taehv" else job.part
-                part = measure(
-                    Bench.of(engine, job.cfg), name, REPEATS, lambda rounds: lambda: None, None, trace
-                )
-                report = Report(_settings(engine, job), ceiling, (part,))
+                bench = Bench.of(engine, job.cfg)
+                part = measure(bench, name, REPEATS, lambda rounds: lambda: None, None, trace)
+                report = Report(settings(bench, f"random:{model}"), ceiling, (part,))
                 say(text(report))
                 results[job.key] = report.to_dict()
                 files.write_json(file, results)
@@ -197,21 +193,6 @@ def table(results: dict[str, Any]) -> str:
 def say(line: str) -> None:
     """Tells how far it is."""
     print(line, flush=True)
-
-
-def _sizes(model: str, blocks: int | None) -> Any:
-    from svd2_jax.config import preset
-
-    return preset(model).with_blocks(blocks)
-
-
-def _settings(engine: DeviceEngine, job: Job) -> Settings:
-    device = engine.meshes[0].home
-    return Settings(
-        checkpoint=f"random:{job.model}", blocks=engine.model.dit.num_layers, stream=job.cfg.to_dict(),
-        dtype=engine.dtype.name, attention="auto", platform=device.platform, device=device.device_kind,
-        threads=os.cpu_count() or 1, jax=jax.__version__, xla_flags=os.environ.get("XLA_FLAGS", ""),
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

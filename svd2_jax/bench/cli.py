@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -158,19 +157,16 @@ def _report(
     say: Callable[[str], None],
     reference: Reference | None = None,
 ) -> Report:
-    import jax
-
     from svd2_jax.bench.ceiling import measured
-    from svd2_jax.bench.report import Report, Settings
-    from svd2_jax.bench.run import measure
+    from svd2_jax.bench.report import Report
+    from svd2_jax.bench.run import cpu_threads, measure, settings
 
     engine = bench.engine
     device = engine.meshes[0].home
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     against = None
     if reference is not None:
         say("the reference loads them")
-        against = f"reference, {reference.load(bench, threads)}"
+        against = f"reference, {reference.load(bench, cpu_threads())}"
     say("measuring the ceiling")
     ceiling = measured(device, engine.dtype)
     parts: list[Measured] = []
@@ -190,19 +186,6 @@ def _report(
                     raise
                 say(f"note: {name} is left out: {e}")
     ceiling = measured(device, engine.dtype, ceiling)
-    settings = Settings(
-        checkpoint=args.checkpoint,
-        blocks=engine.model.dit.num_layers,
-        stream=bench.cfg.to_dict(),
-        dtype=engine.dtype.name,
-        attention=args.attention,
-        platform=device.platform,
-        device=device.device_kind,
-        threads=threads,
-        jax=jax.__version__,
-        xla_flags=os.environ.get("XLA_FLAGS", ""),
-        against=against,
-        weight_dtype=engine.model.dit.weight_dtype,
-    )
     wanted = not args.part or FIRST_FRAME in args.part
-    return Report(settings, ceiling, tuple(parts), phases if wanted else {})
+    where = settings(bench, args.checkpoint, args.attention, against)
+    return Report(where, ceiling, tuple(parts), phases if wanted else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from svd2_jax.bench.parts import PARTS, Bench
-from svd2_jax.bench.report import Against, Compiled, Measured
+from svd2_jax.bench.report import Against, Compiled, Measured, Settings
 from svd2_jax.bench.timing import Sample, in_turn, timed
 from svd2_jax.bench.trace import Kernel, kernels
 
@@ -75,6 +76,38 @@ def measure(
     return Measured(
         name, tuple(ours), part.work, part.frames, _compiled(part.program), against, part.note, seen
     )
+
+
+def settings(bench: Bench, checkpoint: str, attention: str = "auto", against: str | None = None) -> Settings:
+    """Returns what is measured where, for a report.
+
+    Args:
+      bench: the model and the stream.
+      checkpoint: its name.
+      attention: as it was asked for.
+      against: the other implementation.
+    """
+    engine = bench.engine
+    device = engine.meshes[0].home
+    return Settings(
+        checkpoint=checkpoint,
+        blocks=engine.model.dit.num_layers,
+        stream=bench.cfg.to_dict(),
+        dtype=engine.dtype.name,
+        attention=attention,
+        platform=device.platform,
+        device=device.device_kind,
+        threads=cpu_threads(),
+        jax=jax.__version__,
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        against=against,
+        weight_dtype=engine.model.dit.weight_dtype,
+    )
+
+
+def cpu_threads() -> int:
+    """Returns how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _difference(ours: Any, theirs: np.ndarray | None) -> float | None:
