@@ -10,7 +10,6 @@ What is in the JSON already is not measured again, so that a run may be cut off 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from svd2_jax import files
+from svd2_jax.api import SessionSpec
 from svd2_jax.bench.ceiling import measured
 from svd2_jax.bench.parts import Bench
 from svd2_jax.bench.report import Report, text
@@ -129,7 +129,8 @@ def _run(args: argparse.Namespace) -> None:
                 break
             say(f"{model} {of_size[0].height}x{of_size[0].width}: compiling")
             began = time.monotonic()
-            compile_all(engine, of_size)
+            engine.prepare(SessionSpec("", of_size[0].cfg), [job.steps for job in of_size])
+            engine.params(of_size[0].cfg)
             say(f"compiled after {time.monotonic() - began:.1f} s")
             ceiling = measured(engine.meshes[0].home, engine.dtype, ceiling)
             for job in of_size:
@@ -146,22 +147,6 @@ def _run(args: argparse.Namespace) -> None:
                 (args.out / "results.md").write_text(table(results))
     (args.out / "results.md").write_text(table(results))
     say(f"{args.out / 'results.md'}: {len(results)} parts")
-
-
-def compile_all(engine: DeviceEngine, wanted: list[Job]) -> None:
-    """Compiles what the jobs of one size need, several programs at once."""
-    ends = list(dict.fromkeys(job.cfg.with_steps(2) for job in wanted))
-    steps = list(dict.fromkeys(job.cfg for job in wanted if job.part in OF_EVERY_STEP))
-    of_one_decoder = [cfg for cfg in steps if cfg.decoder == "wan"]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        made: list[concurrent.futures.Future[Any]] = [pool.submit(engine.ends, cfg) for cfg in ends[:1]]
-        made += [pool.submit(engine.denoiser, cfg, engine.split(cfg)) for cfg in of_one_decoder]
-        made.append(pool.submit(engine.params, ends[0]))
-        for one in made:
-            one.result()
-    for cfg in (*ends, *steps):  # the rest shares most programs with these
-        engine.ends(cfg)
-        engine.params(cfg)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -253,16 +253,23 @@ class DeviceEngine:
         Raises:
           ConfigError: there are no timesteps for one of them.
         """
-        steps = sorted({spec.stream.steps, *steps})
+        cfg = spec.stream
+        several = [cfg.with_steps(count) for count in sorted({cfg.steps, *steps})]
+        changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
         for lane in range(len(self.meshes)):
-            split = self.split(spec.stream, lane)
-            self.ends(spec.stream, spec.pixels, lane)
-            for count in steps:
-                cfg = spec.stream.with_steps(count)
-                self.denoiser(cfg, split, lane)
-                others = [other for other in steps if other != count] if cfg.mode == "stream" else ()
-                for rows in others:
-                    self._builder(cfg, lane).resize(split, rows)
+            split = self.split(cfg, lane)
+            # Those of one number of steps first, as the others share many of them.
+            with ThreadPoolExecutor() as pool:
+                denoiser = pool.submit(self.denoiser, cfg, split, lane)
+                self.ends(cfg, spec.pixels, lane)
+                denoiser.result()
+                rest: list[Future[Any]] = [
+                    pool.submit(self.denoiser, other, split, lane) for other in several
+                ]
+                for before, after in changes:
+                    rest.append(pool.submit(self._builder(after, lane).resize, split, before.rows))
+                for one in rest:
+                    one.result()
 
     def prepare_prompt(self, prompt: str) -> None:
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait; in any thread."""

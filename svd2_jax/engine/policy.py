@@ -28,8 +28,6 @@ ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 # By platform. They go with each program: nothing has to be set before JAX starts, and what else a process compiles is
 # left alone.
 XLA_OPTIONS: Mapping[str, CompilerOptions] = {
-    # XLA before jax 0.12 has the option and does nothing about convolutions.
-    "cpu": ((ONEDNN, True),) if jax.__version_info__ >= (0, 12) else (),
     # Convolutions stay outside CUDA graphs, as XLA has it: captured without having been run before, as happens to
     # programs that were kept on disk, they fail (cuDNN status 5003, seen on an H200 with jax 0.11.2).
     "gpu": (
@@ -38,6 +36,12 @@ XLA_OPTIONS: Mapping[str, CompilerOptions] = {
         # Products of one input are not joined: that would copy their weights together in every tick.
         ("xla_gpu_dot_merger_threshold_mb", 0),
     ),
+}
+# By platform, for programs of the VAE alone: the others gain nothing, and with oneDNN in it no program can be kept on
+# disk (`kept_programs`).
+VAE_OPTIONS: Mapping[str, CompilerOptions] = {
+    # XLA before jax 0.12 has the option and does nothing about convolutions.
+    "cpu": ((ONEDNN, True),) if jax.__version_info__ >= (0, 12) else (),
 }
 
 
@@ -65,13 +69,15 @@ def matmul_precision(dtype: jnp.dtype) -> str:
     return "highest" if dtype == jnp.float32 else "default"
 
 
-def compiler_options(platform: str, given: str | None = None) -> CompilerOptions:
+def compiler_options(platform: str, is_vae: bool = False, given: str | None = None) -> CompilerOptions:
     """Returns XLA's options for a platform, without those that the environment's `XLA_FLAGS` decides.
 
     Args:
       platform: of the devices, in JAX's words.
+      is_vae: whether it is for a program that encodes or decodes.
       given: what stands for `XLA_FLAGS`.
     """
     flags = os.environ.get("XLA_FLAGS", "") if given is None else given
     decided = {flag.lstrip("-").partition("=")[0] for flag in flags.split()}
-    return tuple((name, value) for name, value in XLA_OPTIONS.get(platform, ()) if name not in decided)
+    ours = XLA_OPTIONS.get(platform, ()) + (VAE_OPTIONS.get(platform, ()) if is_vae else ())
+    return tuple((name, value) for name, value in ours if name not in decided)

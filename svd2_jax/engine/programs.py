@@ -350,9 +350,9 @@ class Builder:
         sharding = self.mesh.everywhere
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    def _compile_on(self, device: Any, function: Program, *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    def _compile_on(self, device: Any, function: Program, *args: Any) -> Any:
         """Returns an executable for one device, and its results as shapes there."""
-        return _compile(function, on(device, args), donate, SingleDeviceSharding(device), self.dtype)
+        return _compile(function, on(device, args), (), SingleDeviceSharding(device), self.dtype)
 
     def _compile_over(
         self, function: Program, specs: tuple[Any, ...], *args: Any, donate: tuple[int, ...] = ()
@@ -371,10 +371,11 @@ class Builder:
         """Returns a program of one device or of several that share it, and its results as shapes there."""
         shards = shared_vae.row_shards(devices)
         if shards is None:
-            return self._compile_on(devices.first, function, *args, donate=donate)
+            where = SingleDeviceSharding(devices.first)
+            return _compile(function, on(devices.first, args), donate, where, self.dtype, is_vae=True)
         program, results = _compile(
             functools.partial(function, shards=shards), shared_vae.abstract(devices, layout, args), donate,
-            _Over(devices.mesh, layout.arguments, layout.results), self.dtype,
+            _Over(devices.mesh, layout.arguments, layout.results), self.dtype, is_vae=True,
         )  # fmt: skip
         return shared_vae.SharedProgram(program, devices, layout, args[layout.latents]), results
 
@@ -409,6 +410,7 @@ def _compile(
     donate: tuple[int, ...],
     where: SingleDeviceSharding | _Over,
     dtype: jnp.dtype,
+    is_vae: bool = False,
 ) -> tuple[Program, Any]:
     """Returns an executable and its results' shapes, as everything that the engine runs is compiled.
 
@@ -418,13 +420,14 @@ def _compile(
       donate: arguments that the program takes over.
       where: where it runs, and how arguments and results lie there.
       dtype: what it computes in.
+      is_vae: whether it encodes or decodes.
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
     call = function if isinstance(function, functools.partial) else functools.partial(function)
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
     devices = tuple(where.mesh.devices.flat if isinstance(where, _Over) else where.device_set)
-    how = _How(donate, where, matmul_precision(dtype), compiler_options(devices[0].platform))
+    how = _How(donate, where, matmul_precision(dtype), compiler_options(devices[0].platform, is_vae))
     return _compile_once(static, structure, shapes, devices, how)
 
 

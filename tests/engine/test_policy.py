@@ -5,26 +5,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from svd2_jax.engine.policy import XLA_OPTIONS, checked_dtype, compiler_options, matmul_precision
+from svd2_jax.engine.policy import VAE_OPTIONS, XLA_OPTIONS, checked_dtype, compiler_options, matmul_precision
 from svd2_jax.errors import ConfigError
 
 
 def test_a_platform_without_options_is_given_none():
-    assert compiler_options("tpu", "") == ()
+    assert compiler_options("tpu", given="") == ()
 
 
 def test_what_the_environment_names_is_left_to_it():
-    ours = dict(compiler_options("gpu", ""))
+    ours = dict(compiler_options("gpu", given=""))
     assert ours == dict(XLA_OPTIONS["gpu"])
     given = "--xla_gpu_force_conv_nhwc=false --xla_gpu_autotune_level=0"
-    assert dict(compiler_options("gpu", given)).keys() == ours.keys() - {"xla_gpu_force_conv_nhwc"}
+    assert dict(compiler_options("gpu", given=given)).keys() == ours.keys() - {"xla_gpu_force_conv_nhwc"}
     # Another option whose name begins like one of ours decides nothing.
-    assert dict(compiler_options("gpu", "--xla_gpu_force_conv_nhwc_too=1")) == ours
+    assert dict(compiler_options("gpu", given="--xla_gpu_force_conv_nhwc_too=1")) == ours
+
+
+def test_programs_of_the_vae_have_options_of_their_own():
+    for platform in ("cpu", "gpu"):
+        extra = VAE_OPTIONS.get(platform, ())
+        assert (
+            compiler_options(platform, is_vae=True, given="") == compiler_options(platform, given="") + extra
+        )
+    assert compiler_options("cpu", is_vae=True, given="--xla_cpu_experimental_onednn_custom_call=false") == ()
 
 
 def test_this_jax_knows_every_option():
     # A CPU ignores them, but their names and values are checked.
-    for options in XLA_OPTIONS.values():
+    for options in (*XLA_OPTIONS.values(), *VAE_OPTIONS.values()):
         doubled = jax.jit(lambda x: x * 2).lower(jnp.ones(3)).compile(compiler_options=dict(options))
         np.testing.assert_array_equal(doubled(jnp.ones(3)), np.full(3, 2.0))
 
