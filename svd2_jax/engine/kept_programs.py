@@ -167,6 +167,7 @@ def kept_program(
     devices: Sequence[Device],
     trace: Callable[[], tuple[jax.stages.Traced, jax.stages.Lowered]],
     options: Mapping[str, Any],
+    writable: bool = True,
 ) -> tuple[Any, Any]:
     """Returns an executable and its results' shapes: as kept, or else compiled, and kept from now on.
 
@@ -176,12 +177,15 @@ def kept_program(
       devices: those of the program, in order.
       trace: traces and lowers it.
       options: XLA's; part of `what` too.
+      writable: whether XLA can write it down; otherwise it is compiled, and nobody tries.
     """
-    store = _store
+    store = _store if writable else None
+    not_by_jax = persistent_cache_min_compile_time_secs(math.inf)
     # A program over several processes has parts in each of them: those may not find it all or none at all.
     if store is None or any(d.process_index != jax.process_index() for d in devices):
         _, lowered = trace()
-        return lowered.compile(dict(options)), _results(lowered)
+        with contextlib.nullcontext() if writable else not_by_jax:
+            return lowered.compile(dict(options)), _results(lowered)
     structure = jax.tree.structure((args, {}))
     parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
 
@@ -206,7 +210,7 @@ def kept_program(
     found = load(key)
     if found is None:
         _compiling.from_cache = False
-        with persistent_cache_min_compile_time_secs(math.inf):  # JAX need not keep it as well
+        with not_by_jax:  # it need not be kept twice
             found = program, results = lowered.compile(dict(options)), _results(lowered)
         if key is None or _compiling.from_cache:
             return found

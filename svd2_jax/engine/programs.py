@@ -18,7 +18,13 @@ from svd2_jax.engine import noise, rebalance, shared_vae
 from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
-from svd2_jax.engine.policy import ONEDNN, CompilerOptions, compiler_options, matmul_precision
+from svd2_jax.engine.policy import (
+    ONEDNN_CONVOLVES,
+    CompilerOptions,
+    compiler_options,
+    computes_by_onednn,
+    matmul_precision,
+)
 from svd2_jax.models import dit
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn import kv_cache
@@ -445,6 +451,7 @@ class _How:
 def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
+    by_onednn = computes_by_onednn(how.options)
     out: Any = how.where
     if isinstance(how.where, _Over):
         out = jax.tree.map(functools.partial(NamedSharding, how.where.mesh), how.where.results)
@@ -458,13 +465,13 @@ def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Progra
         # Flax's norms mix bfloat16 with float32, which may be forbidden elsewhere.
         is_float32 = how.precision == matmul_precision(jnp.dtype(jnp.float32))
         mixing = contextlib.nullcontext() if is_float32 else jax.numpy_dtype_promotion("standard")
-        by_onednn = (ONEDNN, True) in how.options
-        convolving = convolving_with_onednn() if by_onednn else contextlib.nullcontext()
+        convolving = convolving_with_onednn() if by_onednn and ONEDNN_CONVOLVES else contextlib.nullcontext()
         with jax.default_matmul_precision(how.precision), mixing, convolving:
             traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=out).trace(*args)
             return traced, traced.lower()
 
-    program, results = kept_program((static, how), args, devices, trace, dict(how.options))
+    # XLA of jax 0.12 cannot write down what oneDNN computes, and ends the process over some such programs.
+    program, results = kept_program((static, how), args, devices, trace, dict(how.options), not by_onednn)
     return program, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         results,

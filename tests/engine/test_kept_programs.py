@@ -134,7 +134,18 @@ class Kept:
     def __init__(self, folder: Path):
         self.folder, self.traced = folder / "engine", 0
 
-    def ask(self, *, shape=(8,), dtype=jnp.float32, scale=2.0, device=0, over=1, options=None, what=()):
+    def ask(
+        self,
+        *,
+        shape=(8,),
+        dtype=jnp.float32,
+        scale=2.0,
+        device=0,
+        over=1,
+        options=None,
+        what=(),
+        writable=True,
+    ):
         devices = tuple(jax.devices()[device : device + over])
         sharding = NamedSharding(Mesh(np.array(devices), ("stage",)), PartitionSpec("stage"))
         if over == 1:
@@ -150,7 +161,7 @@ class Kept:
 
         self.sharding = sharding
         self.program, self.results = kept_program(
-            (double, scale, *what), (x, x), devices, trace, options or {}
+            (double, scale, *what), (x, x), devices, trace, options or {}, writable
         )
         return self
 
@@ -224,6 +235,13 @@ def test_flags_and_settings_tell_programs_apart(kept, monkeypatch):
     finally:
         jax.config.update("jax_enable_checks", False)
     assert (kept.traced, len(kept.files)) == (3, 3 * files)
+
+
+def test_what_xla_cannot_write_down_is_not_tried(kept):
+    for _ in range(2):
+        kept.ask(writable=False)
+    assert kept.traced == 2
+    assert list(kept.folder.glob("*")) == []
 
 
 def damage(kind: str, files: list[Path]) -> None:

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from svd2_jax.engine.policy import VAE_OPTIONS, XLA_OPTIONS, checked_dtype, compiler_options, matmul_precision
+from svd2_jax.engine.policy import (
+    ONEDNN,
+    VAE_OPTIONS,
+    XLA_OPTIONS,
+    checked_dtype,
+    compiler_options,
+    computes_by_onednn,
+    matmul_precision,
+)
 from svd2_jax.errors import ConfigError
 
 
@@ -28,7 +36,16 @@ def test_programs_of_the_vae_have_options_of_their_own():
         assert (
             compiler_options(platform, is_vae=True, given="") == compiler_options(platform, given="") + extra
         )
-    assert compiler_options("cpu", is_vae=True, given="--xla_cpu_experimental_onednn_custom_call=false") == ()
+
+
+def test_it_is_known_whether_onednn_may_compute():
+    ours, flag = ((ONEDNN, True),), f"--{ONEDNN}"
+    assert computes_by_onednn(ours, "")
+    assert not computes_by_onednn((), "--xla_cpu_enable_fast_math=true")
+    for on in (flag, f"{flag}=true", f"{flag}=1"):
+        assert computes_by_onednn((), on)
+    assert not computes_by_onednn((), f"{flag}=false")
+    assert compiler_options("cpu", is_vae=True, given=f"{flag}=false") == ()
 
 
 def test_this_jax_knows_every_option():
