@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from svd2_jax.config import LATENT_STRIDE, SPATIAL_STRIDE, TAEHVConfig
-from svd2_jax.nn.resample import unfold_frames, upsample_space
+from svd2_jax.nn.resample import UpsampledConv, unfold_frames
 from svd2_jax.nn.row_shards import RowShards, with_halo
 
 Params = Any  # nested dict of arrays, the parameters of one part
@@ -46,12 +46,10 @@ class TAEHVState:
     valid_B: jax.Array
 
 
-def _conv(
-    x: jax.Array, features: int, name: str, shards: RowShards | None, use_bias: bool = True
-) -> jax.Array:
+def _conv(x: jax.Array, features: int, name: str, shards: RowShards | None) -> jax.Array:
     """Returns a 3x3 convolution of the same size; for use in a module's `__call__`, whose parameters it takes."""
     x, rows = with_halo(x, 1, 1, shards)
-    return nn.Conv(features, (3, 3), padding=(rows, (1, 1)), use_bias=use_bias, name=name)(x)
+    return nn.Conv(features, (3, 3), padding=(rows, (1, 1)), name=name)(x)
 
 
 class _MemBlock(nn.Module):
@@ -91,11 +89,11 @@ class Decoder(nn.Module):
             for block in range(MEM_BLOCKS):
                 past = _previous_frame(x, rate * valid_B)
                 x = _MemBlock(shards, name=f"stage_{stage}_mem_{block}")(x, past)
-            x = upsample_space(x[:, -needed[stage] :])
             grow = nn.Dense(growth * channels[stage], use_bias=False, name=f"stage_{stage}_grow")
-            x = unfold_frames(grow(x), growth)
+            # Before the pixels are doubled, of which it makes the same.
+            x = unfold_frames(grow(x[:, -needed[stage] :]), growth)
             rate *= growth
-            x = _conv(x, channels[stage + 1], f"stage_{stage}_out", shards, use_bias=False)
+            x = UpsampledConv(channels[stage + 1], use_bias=False, name=f"stage_{stage}_out")(x, shards)
         return _conv(nn.relu(x), 3, "conv_out", shards)
 
 

@@ -26,7 +26,7 @@ from svd2_jax.config import LATENT_STRIDE, VAEConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.nn.attention import attend
 from svd2_jax.nn.causal_conv import CausalConv
-from svd2_jax.nn.resample import unfold_frames, upsample_space
+from svd2_jax.nn.resample import UpsampledConv, unfold_frames
 from svd2_jax.nn.row_shards import RowShards, gather, with_halo
 
 Params = Any  # nested dict of arrays, the parameters of one part
@@ -163,8 +163,7 @@ class _Up(nn.Module):
             # The first frame passes as it is; later ones never look back at it but at zeros.
             head, rest = (x[:, :1], x[:, 1:]) if tails.first else (x[:, :0], x)
             x = jnp.concatenate([head, unfold_frames(tails.conv(conv, rest), 2)], axis=1)
-        x, rows = with_halo(upsample_space(x), 1, 1, tails.shards)
-        return nn.Conv(channels // 2, (3, 3), padding=(rows, (1, 1)), name="conv")(x)
+        return UpsampledConv(channels // 2, name="conv")(x, tails.shards)
 
 
 class Encoder(nn.Module):

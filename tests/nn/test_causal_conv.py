@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from svd2_jax.nn.causal_conv import causal_conv3d
-from svd2_jax.nn.resample import unfold_frames, upsample_space
 
 SHAPES = [  # (kernel size, time stride, frames)
     ((3, 3, 3), 1, 4),
@@ -114,14 +113,3 @@ def test_a_donated_tail_gives_the_same_frames():
         y_donated, donated = step(x[:, t : t + 1], kernel, bias, donated)
         np.testing.assert_allclose(y_kept, y_donated, atol=2e-5)
     np.testing.assert_array_equal(kept, donated)
-
-
-def test_frames_are_unfolded_from_the_channels_in_order():
-    x = jnp.arange(8.0).reshape(1, 2, 1, 1, 4)
-    assert unfold_frames(x, 2).reshape(4, 2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-def test_upsampling_doubles_every_pixel():
-    x = jnp.asarray([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 1, 2, 2, 1)
-    expected = [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-    assert upsample_space(x)[0, 0, :, :, 0].tolist() == expected
