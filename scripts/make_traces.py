@@ -84,6 +84,12 @@ def traces() -> list[Trace]:
             ),
         ),
         Trace(
+            "overlap",
+            "One camera at 30 on two stages, three quarters busy; decoding behind them takes two fifths of a tick.",
+            120, DeviceTrace(fixed_ms=100, row_ms=0, outlier_share=OUTLIERS, tail_ms=40),
+            (dataclasses.replace(fast, floor_steps=2, stages=2, budget_ms=900),),
+        ),
+        Trace(
             "come_and_go", "One to eight streams join and leave; most end, some are closed with frames under way.",
             300, FOR_MANY, guests(),
         ),

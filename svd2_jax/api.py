@@ -145,6 +145,10 @@ class Ticket(Protocol):
         """The chunks that it finishes, for each part in the order given."""
         ...
 
+    def wait_stages(self) -> None:
+        """Waits until the stages can take the next tick: for all but what comes behind them, which is decoding."""
+        ...
+
     def wait(self) -> None:
         """Waits until the device is through with the tick and with all that finishes in it."""
         ...

@@ -22,6 +22,7 @@ from svd2_jax.errors import SessionError
 from svd2_jax.runtime.work import MS, SECOND
 
 SMALL = StreamConfig(height=16, width=16)
+NEVER_NS = 10**18
 ROUNDS = 3  # of the polling below: a thread that wakes another one that wakes a third is seen through
 
 
@@ -209,6 +210,7 @@ class FakeTicket:
     """A tick under way."""
 
     chunks: Sequence[Sequence[FakeChunk]]
+    wait_stages: Callable[[], None]
     wait: Callable[[], None]
 
 
@@ -216,9 +218,13 @@ class FakeEngine:
     """An engine without a model; see `svd2_jax.api.Engine`.
 
     Attributes:
-      device_ms: duration of a tick, from the number of streams, their steps, and whether it is a first group.
+      device_ms: time of a tick in the stages, from the number of streams, their steps, and whether it is a first group.
+      tail_ms: time in which its frames are finished behind them, while the next tick runs.
       fault: is called with the number of each tick and its sessions, and may raise.
+      stages_fault: is called with the number of each tick when its stages are waited for, and may raise.
+      finish_fault: the same when all of it is waited for.
       hang: numbers of ticks that never come back.
+      hang_behind: numbers of ticks whose stages do, and their frames never.
       forbidden_steps: set_steps raises for these.
       read_error: reading a chunk that was made while this is set raises it.
       before_read: is called whenever a chunk is read.
@@ -233,8 +239,12 @@ class FakeEngine:
         batch_sizes: Sequence[int] = (1, 2, 4),
     ):
         self._clock, self.device_ms, self.batch_sizes = clock, device_ms, tuple(batch_sizes)
+        self.tail_ms = 0.0
         self.fault: Callable[[int, Sequence[FakeSession]], None] = lambda number, sessions: None
+        self.stages_fault: Callable[[int], object] = lambda number: None
+        self.finish_fault: Callable[[int], object] = lambda number: None
         self.hang: set[int] = set()
+        self.hang_behind: set[int] = set()
         self.forbidden_steps: set[int] = set()
         self.read_error: Exception | None = None
         self.before_read: Callable[[], object] = lambda: None
@@ -269,15 +279,30 @@ class FakeEngine:
         assert len(sessions) == 1 or not first, "a first group has its tick for itself"
         self.ticks.append((len(sessions), steps))
         self.fault(number, sessions)
-        duration_ns = round(self.device_ms(len(sessions), steps, first) * MS)
+        stages_ns = round(self.device_ms(len(sessions), steps, first) * MS)
         chunks = [session.tick(part.frames) for session, part in zip(sessions, work, strict=True)]
-        return FakeTicket(chunks, lambda: self._wait(number, duration_ns))
+        started_ns = self._now_ns()
+        free_ns = started_ns + (NEVER_NS if number in self.hang else stages_ns)
+        done_ns = free_ns + (NEVER_NS if number in self.hang_behind else round(self.tail_ms * MS))
 
-    def _wait(self, number: int, duration_ns: int) -> None:
+        def wait_stages() -> None:
+            self._sleep_until(free_ns)
+            self.stages_fault(number)
+
+        def wait() -> None:
+            self._sleep_until(done_ns)
+            self.finish_fault(number)
+
+        return FakeTicket(chunks, wait_stages, wait)
+
+    def _now_ns(self) -> int:
+        return time.monotonic_ns() if self._clock is None else self._clock.now_ns()
+
+    def _sleep_until(self, until_ns: int) -> None:
         if self._clock is None:
-            time.sleep(3600 if number in self.hang else duration_ns / SECOND)
+            time.sleep(max(0, until_ns - time.monotonic_ns()) / SECOND)
         else:
-            self._clock.sleep_until(self._clock.now_ns() + (10**18 if number in self.hang else duration_ns))
+            self._clock.sleep_until(until_ns)
 
 
 def spec(prompt: str = "a red house", steps: int = 2, **settings: object) -> SessionSpec:

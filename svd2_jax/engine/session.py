@@ -49,14 +49,23 @@ class DeviceChunk:
 
 @dataclass(frozen=True)
 class DeviceTicket:
-    """A tick on its way through the devices; see `api.Ticket`."""
+    """A tick on its way through the devices; see `api.Ticket`.
+
+    Attributes:
+      chunks: that it finishes, for each part.
+      came_back: what leaves the stages, for each part.
+    """
 
     chunks: Sequence[Sequence[DeviceChunk]]
-    results: Sequence[object]
+    came_back: Sequence[Sequence[jax.Array]]
+
+    def wait_stages(self) -> None:
+        """Waits until this process's stages are through with it."""
+        jax.block_until_ready(self.came_back)
 
     def wait(self) -> None:
         """Waits until this process's devices are through with it."""
-        jax.block_until_ready(self.results)
+        jax.block_until_ready([self.came_back, [chunk.result for done in self.chunks for chunk in done]])
 
 
 class DeviceSession:
@@ -363,8 +372,7 @@ def tick_sessions(
             entering = [(*parts[i], parts[i][1] is not None) for i in batch]
             for i, done in zip(batch, _tick_batch(entering), strict=True):
                 chunks[i] = done
-    results = [chunk.result for done in chunks for chunk in done]
-    return DeviceTicket(chunks, [results, [session.pipeline.came_back for session, _ in parts]])
+    return DeviceTicket(chunks, [session.pipeline.came_back for session, _ in parts])
 
 
 def _tick_batch(

@@ -5,6 +5,10 @@ its last device times; all cells share one *speed factor*, the median of the las
 time. So a device that halves its speed is believed after three ticks of any kind, and one tick that took much
 longer for another reason changes nothing. Device times are kept divided by the speed factor of their moment, so
 that cells measured in different moments stay comparable.
+
+Ticks overlap: while the frames of one are still being finished behind the stages, the next one runs. A tick's time is
+what it adds to those before it; its *tail* is how much longer its frames take, which shows only at the end of a row of
+ticks. So k ticks from an idle device on take k times and one tail.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ class LatencySample:
       shape: of its streams.
       batch: how many streams it took.
       steps: their denoising steps.
-      duration_ns: device time, above 0.
+      duration_ns: device time that it adds to the tick before it, above 0.
       first: whether it took a first group.
+      tail_ns: how much longer its frames take when nothing ran before it; None where that was not measured.
     """
 
     shape: Hashable
@@ -35,6 +40,7 @@ class LatencySample:
     steps: int
     duration_ns: int
     first: bool = False
+    tail_ns: int | None = None
 
 
 class Cell(NamedTuple):
@@ -78,6 +84,9 @@ class Costs:
       bound_ns: time that hardly any tick of that size exceeds.
       first_expected_ns: time of a first group's tick.
       first_bound_ns: time that hardly any of those exceeds.
+      tails_ns: how much longer the frames of a tick of each size take when nothing ran before it; 0 where not known.
+      first_tail_ns: the same of a first group's tick.
+      tail_bound_ns: time that hardly any of these tails exceeds.
       knee: largest batch size that is worth its latency.
       best: batch size of the highest throughput.
     """
@@ -87,6 +96,9 @@ class Costs:
     bound_ns: dict[int, int]
     first_expected_ns: int
     first_bound_ns: int
+    tails_ns: dict[int, int]
+    first_tail_ns: int
+    tail_bound_ns: int
     knee: int
     best: int
 
@@ -118,6 +130,8 @@ class LatencyModel:
         self.speed = 1.0  # above 1: the device takes longer than its typical times
         self._times: dict[Cell, deque[float]] = {}
         self._typical: dict[Cell, float] = {}
+        self._tails: dict[Cell, deque[float]] = {}
+        self._tail: dict[Cell, float] = {}
         self._recent: deque[tuple[Cell, int, float]] = deque(maxlen=self.config.speed_window)
         self._misses: deque[float] = deque(maxlen=self.config.window)  # observed / predicted
         self._costs: dict[tuple[Hashable, int], Costs] = {}
@@ -139,7 +153,16 @@ class LatencyModel:
             middle = len(self._recent) // 2
             if len(self._recent) == self.config.speed_window:
                 self._learn(*self._recent[middle][:2])
+        if sample.tail_ns is not None:
+            tails = self._tails.setdefault(cell, deque(maxlen=self.config.window))
+            tails.append(sample.tail_ns / self.speed)
+            self._tail[cell] = statistics.median(tails)
         self._costs.clear()
+
+    @property
+    def knows_tails(self) -> bool:
+        """Whether any tail is known that is not 0."""
+        return any(self._tail.values())
 
     def doubt(self) -> None:
         """Takes a slow device to be as fast as ever, until the next device time, which is believed at once."""
@@ -173,6 +196,8 @@ class LatencyModel:
         margin = self.margin
         expected = {size: round(self._cell_ns(Cell(shape, size, steps, False))) for size in self.sizes}
         first = round(self._cell_ns(Cell(shape, 1, steps, True)))
+        tails = {size: self._tail_ns(Cell(shape, size, steps, False)) for size in self.sizes}
+        first_tail = self._tail_ns(Cell(shape, 1, steps, True))
         knee = self.sizes[0]
         for size in self.sizes[1:]:
             if size * expected[knee] < knee * expected[size] * (1 + self.config.knee_gain):
@@ -184,6 +209,9 @@ class LatencyModel:
             bound_ns={size: math.ceil(time * margin) for size, time in expected.items()},
             first_expected_ns=first,
             first_bound_ns=math.ceil(first * margin),
+            tails_ns=tails,
+            first_tail_ns=first_tail,
+            tail_bound_ns=math.ceil(max(first_tail, *tails.values()) * margin),
             knee=knee,
             best=min(self.sizes, key=lambda size: expected[size] / size),
         )
@@ -193,6 +221,9 @@ class LatencyModel:
         if typical is None:
             typical = self._guess(cell)
         return typical * self.speed
+
+    def _tail_ns(self, cell: Cell) -> int:
+        return round(self._tail.get(cell, 0.0) * self.speed)
 
     def _guess(self, cell: Cell) -> float:
         """Predicts a cell without device times from the others of its shape, or of any shape if it has none."""

@@ -3,8 +3,9 @@
 `LiveLoop` is the shell around `Scheduler`: it owns the threads, the pixels and the sessions, and decides nothing.
 
     ingest, one a stream   pulls the source and offers its frames
-    device                 asks the scheduler for a tick, hands it to the engine and waits until it is through
-    reader                 brings finished frames to the host, while the device thread starts the next tick
+    device                 asks the scheduler for a tick, hands it to the engine and waits until its stages are through
+    finisher               waits until the frames of a tick are finished, while the device thread runs the next one
+    reader                 brings finished frames to the host
     delivery               asks the scheduler which frames are due, and passes them on at their time
     outlet, one a stream   calls the stream's sink, so that a slow one stalls nobody else
     report                 calls the observers of events, so that a slow disk stalls nobody
@@ -32,7 +33,7 @@ from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 
-from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Work, check_prompt
+from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Ticket, Work, check_prompt
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
@@ -157,6 +158,24 @@ class _Entry(NamedTuple):
     frames: list[np.ndarray]
 
 
+class _Passed(NamedTuple):
+    """A tick that the stages are through with, and whose frames are still being finished.
+
+    Attributes:
+      tick: what ran.
+      taken: the streams that took part.
+      ticket: to wait for; None: there is nothing, as the tick has failed or no stream of it was left.
+      error: why it failed, if it did.
+      is_new: whether that ended any stream. If not, it went the way of the tick before it.
+    """
+
+    tick: Tick
+    taken: Sequence[_Live]
+    ticket: Ticket | None
+    error: Exception | None = None
+    is_new: bool = False
+
+
 class LiveLoop:
     """Runs live streams on an engine. Every method may be called from any thread; use it as a context manager."""
 
@@ -191,12 +210,13 @@ class LiveLoop:
         # One condition for each kind of thread, so that nothing wakes those that it does not concern.
         (
             self._device_work,
+            self._finisher_work,
             self._delivery_work,
             self._reader_work,
             self._report_work,
             self._watch,
             self._state,
-        ) = (threading.Condition(self._lock) for _ in range(6))
+        ) = (threading.Condition(self._lock) for _ in range(7))
         self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event)
         self._observers = list(observers)
         self._events: deque[Event] = deque()
@@ -204,12 +224,13 @@ class LiveLoop:
         self._streams: dict[StreamId, _Live] = {}
         self._results: dict[StreamId, BaseException | None] = {}
         self._orders: deque[Callable[[], None]] = deque()  # for the device thread, between ticks
+        self._passed: deque[_Passed] = deque()  # for the finisher
         self._finished: deque[tuple[_Live, tuple[int, ...], Chunk]] = deque()  # for the reader
         self._calls: dict[str, _Call] = {}  # by thread
         self._failed_ticks = 0
         self._threads: list[threading.Thread] = []
         self._stream_threads: set[threading.Thread] = set()
-        self._started = self._closing = self._stopping = self._silent = False
+        self._started = self._closing = self._stopping = self._driven = self._silent = False
         self._error: BaseException | None = None
 
     # --- start and end
@@ -221,6 +242,7 @@ class LiveLoop:
         self._started = True
         bodies = {
             "device": self._drive,
+            "finisher": self._finish,
             "reader": self._read,
             "delivery": self._deliver,
             "report": self._observe,
@@ -423,15 +445,20 @@ class LiveLoop:
 
     def _drive(self) -> None:
         """Device thread: one tick after another, and orders in between."""
-        while True:
-            try:
-                todo = self._next_work()
-                if todo is None:
-                    return
-                todo()
-            except Exception as e:
-                self._end_loop(e)  # which leaves orders: sessions to close
-            todo = None  # nothing is held while this waits
+        try:
+            while True:
+                try:
+                    todo = self._next_work()
+                    if todo is None:
+                        return
+                    todo()
+                except Exception as e:
+                    self._end_loop(e)  # which leaves orders: sessions to close
+                todo = None  # nothing is held while this waits
+        finally:
+            with self._lock:
+                self._driven = True
+                self._finisher_work.notify()
 
     def _next_work(self) -> Callable[[], None] | None:
         """Waits for the next thing to do; None: there will be nothing."""
@@ -457,13 +484,11 @@ class LiveLoop:
         return _Entry(live, live.session, part, [live.inputs.pop(number) for number in part.frames])
 
     def _run_tick(self, tick: Tick, entries: Sequence[_Entry]) -> None:
-        """Runs a tick and tells the scheduler; the streams of one that fails end."""
+        """Takes a tick through the stages; the streams of one that fails end."""
         taken: list[_Live] = []
-        chunks: Sequence[Sequence[Chunk]] = ()
-        error = None
-        names = ", ".join(str(part.stream) for part in tick.parts)
+        ticket, error = None, None
         try:
-            with self._watched(f"tick {tick.number} (stream {names})", tick.predicted_ns):
+            with self._watched(_name(tick), tick.predicted_ns):
                 work = []
                 for live, session, part, frames in entries:
                     try:
@@ -476,26 +501,68 @@ class LiveLoop:
                     work.append(Work(session, _stacked(frames, part.fill)))
                 if work:
                     ticket = self._engine.tick(work)
-                    ticket.wait()
-                    chunks = ticket.chunks
+                    ticket.wait_stages()
         except Exception as e:
-            error = e
+            ticket, error = None, e
         with self._lock:
-            if error is not None:
-                for live in taken:
-                    self._close(live, error)
-            self._failed_ticks = self._failed_ticks + 1 if error is not None else 0
+            is_new = error is not None and self._end_streams(taken, error)
+            self._scheduler.free(self._clock.now_ns())
+            self._passed.append(_Passed(tick, taken, ticket, error, is_new))
+            self._finisher_work.notify()
+
+    def _finish(self) -> None:
+        """Finisher thread: one tick after another, in the order in which they ran."""
+        while True:
+            with self._lock:
+                while not self._passed:
+                    if self._driven:
+                        return
+                    self._clock.wait(self._finisher_work, None)
+                passed = self._passed.popleft()
+            self._finish_tick(passed)
+            passed = None  # nothing is held while this waits
+
+    def _finish_tick(self, passed: _Passed) -> None:
+        """Waits for the frames of a tick and tells the scheduler; the streams of one that fails end."""
+        tick, taken, ticket, error, is_new = passed
+        chunks: Sequence[Sequence[Chunk]] = ()
+        if ticket is not None:
+            try:
+                with self._watched(f"finishing the frames of {_name(tick)}", tick.predicted_ns):
+                    ticket.wait()
+                chunks = ticket.chunks
+            except Exception as e:
+                error = e
+        with self._lock:
+            if ticket is not None and error is not None:
+                is_new = self._end_streams(taken, error)
             finished: dict[StreamId, int] = {}
             for live, done in zip(taken, chunks, strict=error is None):
+                if live.gone:  # if an earlier tick of it failed, nobody knows whose frames these are
+                    continue
                 finished[live.id] = len(done)
                 self._finished.extend((live, live.flight.popleft(), chunk) for chunk in done)
             # Their pixels follow within the time of a copy: the reader fetches them while the next tick runs.
             self._scheduler.done(finished, self._clock.now_ns())
             self._look_for_ends()
+            self._device_work.notify()
             self._reader_work.notify()
             self._delivery_work.notify()
-        if error is not None and self._failed_ticks >= self._config.failed_ticks:
-            raise EngineError(f"{self._failed_ticks} ticks failed one after another: {error}") from error
+            if error is None:
+                self._failed_ticks = 0
+            elif is_new:
+                self._failed_ticks += 1
+            is_last = is_new and self._failed_ticks >= self._config.failed_ticks
+        if is_last:
+            failed = EngineError(f"{self._failed_ticks} ticks failed one after another: {error}")
+            self._end_loop(failed, error)
+
+    def _end_streams(self, taken: Iterable[_Live], error: Exception) -> bool:
+        """Ends the streams of a tick that failed; returns whether any of them was left. The lock is held."""
+        left = [live for live in taken if not live.gone]
+        for live in left:
+            self._close(live, error)
+        return bool(left)
 
     def _change_prompt(self, live: _Live, text: str, blend_chunks: int) -> None:
         """Device thread, between ticks."""
@@ -769,7 +836,8 @@ class LiveLoop:
 
     def _wake_all(self) -> None:
         for condition in (
-            self._device_work, self._delivery_work, self._reader_work, self._report_work, self._watch, self._state,
+            self._device_work, self._finisher_work, self._delivery_work, self._reader_work, self._report_work,
+            self._watch, self._state,
         ):  # fmt: skip
             condition.notify_all()
 
@@ -782,6 +850,11 @@ def _checked_frame(frame: np.ndarray, cfg: StreamConfig) -> np.ndarray:
     if frame.shape != expected or frame.dtype != np.uint8:
         raise SessionError(f"a frame must be uint8 {expected}, got {frame.dtype} {frame.shape}")
     return np.array(frame, order="C")
+
+
+def _name(tick: Tick) -> str:
+    """Returns what a tick is called in reports."""
+    return f"tick {tick.number} (stream {', '.join(str(part.stream) for part in tick.parts)})"
 
 
 def _stacked(frames: Sequence[np.ndarray], fill: int) -> np.ndarray | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from svd2_jax.api import Engine, Session, SessionSpec, Work
+from svd2_jax.api import Engine, Session, SessionSpec, Ticket, Work
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.runtime.latency import LatencySample
@@ -54,6 +57,9 @@ def measure(
 ) -> list[LatencySample]:
     """Returns device times of every kind of tick, for `LiveLoop.warm_up`; also shows that all of them run.
 
+    Each kind is run alone, and then so that each tick is handed over while the one before it is being finished, as
+    live: what it takes then is its time, and what it takes longer alone is its tail.
+
     Opens as many temporary sessions as the largest batch takes. Where fewer fit, larger batches are left out.
 
     Args:
@@ -61,7 +67,7 @@ def measure(
       spec: what the streams will be like.
       steps: numbers of denoising steps they may be given.
       batch_sizes: how many streams share a tick; None takes all that the engine allows.
-      rounds: ticks measured of each kind, behind one that is not.
+      rounds: ticks measured of each kind, either way, behind one that is not.
       now_ns: the clock.
     """
     engine.prepare(spec, steps)
@@ -72,37 +78,67 @@ def measure(
         np.zeros((count, cfg.height, cfg.width, 3), np.uint8)
         for count in (cfg.first_frames, cfg.chunk_frames)
     )
+    sessions: list[Session] = []
 
-    def timed(work: Sequence[Work]) -> int:
-        started_ns = now_ns()
-        engine.tick(work).wait()
-        return now_ns() - started_ns
+    def reopen(steps: int, most: int) -> None:
+        """Opens new sessions, as many as fit."""
+        close()
+        for _ in range(most):
+            try:
+                sessions.append(engine.open(with_steps(spec, steps)))
+            except ConfigError:
+                if not sessions:
+                    raise
+                break
+
+    def close() -> None:
+        while sessions:
+            sessions.pop().close()
 
     for count in steps:
-        sessions: list[Session] = []
         try:
-            for _ in range(sizes[-1]):
-                try:
-                    sessions.append(engine.open(with_steps(spec, count)))
-                except ConfigError:
-                    if not sessions:
-                        raise
-                    break
-            firsts = [timed([Work(session, first)]) for session in sessions]
-            kinds = [(1, True, firsts)]
+            reopen(count, sizes[-1])
+            firsts = [_alone(engine, [Work(session, first)], now_ns) for session in sessions]
+            kinds = []
             for size in (size for size in sizes if size <= len(sessions)):
                 work = [Work(session, chunk) for session in sessions[:size]]
-                kinds.append((size, False, [timed(work) for _ in range(rounds + 1)]))
-            while sessions:
-                sessions.pop().close()
-            sessions.append(engine.open(with_steps(spec, count)))
-            firsts.append(timed([Work(sessions[0], first)]))
-            samples += [
-                LatencySample(shape, size, count, max(1, took), is_first)
-                for size, is_first, several in kinds
-                for took in several[1:]  # whatever runs for the first time takes longer
-            ]
+                alone = [_alone(engine, work, now_ns) for _ in range(rounds + 1)]
+                kinds.append((size, False, alone, _in_a_row(engine, [work] * (rounds + 1), now_ns)))
+            reopen(count, min(rounds + 2, sizes[-1]))
+            firsts.append(_alone(engine, [Work(sessions[0], first)], now_ns))
+            in_a_row = _in_a_row(engine, [[Work(session, first)] for session in sessions[1:]], now_ns)
+            kinds.insert(0, (1, True, firsts, in_a_row))
         finally:
-            for session in sessions:
-                session.close()
+            close()
+        for size, is_first, alone, in_a_row in kinds:
+            alone = alone[1:]  # whatever runs for the first time takes longer
+            times = in_a_row or alone
+            tail = max(0, round(statistics.median(alone) - statistics.median(times)))
+            samples += [LatencySample(shape, size, count, max(1, took), is_first, tail) for took in times]
     return samples
+
+
+def _alone(engine: Engine, work: Sequence[Work], now_ns: Callable[[], int]) -> int:
+    """Returns the time from the start of a tick to its end, on an idle device."""
+    started_ns = now_ns()
+    engine.tick(work).wait()
+    return now_ns() - started_ns
+
+
+def _in_a_row(engine: Engine, works: Iterable[Sequence[Work]], now_ns: Callable[[], int]) -> list[int]:
+    """Returns the time from the end of the tick before to its own end, for each tick but the first."""
+    in_flight: deque[Ticket] = deque()
+    ends_ns: list[int] = []
+
+    def finish() -> None:
+        in_flight.popleft().wait()
+        ends_ns.append(now_ns())
+
+    for work in works:
+        in_flight.append(engine.tick(work))
+        if len(in_flight) > 1:
+            finish()
+        in_flight[-1].wait_stages()
+    if in_flight:
+        finish()
+    return [end - before for before, end in itertools.pairwise(ends_ns)]

@@ -164,13 +164,13 @@ class Tally:
         if jitter_ns is not None:
             self.jitter.add(jitter_ns)
 
-    def add_tick(self, record: TickRecord, share: float = 1.0) -> None:
-        """Counts a tick, of whose device time this tally takes a share."""
+    def add_tick(self, record: TickRecord, busy_ns: int, share: float = 1.0) -> None:
+        """Counts a tick, of whose device time `busy_ns` this tally takes a share."""
         steps, parts = record.tick.steps, len(record.tick.parts)
         self.ticks += 1
         self.batch_sum += parts
         self.batch_high = max(self.batch_high, parts)
-        self.busy_ns += round((record.done_ns - record.started_ns) * share)
+        self.busy_ns += round(busy_ns * share)
         self.queue_sum += record.queued
         self.queue_high = max(self.queue_high, record.queued)
         self.steps_low = min(self.steps_low or steps, steps)
@@ -368,7 +368,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._all = _Stream("all")
         self._streams: dict[StreamId, _Stream] = {}  # the one that was silent longest first
-        self._now_ns = 0
+        self._now_ns = self._ran_ns = 0  # of the last event, and of the last tick's end
 
     def opened(self, stream: StreamId, settings: StreamSettings, name: str | None = None) -> None:
         """Tells a stream's rate (for the jitter of sources without timestamps) and what to call it."""
@@ -467,11 +467,14 @@ class Metrics:
 
     def _add_tick(self, record: TickRecord) -> None:
         self._now_ns = max(self._now_ns, record.done_ns)
+        # While two ticks are in flight, the device works once.
+        busy_ns = max(0, record.done_ns - max(record.started_ns, self._ran_ns))
+        self._ran_ns = max(self._ran_ns, record.done_ns)
         for tally in self._all.tallies(record.started_ns, self._now_ns):
-            tally.add_tick(record)
+            tally.add_tick(record, busy_ns)
         for part in record.tick.parts:
             for tally in self._stream(part.stream).tallies(record.started_ns, self._now_ns):
-                tally.add_tick(record, 1 / len(record.tick.parts))
+                tally.add_tick(record, busy_ns, 1 / len(record.tick.parts))
 
     def _add_change(self, change: StepChange) -> None:
         self._now_ns = max(self._now_ns, change.at_ns)

@@ -80,7 +80,8 @@ def nominal_ns(settings: StreamSettings, streams: int, costs_of: CostsOf, guard_
     """Returns the playout delay that a stream needs in normal running, at its preferred steps; at most its budget."""
     costs = costs_of(settings.shape, settings.steps)
     tick = costs.bound_ns[costs.size(streams, costs.knee)]
-    spare = guard_ns + (tick if streams > 1 else 0)  # the device may be busy with others
+    # The device may be busy with others; and the last tick's frames take a tail longer.
+    spare = guard_ns + costs.tail_bound_ns + (tick if streams > 1 else 0)
     ticks = ticks_per_chunk(settings, settings.steps, tick, spare)
     if ticks is None:
         return settings.budget_ns
@@ -115,7 +116,7 @@ class _Sum:
         if found is None:
             costs = self._costs_of(settings.shape, steps)
             tick = costs.expected_ns[costs.size(self._companions[settings.shape], costs.knee)]
-            ticks = ticks_per_chunk(settings, steps, tick, self._guard_ns)
+            ticks = ticks_per_chunk(settings, steps, tick, self._guard_ns + costs.tail_bound_ns)
             # Too slow for the budget: as good as not to be had.
             found = self._ticks[settings, steps] = 1e6 if ticks is None else float(ticks)
         return found
@@ -231,13 +232,14 @@ def refusal(
     costs, floor = costs_of(settings.shape, settings.floor_steps), settings.floor_steps
     tick, guard = costs.bound_ns[1], config.guard_ns
     fill = (settings.chunk_frames - 1) * settings.interval_ns
-    first = costs.first_bound_ns + guard
-    least = max(fill + floor * settings.stages * tick + guard, first)
+    tail = costs.tail_bound_ns
+    alone = floor * settings.stages * tick + tail
+    least = max(fill + alone, costs.first_bound_ns + tail) + guard
     if least > settings.budget_ns:
         return (
             f"a latency budget of {settings.budget_ms:g} ms cannot be met: {settings.chunk_frames} frames at "
             f"{settings.rate_hz:g} FPS take {fill / MS:.0f} ms to come and {floor} denoising "
-            f"step{'s take' if floor > 1 else ' takes'} {floor * settings.stages * tick / MS:.0f} ms; "
+            f"step{'s take' if floor > 1 else ' takes'} {alone / MS:.0f} ms; "
             f"ask for at least {math.ceil(least / MS)} ms"
         )
     others = list(others)

@@ -5,11 +5,14 @@ and the time never goes back. One driver's cycle:
 
     scheduler.arrive(stream, now)          when a frame comes; its pixels are kept by (stream, number)
     work = scheduler.next(now)             when the device is free: a Tick to run, or a Wait
-    scheduler.done(finished, now)          when the tick is through
+    scheduler.free(now)                    when the tick's stages can take the next one
+    scheduler.done(finished, now)          when its frames are finished, too
     shows, again = scheduler.shows(now)    to show what is due
 
-and after any of these, `next` and `shows` may have something new. What to do is decided in deadline.py (the next
-tick), overload.py (denoising steps, admission), pacing.py (when to show) and ingest.py (what input to take).
+and after any of these, `next` and `shows` may have something new. Between `free` and `done` of a tick the next one
+may start, so at most two are in flight: one whose frames are being finished, and one in the stages. A driver that has
+no use for that leaves `free` out. What to do is decided in deadline.py (the next tick), overload.py (denoising steps,
+admission), pacing.py (when to show) and ingest.py (what input to take).
 """
 
 from __future__ import annotations
@@ -83,7 +86,10 @@ class _Frame:
 
 @dataclass(slots=True)
 class _Chunk:
-    """A chunk under way: its frames, the steps that it takes, and the ticks of its stream that it still needs."""
+    """A chunk under way: its frames, the steps that it takes, and how many more ticks of its stream it needs.
+
+    Ticks in flight are not among these; with 0 left it is finished by one of them.
+    """
 
     frames: list[_Frame]
     steps: int
@@ -122,18 +128,55 @@ class _Stream:
         return self.settings.chunk_frames if self.started else self.settings.first_frames
 
     @property
+    def unfinished(self) -> bool:
+        """Whether there are chunks under way that need more ticks; the newest needs most."""
+        return bool(self.flight) and self.flight[-1].left > 0
+
+    @property
     def over(self) -> bool:
         return self.ended and not (self.queue or self.flight or self.finished)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Running:
-    """The tick on the device."""
+    """A tick in flight.
+
+    Attributes:
+      tick: what runs.
+      shape: of its streams.
+      started_ns: when it was handed over.
+      queued: input frames that waited then.
+      expected_ns: what it should add to the tick before it.
+      bound_ns: what it hardly exceeds.
+      tail_ns: how much longer its frames should take.
+      begun_ns: when the stages turned to it; while the tick before it is being finished, when they should.
+      alone_ns: from when on nothing else was in flight; the same.
+      passed: whether the stages are through with it.
+    """
 
     tick: Tick
     shape: Hashable
     started_ns: int
     queued: int
+    expected_ns: int
+    bound_ns: int
+    tail_ns: int
+    begun_ns: int
+    alone_ns: int
+    passed: bool = False
+
+    @property
+    def free_ns(self) -> int:
+        """When the next tick should begin to take its time."""
+        return self.begun_ns + self.expected_ns
+
+    def took_ns(self, now_ns: int) -> int:
+        """Returns what it added to the tick before it, finished now: without what shows of its tail."""
+        took_ns = now_ns - self.alone_ns
+        shown_ns = self.tail_ns - (self.alone_ns - self.begun_ns)
+        if shown_ns <= 0:
+            return took_ns
+        return round(took_ns * self.expected_ns / (self.expected_ns + shown_ns))
 
 
 class Scheduler:
@@ -158,7 +201,7 @@ class Scheduler:
         self._streams: dict[StreamId, _Stream] = {}
         self._opened = 0
         self._ticks = 0
-        self._running: _Running | None = None
+        self._running: deque[_Running] = deque()  # in flight, oldest first
         self._due: list[tuple[int, StreamId, int]] = []  # heap of (when, stream, number)
         self._control = Control()
         self._controlled_ns: int | None = None  # None: at the next decision
@@ -254,24 +297,38 @@ class Scheduler:
         self._controlled_ns = self._waiting = None
 
     def next(self, now_ns: int) -> Tick | Wait:
-        """Returns the tick to run now, which counts as started, or how long to wait. Never a tick while one runs."""
-        if self._running is not None:
-            return Wait(None)
+        """Returns the tick to run now, which counts as started, or how long to wait.
+
+        Never a tick while another one is in the stages, or two are in flight. While one is being finished, the next is
+        not chosen before it would have to wait no longer than the guard time: what is chosen later knows more.
+        """
+        guard = self.config.guard_ns
+        # When the stages should take what is chosen now, and when they do so at the latest.
+        expected_ns = start_ns = now_ns
+        if self._running:
+            last = self._running[-1]
+            if not last.passed or len(self._running) > 1:
+                return Wait(None)
+            if now_ns < last.free_ns - guard:
+                return Wait(last.free_ns - guard)
+            expected_ns, start_ns = max(now_ns, last.free_ns), max(now_ns, last.begun_ns + last.bound_ns)
         if self._waiting is not None:  # nothing happened since that could change the answer
             until_ns = self._waiting.until_ns
             if until_ns is None or now_ns < until_ns:
                 return self._waiting
-        self._adapt_steps(now_ns)
+        self._adapt_steps(now_ns, start_ns)
         views, costs = self._look()
         if not views:
             return self._wait(None)
         overloaded = now_ns < self._lossy_until_ns or self._need > 1
         above_floor = any(s.steps > s.settings.floor_steps for s in self._streams.values())
-        if (above_floor or not overloaded) and backlog_spare_ns(now_ns, views, costs) < 0:
-            if above_floor and self._lower(now_ns):
+        if (above_floor or not overloaded) and backlog_spare_ns(expected_ns, views, costs) < 0:
+            if above_floor and self._lower(now_ns, start_ns):
                 views, costs = self._look()
-            overloaded = overloaded or backlog_spare_ns(now_ns, views, costs) < 0
-        decision = decide(now_ns, views, costs, self.config, overloaded)
+            overloaded = overloaded or backlog_spare_ns(expected_ns, views, costs) < 0
+        decision = decide(start_ns, views, costs, self.config, overloaded)
+        if now_ns < start_ns and any(drop.reason is Reason.HOPELESS for drop in decision.drops):
+            return Wait(start_ns)  # these may still be in time, should the stages be free before
         if self._is_stuck(decision, now_ns):
             decision = self._probe(decision, views, now_ns)
         entering = {part.stream: self._frames_at(part.stream, part.enter) for part in decision.parts}
@@ -280,16 +337,32 @@ class Scheduler:
             return self._wait(decision.until_ns)
         queued = sum(len(s.queue) for s in self._streams.values())
         parts = tuple(self._enter(part, entering[part.stream], now_ns) for part in decision.parts)
-        shape = self._streams[parts[0].stream].settings.shape
+        shape, size = self._streams[parts[0].stream].settings.shape, len(parts)
         cost = self.model.costs(shape, parts[0].steps)
-        predicted = cost.first_expected_ns if parts[0].first else cost.expected_ns[len(parts)]
-        tick = Tick(self._ticks, parts, predicted)
+        took, bound, tail = (
+            (cost.first_expected_ns, cost.first_bound_ns, cost.first_tail_ns)
+            if parts[0].first
+            else (cost.expected_ns[size], cost.bound_ns[size], cost.tails_ns[size])
+        )
+        tick = Tick(self._ticks, parts, expected_ns - now_ns + took + tail)
         self._ticks += 1
-        self._running = _Running(tick, shape, now_ns, queued)
+        self._running.append(
+            _Running(tick, shape, now_ns, queued, took, bound, tail, expected_ns, expected_ns)
+        )
         return tick
 
+    def free(self, now_ns: int) -> None:
+        """Notes that the stages are through with the tick that they have, and can take the next one.
+
+        Raises:
+          SessionError: they have none.
+        """
+        if not self._running or self._running[-1].passed:
+            raise SessionError("no tick is running; `next` starts one")
+        self._running[-1].passed = True
+
     def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
-        """Notes that the running tick is through.
+        """Notes that the frames of the oldest tick in flight are finished, and so are its stages with it.
 
         Args:
           finished: how many chunks it finished, for each stream that took part.
@@ -298,26 +371,30 @@ class Scheduler:
         Raises:
           SessionError: no tick runs.
         """
-        if self._running is None:
+        if not self._running:
             raise SessionError("no tick is running; `next` starts one")
-        running, self._running, self._waiting = self._running, None, None
+        running, self._waiting = self._running.popleft(), None
+        for behind in self._running:
+            behind.begun_ns = max(behind.started_ns, now_ns - running.tail_ns)
+            behind.alone_ns = now_ns
         self._ran_ns, self._lost = now_ns, False
         tick = running.tick
         self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
-        took = now_ns - running.started_ns
+        took = running.took_ns(now_ns)
         self.model.observe(LatencySample(running.shape, len(tick.parts), tick.steps, took, tick.first))
+        if self.model.knows_tails:  # which the views' deadlines hold
+            for s in self._streams.values():
+                s.view = None
+        again = {part.stream for behind in self._running for part in behind.tick.parts}
         for part in tick.parts:
             s = self._streams.get(part.stream)
             if s is None:  # closed meanwhile
                 continue
             s.view = None
-            for chunk in s.flight:
-                chunk.left -= 1
             for _ in range(min(finished.get(part.stream, 0), len(s.flight))):
                 self._finish(s, s.flight.popleft(), now_ns)
-            for (
-                chunk
-            ) in s.flight:  # whether these are finished is for the device to say, not for our arithmetic
+            # Whether the others are finished is for the device to say, not for our arithmetic.
+            for chunk in s.flight if part.stream not in again else ():
                 chunk.left = max(chunk.left, 1)
             self._forget_if_over(s)
 
@@ -345,7 +422,7 @@ class Scheduler:
     def _is_stuck(self, decision: Decision, now_ns: int) -> bool:
         """Whether frames are given up as hopeless and nothing runs that could show that the device is fast again."""
         hopeless = any(drop.reason is Reason.HOPELESS for drop in decision.drops)
-        idle = not decision.parts and not any(s.flight for s in self._streams.values())
+        idle = not (decision.parts or self._running or any(s.flight for s in self._streams.values()))
         return self._lost and hopeless and idle and now_ns - self._ran_ns >= PROBE_NS
 
     def _probe(self, decision: Decision, views: Sequence[View], now_ns: int) -> Decision:
@@ -367,10 +444,10 @@ class Scheduler:
 
     def _look(self) -> tuple[list[View], dict[Group, Costs]]:
         """Returns what the policy looks at: streams with anything to do, and what ticks take."""
-        views = [s.view or self._view(s) for s in self._streams.values() if s.queue or s.flight]
+        views = [s.view or self._view(s) for s in self._streams.values() if s.queue or s.unfinished]
         return views, {group: self.model.costs(*group) for group in {view.group for view in views}}
 
-    def _adapt_steps(self, now_ns: int) -> None:
+    def _adapt_steps(self, now_ns: int, start_ns: int) -> None:
         if self._controlled_ns is not None and now_ns - self._controlled_ns < CONTROL_EVERY_NS:
             return
         self._controlled_ns = now_ns
@@ -384,27 +461,27 @@ class Scheduler:
         if not changed:
             return
         before = {s.id: s.steps for s in changed}
-        spare = self._spare_ns(now_ns)
+        spare = self._spare_ns(start_ns)
         for s in changed:
             s.steps, s.view = steps[s.id], None
         # Chunks under way may need more ticks then, or lose the company in their batches: not at their cost.
-        if self._spare_ns(now_ns) < min(spare, self.config.guard_ns):
+        if self._spare_ns(start_ns) < min(spare, self.config.guard_ns):
             for s in changed:
                 s.steps, s.view = before[s.id], None
             self._controlled_ns = None
 
-    def _lower(self, now_ns: int) -> bool:
+    def _lower(self, now_ns: int, start_ns: int) -> bool:
         """Lowers steps because frames would be lost; returns whether any could be."""
         before = {s.id: s.steps for s in self._streams.values()}
         self._at_risk, self._controlled_ns = True, None
-        self._adapt_steps(now_ns)
+        self._adapt_steps(now_ns, start_ns)
         return any(s.steps != before[s.id] for s in self._streams.values())
 
-    def _spare_ns(self, now_ns: int) -> int:
-        """Returns the time to spare for the chunks under way."""
-        views = [self._view(s) for s in self._streams.values() if s.flight]
+    def _spare_ns(self, start_ns: int) -> int:
+        """Returns the time to spare for the chunks under way, on a device that is free at `start_ns`."""
+        views = [self._view(s) for s in self._streams.values() if s.unfinished]
         costs = {view.group: self.model.costs(*view.group) for view in views}
-        return rescue((Job(view.stream, view.group, view.flight) for view in views), now_ns, costs).spare_ns
+        return rescue((Job(view.stream, view.group, view.flight) for view in views), start_ns, costs).spare_ns
 
     def _load(self, s: _Stream) -> Load:
         rate, gap = s.chunks_per_ns, s.clock.gap_ns
@@ -422,14 +499,18 @@ class Scheduler:
             gap = max(gap, s.interval_ns // 2)
             missing = max(0, s.need - len(s.queue))
             change = (s.steps - s.device_steps) * settings.stages
+            # What a tick adds is what the policy counts with, so all has to be through by a tail before its deadline.
+            tail = self.model.costs(settings.shape, s.steps).tail_bound_ns
             s.view = View(
                 s.id,
                 Group(settings.shape, s.steps),
-                tuple([frame.deadline_ns for frame in s.queue]),
+                tuple([frame.deadline_ns - tail for frame in s.queue]),
                 s.need,
                 not s.started,
                 s.steps * settings.stages,
-                tuple([Flight(c.deadline_ns, max(1, c.left + change)) for c in s.flight]),
+                tuple(
+                    [Flight(c.deadline_ns - tail, max(1, c.left + change)) for c in s.flight if c.left > 0]
+                ),
                 next_ns=s.clock.arrival_ns + missing * gap,
                 overdue_ns=s.clock.arrival_ns + round(self.config.stall_intervals * max(gap, s.interval_ns)),
                 period_ns=settings.chunk_frames * gap,
@@ -467,6 +548,8 @@ class Scheduler:
         s = self._streams[choice.stream]
         s.view = None
         self._change_steps(s, now_ns)
+        for chunk in s.flight:
+            chunk.left -= 1
         fill = 0
         if frames:
             fill = s.need - len(frames)
@@ -474,7 +557,7 @@ class Scheduler:
             s.queue = deque(frame for frame in s.queue if frame.number not in entered)
             for frame in frames:
                 frame.started_ns = now_ns
-            s.flight.append(_Chunk(frames, s.steps, 1 if choice.first else s.steps * s.settings.stages))
+            s.flight.append(_Chunk(frames, s.steps, 0 if choice.first else s.steps * s.settings.stages - 1))
             s.started = True
             s.served_ns = now_ns
         return Part(s.id, tuple(frame.number for frame in frames), fill, s.steps, choice.first)
@@ -486,6 +569,8 @@ class Scheduler:
             return
         stages = s.settings.stages
         for chunk in s.flight:
+            if chunk.left <= 0:  # it is finished with the steps that it had
+                continue
             taken = before * stages - chunk.left
             chunk.steps = max(after, taken // stages)
             chunk.left = max(1, chunk.left + (after - before) * stages)

@@ -132,6 +132,9 @@ class Fifo:
         self._running = tick, now_ns
         return tick
 
+    def free(self, now_ns: int) -> None:
+        """Waits for the rest of the tick: nothing overlaps."""
+
     def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
         """Lets the chunks that are finished be shown."""
         assert self._running is not None

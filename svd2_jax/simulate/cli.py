@@ -39,7 +39,8 @@ columns:
   p50 p95 p99  ms from a frame's arrival until it is shown; `budget` is the most that was asked for
   ratio        p99 to that of the deadline policy
   jitter       ms by which the time between two frames shown differs from that in the source, mean
-  FPS          frames shown per second, mean of the streams; `busy`: share of the time that the device ran
+  FPS          frames shown per second, mean of the streams; `busy`: share of the time that the device ran (its stages,
+               where a trace has `tail_ms` behind them)
   of capacity  frames finished under overload, as a share of what the device could do then, where whole chunks can
                be in time at all
   recovery     from an overload's end until a whole second of frames has all its steps and is in time

@@ -18,8 +18,21 @@ class _Row:
     ticks: int = 0
 
 
+@dataclass
+class _Flight:
+    """A tick in flight: when it is through the stages, and when its frames are finished.
+
+    `chunks`, those that it finishes by stream, is None while it is in the stages.
+    """
+
+    tick: Tick
+    free_ns: int
+    done_ns: int
+    chunks: dict[StreamId, list[tuple[int, ...]]] | None = None
+
+
 class SimulatedDevice:
-    """Runs one tick at a time and keeps the rows of every stream.
+    """Runs one tick at a time, finishes the frames of the one before meanwhile, and keeps the rows of every stream.
 
     A chunk is finished by the tick in which it is at least the (steps * stages)-th of its stream's, with the steps
     that the stream has then: fewer steps let out what has taken as many, more keep back what has not.
@@ -30,9 +43,18 @@ class SimulatedDevice:
         self._random = random.Random(f"{seed} device")
         self._rows: dict[StreamId, deque[_Row]] = {}
         self._settings: dict[StreamId, StreamSettings] = {}
-        self._running: Tick | None = None
-        self.done_ns: int | None = None
+        self._flight: deque[_Flight] = deque()  # oldest first
         self.busy_ns = 0
+
+    @property
+    def free_ns(self) -> int | None:
+        """When the tick in the stages is through them; None if there is none."""
+        return self._flight[-1].free_ns if self._flight and self._flight[-1].chunks is None else None
+
+    @property
+    def done_ns(self) -> int | None:
+        """When the frames of the oldest tick in flight are finished; None if there is none."""
+        return self._flight[0].done_ns if self._flight else None
 
     def open(self, stream: StreamId, settings: StreamSettings) -> None:
         """Makes room for a stream."""
@@ -48,17 +70,28 @@ class SimulatedDevice:
         self._rows[stream].clear()
 
     def start(self, tick: Tick, now_ns: int) -> None:
-        """Starts a tick; `done_ns` says when it will be through."""
-        assert self._running is None, "a tick runs already"
-        work_ms = self._sample_ms(self.work_ms(tick))
-        self._running, self.done_ns = tick, self._trace.end_ns(now_ns, work_ms)
-        self.busy_ns += self.done_ns - now_ns
+        """Starts a tick; `free_ns` and `done_ns` say when it will be through."""
+        assert self.free_ns is None, "a tick runs already"
+        assert len(self._flight) < 2, "two ticks are in flight already"
+        trace = self._trace
+        free_ns = trace.end_ns(now_ns, self._sample_ms(self.work_ms(tick)))
+        self._flight.append(
+            _Flight(tick, free_ns, trace.end_ns(free_ns, trace.tail_ms) if trace.tail_ms else free_ns)
+        )
+        self.busy_ns += free_ns - now_ns
+
+    def pass_on(self) -> None:
+        """Takes the running tick out of the stages."""
+        assert self.free_ns is not None, "no tick runs"
+        flight = self._flight[-1]
+        flight.chunks = {part.stream: self._advance(part) for part in flight.tick.parts}
 
     def finish(self) -> dict[StreamId, list[tuple[int, ...]]]:
-        """Ends the running tick; returns the frames of the chunks that it finished, for each stream in order."""
-        assert self._running is not None, "no tick runs"
-        tick, self._running, self.done_ns = self._running, None, None
-        return {part.stream: self._advance(part) for part in tick.parts}
+        """Ends the oldest tick; returns the frames of the chunks that it finished, for each stream in order."""
+        chunks = self._flight[0].chunks
+        assert chunks is not None, "a tick is still in the stages"
+        self._flight.popleft()
+        return chunks
 
     def work_ms(self, tick: Tick) -> float:
         """Returns what a tick takes at full speed and without noise."""

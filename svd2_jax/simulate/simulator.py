@@ -61,8 +61,12 @@ class Policy(Protocol):
         """Returns what the free device is to do."""
         ...
 
+    def free(self, now_ns: int) -> None:
+        """Takes note that the stages are through with the running tick: another one may start."""
+        ...
+
     def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
-        """Takes note that the running tick is through, and how many chunks it finished."""
+        """Takes note that the oldest tick in flight is through, and how many chunks it finished."""
         ...
 
     def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
@@ -193,7 +197,7 @@ class _Run:
         wake_ns = show_ns = None
         now_ns, calls = 0, 0
         while True:
-            times = (upcoming and upcoming[0], self.device.done_ns, wake_ns, show_ns)
+            times = (upcoming and upcoming[0], self.device.free_ns, self.device.done_ns, wake_ns, show_ns)
             at_ns = min((t for t in times if t is not None), default=None)
             if at_ns is None:
                 break
@@ -201,6 +205,8 @@ class _Run:
             if calls > MOST_CALLS_AT_ONCE:
                 raise PolicyFault(f"at {now_ns / SECOND:.3f} s the policy wants to be asked again and again")
             now_ns = max(now_ns, at_ns)
+            if self.device.free_ns is not None and self.device.free_ns <= now_ns:
+                self._free(now_ns)
             if self.device.done_ns is not None and self.device.done_ns <= now_ns:
                 self._done(now_ns)
             while upcoming is not None and upcoming[0] <= now_ns:
@@ -215,7 +221,7 @@ class _Run:
         return self.outcome
 
     def _warm_up(self) -> None:
-        sizes = self.trace.device.batch_sizes
+        sizes, tail_ns = self.trace.device.batch_sizes, round(self.trace.device.tail_ms * MS)
         kinds = {(s.shape, s.stages, s.first_frames, s.chunk_frames): s for s in self.trace.sources}
         for source in kinds.values():
             settings = source.settings()
@@ -224,7 +230,8 @@ class _Run:
             for batch, count, first in cells:
                 for _ in range(WARM_UP_TICKS):
                     took_ns = round(self.device.sample_ms(settings, batch, count, first) * MS)
-                    self.policy.warm_up(LatencySample(settings.shape, batch, count, took_ns, first))
+                    sample = LatencySample(settings.shape, batch, count, took_ns, first, tail_ns)
+                    self.policy.warm_up(sample)
 
     def _input(self, now_ns: int, rank: int, source: int, arrival: Arrival | None) -> None:
         if rank == 0:
@@ -260,8 +267,12 @@ class _Run:
         self.device.start(decision, now_ns)
         return None
 
-    def _done(self, now_ns: int) -> None:
+    def _free(self, now_ns: int) -> None:
         self.running = None
+        self.device.pass_on()
+        self.policy.free(now_ns)
+
+    def _done(self, now_ns: int) -> None:
         finished = self.device.finish()
         for stream, chunks in finished.items():
             if not self.streams[stream].gone:

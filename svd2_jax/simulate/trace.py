@@ -37,6 +37,8 @@ class DeviceTrace:
 
     A tick of `batch` streams with `steps` steps takes `fixed_ms + row_ms * max(0, batch * steps - knee_rows)`: up to
     the knee the time goes into reading weights. A first group, two rows in one, takes all its passes one after another.
+    What comes behind the stages (decoding, on a device that has time for it) takes `tail_ms` more, and meanwhile the
+    next tick may run.
 
     Attributes:
       fixed_ms: of every pass.
@@ -47,6 +49,8 @@ class DeviceTrace:
       outlier_share: how many of the ticks take much longer.
       outlier_factor: how much longer.
       speed: (from second, factor) pairs, ascending; before the first pair the factor is 1.
+      tail_ms: behind the stages, hidden behind the next tick if one follows; at most `fixed_ms`, as no more than
+        two ticks are in flight.
     """
 
     fixed_ms: float
@@ -57,6 +61,7 @@ class DeviceTrace:
     outlier_share: float = 0.0
     outlier_factor: float = 3.0
     speed: tuple[tuple[float, float], ...] = ()
+    tail_ms: float = 0.0
 
     def __post_init__(self):
         _check(self, "fixed_ms", 0.01, 1e5)
@@ -65,6 +70,7 @@ class DeviceTrace:
         _check(self, "noise", 0, 0.3)
         _check(self, "outlier_share", 0, 0.5)
         _check(self, "outlier_factor", 1, 1000)
+        _check(self, "tail_ms", 0, self.fixed_ms)
         sizes = self.batch_sizes
         if not sizes or sizes[0] != 1 or list(sizes) != sorted(set(sizes)) or sizes[-1] > 1024:
             raise ConfigError(f"batch_sizes must ascend from 1, for example [1, 2, 4]; got {list(sizes)}")
@@ -317,11 +323,15 @@ def least_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     """Returns the least work, in ms at full speed, that finishes a frame: all its ticks, at floor steps and alone.
 
     A chunk takes at least (floor steps * stages) ticks of its stream, none shorter than one of one stream at the floor.
-    A first group takes as many passes. Both can be filled up, so neither has to wait for more frames.
+    A first group takes as many passes. Both can be filled up, so neither has to wait for more frames. Behind the last
+    comes the tail.
     """
     passes = stream.floor_steps * stream.stages
     rows = -(-stream.first_frames // stream.chunk_frames)
-    return min(passes * device.tick_ms(1, stream.floor_steps), device.sequential_ms(passes, rows))
+    return (
+        min(passes * device.tick_ms(1, stream.floor_steps), device.sequential_ms(passes, rows))
+        + device.tail_ms
+    )
 
 
 def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> int:

@@ -137,6 +137,32 @@ def test_a_steady_device_has_the_least_margin():
     assert model.margin == 1 + LatencyConfig().least_margin
 
 
+def with_tail(tail_ms: float | None, batch: int = 1, first: bool = False) -> LatencySample:
+    tail_ns = None if tail_ms is None else round(tail_ms * MS)
+    return LatencySample("s", batch, 1, 50 * MS, first, tail_ns)
+
+
+def test_tails_are_the_median_of_those_measured_and_nothing_where_none_was():
+    model = learned(*(with_tail(tail) for tail in (20, None, 22, 300, None)), with_tail(5, 2))
+    costs = model.costs("s", 1)
+    assert costs.tails_ns == {1: 22 * MS, 2: 5 * MS, 4: 0}
+    assert costs.first_tail_ns == 0
+    assert costs.tail_bound_ns == pytest.approx(22 * MS * model.margin, rel=1e-6)
+    assert model.costs("s", 2).tail_bound_ns == model.costs("other", 1).tail_bound_ns == 0
+    assert model.knows_tails
+    assert not learned(sample(50), with_tail(0)).knows_tails
+
+
+def test_the_longest_tail_is_the_bound_and_all_of_them_follow_the_speed():
+    model = learned(*(with_tail(20) for _ in range(3)), with_tail(30, 2), with_tail(40, first=True))
+    assert model.costs("s", 1).tail_bound_ns == pytest.approx(40 * MS * model.margin, rel=1e-6)
+    for _ in range(5):
+        model.observe(sample(100))
+    assert model.speed == 2
+    costs = model.costs("s", 1)
+    assert (costs.tails_ns[1], costs.tails_ns[2], costs.first_tail_ns) == (40 * MS, 60 * MS, 80 * MS)
+
+
 @pytest.mark.parametrize(
     ("times_ms", "knee", "best"),
     [

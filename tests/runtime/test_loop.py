@@ -1,6 +1,7 @@
 """The live loop: real threads, a fake engine, and time that goes on when all of them wait."""
 
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
 
 from svd2_jax.errors import ConfigError, EngineError, SessionError
+from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig
 from svd2_jax.runtime.measure import measure, settings_for, shape_of
 from svd2_jax.runtime.work import (
@@ -243,11 +245,28 @@ def test_measuring_gives_a_time_for_every_kind_of_tick():
     samples = measured(engine, clock)
     assert {s.shape for s in samples} == {shape_of(spec().stream)}
     times = {(s.batch, s.steps, s.first): s.duration_ns for s in samples}
+    assert {s.tail_ns for s in samples} == {0}
     wanted = {(b, s, False): (10 * b + s) * MS for b in (1, 2, 4) for s in (1, 2)}
     wanted |= {(1, s, True): (110 + s) * MS for s in (1, 2)}
     assert times == wanted
     assert engine.open_sessions == 0
     assert engine.prepared == {1, 2}
+
+
+def test_measuring_tells_the_tail_from_the_tick():
+    """The device takes what the stages do; frames are finished 15 ms behind them, a first group's too."""
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 20.0 * streams + 100 * first)
+    engine.tail_ms = 15.0
+    samples = measured(engine, clock)
+    assert {s.tail_ns for s in samples} == {15 * MS}
+    times = {(s.batch, s.first): s.duration_ns for s in samples}
+    assert times == {(1, False): 20 * MS, (2, False): 40 * MS, (4, False): 80 * MS, (1, True): 120 * MS}
+    engine.batch_sizes = (1,)  # there is no second session for a first group to follow that of another
+    assert {(s.first, s.duration_ns, s.tail_ns) for s in measured(engine, clock)} == {
+        (False, 20 * MS, 15 * MS),
+        (True, 135 * MS, 0),
+    }
 
 
 def test_measuring_leaves_out_batches_that_do_not_fit():
@@ -395,6 +414,176 @@ def test_ticks_that_fail_again_and_again_end_the_loop():
             b.open("late")
 
 
+FAST = StreamSettings(rate_hz=60, budget_ms=1500, floor_steps=2)
+
+
+@contextmanager
+def overlapping(device_ms=lambda streams, steps, first: 62.0):
+    """A loop whose device takes 62 ms in the stages and 30 behind them; of a `FAST` stream a chunk comes each 67 ms."""
+    clock = FakeClock()
+    engine = FakeEngine(clock, device_ms)
+    engine.tail_ms = 30.0
+    with bench(clock=clock, engine=engine, policy=PolicyConfig(admit_below=None)) as b:
+        b.loop.warm_up(measured(engine, clock))
+        engine.ticks.clear()
+        yield b
+
+
+def test_the_frames_of_a_tick_are_finished_while_the_next_one_runs():
+    """Each tick waits until the next one was handed over: nothing would go on if that waited for it in turn."""
+    handed = [threading.Event() for _ in range(40)]
+    overlapped = []
+    clock = FakeClock()
+    engine = FakeEngine(clock, lambda streams, steps, first: 40.0)
+    engine.tail_ms = 30.0
+    with bench(clock=clock, engine=engine) as b:
+        b.loop.warm_up(measured(engine, clock))
+        engine.ticks.clear()
+        engine.fault = lambda number, sessions: handed[number].set()
+
+        def wait_for_the_next(number):
+            if 5 <= number < 10:
+                overlapped.append(handed[number + 1].wait(timeout=60))
+
+        engine.finish_fault = wait_for_the_next
+        # A chunk each 40 ms for a tick of 40 and a tail of 30: without overlap there would not be time for all of them.
+        settings = StreamSettings(rate_hz=95, budget_ms=1500, floor_steps=2)
+        stream = b.open(settings=settings, source=camera(clock, 5 + 4 * 30, rate_hz=95))
+        b.clock.run_until(b.over(stream))
+        assert overlapped == [True] * 5
+        assert b.pixels() == expected(range(125))
+        ticks = [event for event in b.events if isinstance(event, TickRecord)]
+        assert [record.tick.number for record in ticks] == list(range(len(ticks)))
+        assert all(a.done_ns < b.done_ns for a, b in itertools.pairwise(ticks))
+        assert 0.9 < b.loop.metrics.summary().utilisation <= 1
+
+
+@pytest.mark.parametrize("wait", ["stages_fault", "finish_fault"])
+def test_a_tick_that_fails_in_either_wait_ends_its_streams_and_the_loop_goes_on(wait):
+    """When the frames of tick 6 are found to be lost, tick 7 of the same stream runs already."""
+
+    def fault(number):
+        if number == 6:
+            raise RuntimeError("the device said no")
+
+    with overlapping() as b:
+        setattr(b.engine, wait, fault)
+        bad = b.open("bad", settings=FAST, source=camera(b.clock, 97, rate_hz=60))
+        b.clock.run_until(b.over(bad))
+        assert str(b.loop.stream_result(bad)) == "the device said no"
+        assert len(b.engine.ticks) == (7 if wait == "stages_fault" else 8)
+        assert b.loop.error is None
+        assert b.pixels("bad") == expected(range(len(b.pixels("bad"))))
+        good = b.open("good", source=camera(b.clock, 9))
+        b.clock.run_until(b.over(good))
+        assert b.pixels("good") == expected(range(9))
+
+
+def test_a_tick_that_fails_leaves_others_in_the_next_one():
+    """Ticks of two streams take turns and overlap; the frames of one are lost while the other one's tick runs."""
+    shapes, running = [], []
+
+    def note(number, sessions):
+        shapes.append([session.spec.stream.width for session in sessions])
+
+    def fault(number):
+        if number >= 8 and shapes[number] == [32]:
+            running.append(shapes[number + 1 :])
+            raise RuntimeError("no memory for a wide picture")
+
+    def wide():
+        for timestamp_ns, frame in camera(b.clock, 97, rate_hz=24):
+            yield timestamp_ns, np.concatenate([frame, frame], axis=1)
+
+    settings = StreamSettings(rate_hz=24, budget_ms=1500, floor_steps=2)
+    with overlapping() as b:
+        b.engine.fault, b.engine.finish_fault = note, fault
+        bad = b.open("bad", settings=settings, source=wide(), width=32)
+        b.clock.run(0.06)
+        good = b.open("good", settings=settings, source=camera(b.clock, 41, rate_hz=24))
+        b.clock.run_until(b.over(bad, good))
+        assert running == [[[16]]]
+        assert str(b.loop.stream_result(bad)) == "no memory for a wide picture"
+        assert b.loop.stream_result(good) is None
+        assert b.pixels("good") == expected(range(41))
+
+
+def test_what_fails_behind_a_failed_tick_of_the_same_stream_counts_with_it():
+    """Two ticks of a stream are in flight, and with the first the second is lost."""
+
+    def fault(number):
+        if number in lost:
+            raise RuntimeError(f"tick {number} is lost")
+
+    with overlapping() as b:
+        b.engine.finish_fault = fault
+        lost = {6, 7}
+        for _ in range(4):
+            stream = b.open(settings=FAST, source=camera(b.clock, 97, rate_hz=60))
+            b.clock.run_until(b.over(stream))
+            assert str(b.loop.stream_result(stream)) == f"tick {min(lost)} is lost"
+            assert b.loop._failed_ticks == 1
+            good = b.open("good", source=camera(b.clock, 9))
+            b.clock.run_until(b.over(good))
+            assert b.loop._failed_ticks == 0
+            lost = {len(b.engine.ticks) + 6, len(b.engine.ticks) + 7}
+
+
+@pytest.mark.parametrize("wait", ["stages_fault", "finish_fault"])
+def test_ticks_that_fail_in_either_wait_again_and_again_end_the_loop(wait):
+    def fault(number):
+        raise RuntimeError("the device is gone")
+
+    with overlapping() as b:
+        setattr(b.engine, wait, fault)
+        streams = [b.open(str(i), settings=FAST, source=camera(b.clock, 41)) for i in range(5)]
+        b.clock.run_until(lambda: b.loop.error)
+        assert "3 ticks failed one after another: the device is gone" in str(b.loop.error)
+        b.clock.run_until(b.over(*streams))
+        assert all(b.loop.stream_result(stream) is not None for stream in streams)
+
+
+def test_closing_while_frames_are_being_finished_drops_them_and_nothing_else():
+    with overlapping() as b:
+        gone = b.open("gone", settings=FAST, source=camera(b.clock, 97, rate_hz=60))
+        closed = []
+
+        def close(number):
+            if number == 6:  # its frames are about to be finished, and tick 7 of the same stream runs
+                closed.append(len(b.engine.ticks))
+                b.loop.close(gone)
+
+        b.engine.finish_fault = close
+        b.clock.run_until(b.over(gone))
+        assert closed == [8]
+        assert b.loop.stream_result(gone) is None
+        assert {e.reason for e in b.frames if e.reason} == {Reason.CLOSED}
+        assert b.pixels("gone") == expected(range(len(b.pixels("gone"))))
+        stays = b.open("stays", source=camera(b.clock, 41))
+        b.clock.run_until(b.over(stays))
+        assert b.pixels("stays") == expected(range(41))
+
+
+def test_prompts_and_steps_change_between_ticks_that_overlap():
+    with overlapping(lambda streams, steps, first: 31.0 * steps) as b:
+        settings = StreamSettings(rate_hz=60, budget_ms=2500, steps=2)
+        stream = b.open(settings=settings, source=camera(b.clock, 201, rate_hz=60))
+        b.clock.run(1.0)
+        b.loop.set_prompt(stream, "green")
+        b.engine.device_ms = lambda streams, steps, first: 45.0 * steps  # too slow for two
+        b.clock.run_until(b.over(stream))
+        changes = [event for event in b.events if isinstance(event, StepChange)]
+        assert (changes[0].before, changes[0].after) == (2, 1)
+        numbers = [record.number for record, _ in b.shown["a"]]
+        lengths = [(pixel[0] - pixel[2]) % 256 for pixel in b.pixels()]
+        changed = lengths.index(len("green"))
+        assert lengths == [11] * changed + [5] * (len(lengths) - changed)
+        assert numbers == sorted(numbers)
+        for record, pixel in b.shown["a"]:
+            assert pixel[2] == record.number % 256
+            assert pixel[1] == record.steps
+
+
 def test_a_slow_sink_ends_with_its_reason_and_holds_up_nobody():
     free = threading.Event()
 
@@ -490,6 +679,27 @@ def test_a_device_that_hangs_is_reported_once_and_ends_the_loop():
     assert "svd2-device" in b.loop.stop()
     assert b.loop.metrics.summary().inside == 0
     clock.run(2e9)  # even this device comes back at last, and the loop's threads end
+    wait_for_threads()
+
+
+def test_frames_that_are_never_finished_are_noticed_once():
+    clock = FakeClock()
+    engine = FakeEngine(clock)
+    engine.hang_behind = {4}
+    b = Bench(clock=clock, engine=engine, config=LoopConfig(stop_s=0.05))
+    b.loop.start()
+    stream = b.open(source=camera(clock, 2000))
+    clock.run_until(lambda: b.hangs, limit_s=30)
+    clock.run(5)
+    [report] = b.hangs
+    assert report.what == f"finishing the frames of tick 4 (stream {stream})"
+    assert 10 < report.seconds <= 11.5
+    assert len(engine.ticks) <= 6  # two are in flight, and no third one starts
+    with pytest.raises(EngineError, match="hangs"):
+        b.loop.wait()
+    assert "svd2-finisher" in b.loop.stop()
+    assert b.loop.metrics.summary().inside == 0
+    clock.run(2e9)
     wait_for_threads()
 
 
@@ -619,6 +829,7 @@ def test_streams_that_come_and_go_leave_nothing_behind():
         for store in (
             loop._streams,
             loop._orders,
+            loop._passed,
             loop._finished,
             loop._due,
             loop._events,

@@ -7,13 +7,18 @@ import pytest
 
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
+from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.runtime.loop import LiveLoop
 from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.work import StreamSettings
 
 
 @pytest.mark.slow
-def test_live_streams_give_the_frames_of_sessions_that_run_alone(engine):
+@pytest.mark.parametrize("stages", [1, 2])
+def test_live_streams_give_the_frames_of_sessions_that_run_alone(golden_checkpoint, stages):
+    options = PipelineOptions(rebalance=None, batch_sizes=(1, 2))
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, stages), options=options)
     cfg = StreamConfig(height=16, width=16, timesteps=(700, 500))
     count, rng = 5 + 4 * 2 + 3, np.random.default_rng(0)
     clips = [rng.integers(0, 256, (count, 16, 16, 3), np.uint8) for _ in range(2)]
@@ -29,7 +34,7 @@ def test_live_streams_give_the_frames_of_sessions_that_run_alone(engine):
     with LiveLoop(engine) as loop:
         loop.warm_up(measure(engine, specs[0], (2,)))
         settings = StreamSettings(
-            rate_hz=20, budget_ms=60_000, floor_steps=2
+            rate_hz=20, budget_ms=60_000, floor_steps=2, stages=stages
         )  # no haste: nothing may be dropped
         streams = [
             loop.open(s, settings, lambda frame, _, i=i: shown[i].append(frame), camera(clips[i]))

@@ -16,6 +16,7 @@ from svd2_jax.runtime.overload import (
     delay_ns,
     lowered,
     need,
+    nominal_ns,
     refusal,
     ticks_per_chunk,
     utilisation,
@@ -170,3 +171,24 @@ def test_refusals_say_why_and_what_would_do():
     message = refusal(StreamSettings(16, 900), others, costs_of, CONFIG)
     assert message is not None
     assert "7 streams need 108% of it at their fewest steps, with this one 112%" in message
+
+
+def tailed(shape: Hashable, steps: int) -> Costs:
+    """As `costs_of`, with 40 ms behind each tick."""
+    model = LatencyModel((1, 2, 4), LatencyConfig(least_margin=0))
+    for size in (1, 2, 4):
+        took_ns = (20 + 30 * size * steps) * MS
+        model.observe(LatencySample(shape, size, steps, took_ns, tail_ns=40 * MS))
+    return model.costs(shape, steps)
+
+
+def test_a_tail_takes_of_the_budget_but_not_of_the_device():
+    assert refusal(StreamSettings(16, 278), [], tailed, CONFIG) is None  # 238 without
+    message = refusal(StreamSettings(16, 200, floor_steps=2), [], tailed, CONFIG)
+    assert message is not None
+    assert message.endswith("and 2 denoising steps take 200 ms; ask for at least 388 ms")
+    for budget_ms, ticks in ((558, 1), (557, 2)):  # as 518 and 517 without
+        loads = [load(budget_ms=budget_ms)]
+        assert utilisation(loads, {0: 2}, tailed, 0) == pytest.approx(ticks * 80 / 250)
+    settings = StreamSettings(16, 900)
+    assert nominal_ns(settings, 1, tailed, 0) == nominal_ns(settings, 1, costs_of, 0) + 40 * MS

@@ -25,6 +25,7 @@ from svd2_jax.runtime.work import (
     StreamSettings,
     Tick,
     TickRecord,
+    Wait,
 )
 
 EVERYONE = PolicyConfig(admit_below=None)
@@ -43,12 +44,18 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """Times of ticks: fixed + slope * batch * steps, in ms, times `slowness(number of the tick, start in s)`."""
+    """Times of ticks: fixed + slope * batch * steps, in ms, times `slowness(number of the tick, start in s)`.
+
+    That is what a tick adds. Its frames take `tail_ms` more, behind the stages, which are through with it so early that
+    the next one could be handed over `early` of its time before it can begin.
+    """
 
     fixed_ms: float = 20.0
     slope_ms: float = 30.0
     sizes: tuple[int, ...] = (1, 2, 4)
     slowness: Callable[[int, float], float] = lambda number, at_s: 1.0
+    tail_ms: float = 0.0
+    early: float | None = None  # None: the driver does not tell when the stages are through
 
     def takes_ns(self, batch: int, steps: int, first: bool) -> int:
         work = (
@@ -64,6 +71,18 @@ def regular(rate_hz: float, count: int, start_ns: int = 0, stamped: bool = True,
     times = [start_ns + round(i * SECOND / rate_hz) for i in range(count)]
     frames = tuple((t, t if stamped else None) for t in times)
     return Source(StreamSettings(rate_hz, **{"budget_ms": 700, **settings}), frames, start_ns, times[-1] + 1)
+
+
+@dataclasses.dataclass
+class Running:
+    """A tick in flight: the stages take it from `begun_ns` to `free_ns`, and say so at `passed_ns`."""
+
+    tick: Tick
+    begun_ns: int
+    passed_ns: int
+    free_ns: int
+    done_ns: int
+    passed: bool = False
 
 
 class World:
@@ -84,14 +103,17 @@ class World:
         self.settings: dict[int, StreamSettings] = {}
         self.ids: dict[int, int] = {}
         self.rows: dict[int, list[list]] = {}  # per stream: [frames, ticks taken]
-        self.running: tuple[Tick, int] | None = None
+        self.running: list[Running] = []
+        self.free_ns = 0  # from when the stages have nothing to do
+        self.handed: list[tuple[int, int]] = []  # of each tick: when, and when the one before it was through
         self.scheduler = Scheduler(config, device.sizes, self.report)
         if known:
             for s in {source.settings for source in sources}:
                 for steps, size in itertools.product(range(1, s.steps + 1), device.sizes):
                     for first in (False, True)[: 1 + (size == 1)]:
                         took = device.takes_ns(size, steps, first)
-                        self.scheduler.warm_up(LatencySample(s.shape, size, steps, took, first))
+                        tail = round(device.tail_ms * MS)
+                        self.scheduler.warm_up(LatencySample(s.shape, size, steps, took, first, tail))
 
     def report(self, event) -> None:
         match event:
@@ -117,9 +139,8 @@ class World:
         wake, again, calls, position = None, None, 0, 0
         while True:
             times = [inputs[position][0]] if position < len(inputs) else []
-            if self.running:
-                times.append(self.running[1])
-            elif wake is not None:
+            times += [r.done_ns if r.passed else r.passed_ns for r in self.running]
+            if self.can_start and wake is not None:
                 times.append(wake)
             if again is not None:
                 times.append(again)
@@ -128,21 +149,31 @@ class World:
             calls = calls + 1 if min(times) <= self.now else 0
             assert calls < 1000, "asked again and again"
             self.now = max(self.now, min(times))
-            if self.running and self.running[1] <= self.now:
+            if self.running and not self.running[-1].passed and self.running[-1].passed_ns <= self.now:
+                self.running[-1].passed = True
+                if self.device.early is not None:
+                    self.scheduler.free(self.now)
+            if self.running and self.running[0].passed and self.running[0].done_ns <= self.now:
                 self.finish()
             while position < len(inputs) and inputs[position][0] <= self.now:
                 self.input(*inputs[position][1:])
                 position += 1
-            if not self.running:
+            if self.can_start:
                 wake = self.start()
             else:
-                assert not isinstance(self.scheduler.next(self.now), Tick), "two ticks at once"
+                assert not isinstance(self.scheduler.next(self.now), Tick), "too many ticks at once"
             again = self.show()
         for source, stream in self.ids.items():
             numbers = set(range(len(self.sources[source].frames)))
             assert {n for s, n in self.records if s == stream} == numbers, "a frame is lost"
             assert self.scheduler.is_over(stream)
         return self
+
+    @property
+    def can_start(self) -> bool:
+        if self.device.early is None:
+            return not self.running
+        return len(self.running) < 2 and all(running.passed for running in self.running)
 
     def input(self, kind: int, i: int, number: int) -> None:
         source = self.sources[i]
@@ -176,19 +207,36 @@ class World:
             assert not part.frames or not entered or part.frames[0] > entered[-1], "frames enter out of order"
             assert part.first == (not entered)
             assert not part.first or len(tick.parts) == 1
-            assert part.frames or self.rows[part.stream], "a part without a purpose"
+            assert part.frames or self.still_under_way(part.stream), "a part without a purpose"
             whole = s.first_frames if part.first else s.chunk_frames
             assert not part.frames or len(part.frames) + part.fill == whole
-            assert len(self.rows[part.stream]) <= s.steps * s.stages
+            assert self.still_under_way(part.stream) <= s.steps * s.stages
             entered += part.frames
         slowness = self.device.slowness(tick.number, self.now / SECOND)
         took = round(self.device.takes_ns(len(tick.parts), tick.steps, tick.first) * slowness)
-        self.running = tick, self.now + max(1, took)
+        begun, took = max(self.now, self.free_ns), max(1, took)
+        self.free_ns = begun + took
+        passed = max(self.now + 1, self.free_ns - round(took * (self.device.early or 0)))
+        done = self.free_ns + round(self.device.tail_ms * MS)
+        self.handed.append((self.now, self.running[0].done_ns if self.running else 0))
+        self.running.append(
+            Running(tick, begun, done if self.device.early is None else passed, begun + took, done)
+        )
         return None
 
+    def still_under_way(self, stream: int) -> int:
+        """Chunks of a stream that the tick that is being finished leaves."""
+        rows = [ticks for _, ticks in self.rows[stream]]
+        for running in self.running:
+            for part in running.tick.parts:
+                if part.stream == stream:
+                    rows = [ticks + 1 for ticks in rows] + [1] * bool(part.frames)
+                    needed = 1 if part.first else part.steps * self.settings[stream].stages
+                    rows = [ticks for ticks in rows if ticks < needed]
+        return len(rows)
+
     def finish(self) -> None:
-        assert self.running
-        tick, self.running = self.running[0], None
+        tick = self.running.pop(0).tick
         finished = {}
         for part in tick.parts:
             rows = self.rows[part.stream]
@@ -266,15 +314,24 @@ def sources(draw, faults: bool, closes: bool) -> Source:
 
 @st.composite
 def devices(draw, steady: bool) -> Device:
+    """Devices without overlap, with a hand-over that can be hidden, and with a tail that the next tick can hide."""
     sizes = draw(st.sampled_from([(1,), (1, 2), (1, 2, 4), (1, 3)]))
     slowness = (
         [1.0] if steady else draw(st.lists(st.sampled_from([1.0, 1.0, 0.5, 2.0, 1.1, 8.0]), min_size=1))
     )
+    fixed_ms = draw(st.sampled_from([0.5, 5, 20, 60]))
+    tail, early = draw(
+        st.sampled_from(
+            [(0, None), (0, None), (0, 0.0), (0, 0.3), (0, 1.0), (0.4, 0.0), (0.4, 0.3), (1, 0.0)]
+        )
+    )
     return Device(
-        draw(st.sampled_from([0.5, 5, 20, 60])),
+        fixed_ms,
         draw(st.sampled_from([0.0, 1, 10, 40])),
         sizes,
         lambda number, at_s: slowness[number % len(slowness)],
+        tail * fixed_ms,
+        early,
     )
 
 
@@ -597,6 +654,182 @@ def test_a_first_stream_is_let_in_though_the_device_is_too_slow_for_all_its_fram
     assert not world.refused
     assert world.count(Fate.SHOWN) > 100
     assert world.count(Fate.LATE) == 0
+
+
+# --- two ticks in flight
+
+
+def overlapping(tail_ms: float = 0, guard_ms: float = 10, events=None) -> tuple[Scheduler, int]:
+    """A stream of single frames at one step, on a device that takes 100 ms for each, and 100 for its first group."""
+    scheduler = Scheduler(
+        PolicyConfig(guard_ms=guard_ms, latency=LatencyConfig(least_margin=0)),
+        (1,),
+        [].append if events is None else events.append,
+    )
+    for first in (True, False):
+        scheduler.warm_up(LatencySample(None, 1, 1, 100 * MS, first, round(tail_ms * MS)))
+    stream = scheduler.open(StreamSettings(5, 2000, steps=1, first_frames=1, chunk_frames=1), 0)
+    return scheduler, stream
+
+
+def tick_at(scheduler: Scheduler, at_ms: float) -> Tick:
+    tick = scheduler.next(round(at_ms * MS))
+    assert isinstance(tick, Tick)
+    return tick
+
+
+def test_a_tick_may_start_when_the_stages_are_free_but_never_a_third():
+    scheduler, stream = overlapping(tail_ms=40)
+    for _ in range(4):
+        scheduler.arrive(stream, 0)
+    assert tick_at(scheduler, 0).number == 0
+    assert scheduler.next(50 * MS) == Wait(None)
+    scheduler.free(100 * MS)
+    assert tick_at(scheduler, 100).number == 1
+    assert scheduler.next(110 * MS) == Wait(None)
+    scheduler.done({stream: 1}, 140 * MS)
+    assert scheduler.next(150 * MS) == Wait(None)  # the second is in the stages
+    scheduler.free(200 * MS)
+    assert tick_at(scheduler, 200).number == 2
+    scheduler.free(205 * MS)
+    assert scheduler.next(210 * MS) == Wait(None)  # nobody is in the stages, but two are in flight
+    scheduler.done({stream: 1}, 240 * MS)
+    assert [show.number for show in scheduler.shows(2000 * MS)[0]] == [0, 1]
+
+
+def test_what_is_not_running_is_neither_free_nor_done():
+    scheduler, stream = overlapping()
+    with pytest.raises(SessionError, match="no tick is running"):
+        scheduler.free(0)
+    scheduler.arrive(stream, 0)
+    tick_at(scheduler, 0)
+    scheduler.free(50 * MS)
+    with pytest.raises(SessionError, match="no tick is running"):
+        scheduler.free(51 * MS)
+    scheduler.done({stream: 1}, 100 * MS)
+    with pytest.raises(SessionError, match="no tick is running"):
+        scheduler.done({stream: 1}, 101 * MS)
+    with pytest.raises(SessionError, match="no tick is running"):
+        scheduler.free(102 * MS)
+
+
+@pytest.mark.parametrize("tail_ms", [0, 30, 60])
+def test_the_next_tick_is_not_chosen_before_a_guard_ahead_of_its_turn(tail_ms):
+    """Without a tail the device is through at 100, and with one so much later; the next can be through 100 behind."""
+    scheduler, stream = overlapping(tail_ms)
+    for _ in range(2):
+        scheduler.arrive(stream, 0)
+    assert tick_at(scheduler, 0).predicted_ns == (100 + tail_ms) * MS
+    scheduler.free(60 * MS)
+    assert scheduler.next(60 * MS) == Wait(90 * MS)
+    late = scheduler.arrive(stream, 80 * MS)
+    assert scheduler.next(80 * MS) == Wait(90 * MS)
+    tick = tick_at(scheduler, 90)
+    assert tick.predicted_ns == (10 + 100 + tail_ms) * MS
+    assert tick.parts[0].frames == (1,)
+    assert late == 2
+
+
+def test_a_tick_that_is_through_early_is_followed_at_once():
+    scheduler, stream = overlapping()
+    for _ in range(2):
+        scheduler.arrive(stream, 0)
+    tick_at(scheduler, 0)
+    scheduler.free(50 * MS)
+    assert scheduler.next(50 * MS) == Wait(90 * MS)
+    scheduler.done({stream: 1}, 55 * MS)
+    assert tick_at(scheduler, 55).number == 1
+
+
+def test_a_chunk_that_the_tick_in_flight_finishes_is_not_pushed_on():
+    """The stream has ended and its last chunk is behind the stages: there is nothing to do."""
+    scheduler, stream = overlapping(tail_ms=40)
+    scheduler.arrive(stream, 0)
+    scheduler.end(stream, 0)
+    tick_at(scheduler, 0)
+    scheduler.free(100 * MS)
+    assert scheduler.next(100 * MS) == Wait(None)
+    scheduler.done({stream: 1}, 140 * MS)
+    assert scheduler.next(140 * MS) == Wait(None)
+    scheduler.shows(2000 * MS)
+    assert scheduler.is_over(stream)
+
+
+@pytest.mark.parametrize(("arrives_ms", "chosen"), [(0, False), (75, True)])
+def test_frames_are_not_given_up_while_they_may_still_be_in_time(arrives_ms, chosen):
+    """A device that wobbles: hopeless is what is late if the tick at hand takes all that it may."""
+    events = []
+    scheduler, _ = overlapping(guard_ms=0, events=events)
+    for took in (100, 150, 100, 150, 100, 150, 100, 100):
+        scheduler.warm_up(LatencySample(None, 1, 1, took * MS))
+    assert scheduler.model.costs(None, 1).bound_ns[1] == 150 * MS
+    tight = scheduler.open(StreamSettings(5, 255, steps=1, first_frames=1, chunk_frames=1), 0)
+    scheduler.arrive(tight, 0)
+    tick_at(scheduler, 0)
+    scheduler.done({tight: 1}, 100 * MS)
+    scheduler.arrive(tight, 100 * MS)
+    tick_at(scheduler, 100)
+    scheduler.arrive(tight, (100 + arrives_ms) * MS)
+    scheduler.free(150 * MS)
+    if chosen:  # by 175 + 255 at the latest from 250 on: 150 later it is through
+        assert tick_at(scheduler, 200).parts[0].frames == (2,)
+        return
+    assert scheduler.next(200 * MS) == Wait(250 * MS)  # by 355; from 250 on it would be through at 400
+    scheduler.done({tight: 1}, 204 * MS)
+    assert tick_at(scheduler, 204).parts[0].frames == (2,)
+    assert not any(isinstance(event, FrameRecord) for event in events)
+
+
+def test_what_a_tick_adds_is_learned_whether_it_followed_at_once_or_not():
+    """Alone it takes 140 ms, behind another one 100, and 120 if it is handed over in the middle of its tail."""
+    for started, done in ((100, 240), (120, 260), (140, 280), (200, 340)):
+        scheduler, stream = overlapping(tail_ms=40)
+        for _ in range(2):
+            scheduler.arrive(stream, 0)
+        tick_at(scheduler, 0)
+        scheduler.free(100 * MS)
+        if started < 140:
+            tick_at(scheduler, started)
+        scheduler.done({stream: 1}, 140 * MS)
+        if started >= 140:
+            tick_at(scheduler, started)
+        scheduler.free((done - 40) * MS)
+        scheduler.done({stream: 1}, done * MS)
+        assert scheduler.model.speed == pytest.approx(1)
+        for first, expected in ((True, 100), (False, 100)):
+            costs = scheduler.model.costs(None, 1)
+            assert (costs.first_expected_ns if first else costs.expected_ns[1]) == expected * MS
+        assert scheduler.model.costs(None, 1).tail_bound_ns == 40 * MS
+
+
+def test_deadlines_are_a_tail_earlier():
+    """Frames of 16 a second with a budget for two ticks of 80 ms and 183 ms more: not with a tail of 20 ms."""
+    source = regular(16, 105, budget_ms=370, first_frames=1)
+    for tail_ms, lowered in ((0, 0), (20, 1)):
+        device = Device(tail_ms=tail_ms, early=0.0)
+        world = World([source], device).run()
+        assert world.count(Fate.SHOWN) == len(world.frames) == 105
+        assert {f.steps for f in world.frames} == {2 - lowered}
+
+
+def test_a_device_that_would_be_overloaded_tick_by_tick_shows_all_when_they_overlap():
+    """A chunk comes each 133 ms and takes 100 and then 40 behind the stages."""
+    source = regular(30, 605, budget_ms=900, stages=2, floor_steps=2)
+    device = Device(fixed_ms=40, slope_ms=30, sizes=(1,), tail_ms=40, early=0.0)
+    world = World([source], device).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    busy = Device(fixed_ms=80, slope_ms=30, sizes=(1,))
+    assert World([source], busy).run().count(Fate.DROPPED) > 10
+    assert sum(handed < done for handed, done in world.handed) > 100
+
+
+def test_on_one_device_the_next_tick_is_handed_over_before_the_last_is_through():
+    streams = [regular(16, 405, shape=shape, budget_ms=2000, floor_steps=2) for shape in "ab"]
+    world = World(streams, Device(fixed_ms=60, early=0.3)).run()
+    assert world.count(Fate.SHOWN) == len(world.frames)
+    ahead_ms = [(done - at) / MS for at, done in world.handed[1:] if done]
+    assert len(ahead_ms) > 90
+    assert all(0 < ahead <= 10 for ahead in ahead_ms)
 
 
 def test_batch_sizes_begin_with_one():

@@ -23,6 +23,7 @@ def device(trace: DeviceTrace = EXACT, **settings) -> SimulatedDevice:
 def run(made: SimulatedDevice, *chunk: int, steps: int, first: bool = False) -> list[tuple[int, ...]]:
     """Runs a tick of stream 0 with these frames and returns the chunks that it finishes."""
     made.start(Tick(0, (Part(0, chunk, 0, steps, first),), 0), 0)
+    made.pass_on()
     return made.finish()[0]
 
 
@@ -70,6 +71,7 @@ def test_a_first_group_takes_all_its_steps_in_one_tick():
     made = device()
     made.start(Tick(0, (Part(0, (0, 1, 2, 3, 4), 0, 3, first=True),), 0), 0)
     assert made.done_ns == 3 * (100 + 2 * 10) * MS  # two rows, three passes
+    made.pass_on()
     assert made.finish() == {0: [(0, 1, 2, 3, 4)]}
     assert made.under_way(0) == 0
 
@@ -100,6 +102,25 @@ def test_noise_and_outliers_come_as_often_and_as_large_as_asked_for():
     assert max(usual) < 110
 
 
+def test_frames_are_finished_behind_the_stages_while_the_next_tick_runs():
+    made = device(dataclasses.replace(EXACT, row_ms=0, tail_ms=40, speed=((0.1, 0.5),)), steps=1)
+    made.start(Tick(0, (Part(0, (0,)),), 0), 0)
+    assert (made.free_ns, made.done_ns) == (100 * MS, 180 * MS)  # the tail at half the speed
+    made.pass_on()
+    assert made.under_way(0) == 0
+    assert (made.free_ns, made.done_ns) == (None, 180 * MS)
+    made.start(Tick(1, (Part(0, (1,)),), 0), 100 * MS)
+    assert (made.free_ns, made.done_ns) == (300 * MS, 180 * MS)
+    assert made.finish() == {0: [(0,)]}
+    assert made.done_ns == 380 * MS
+    made.pass_on()
+    made.start(Tick(2, (Part(0, (2,)),), 0), 300 * MS)
+    made.pass_on()
+    with pytest.raises(AssertionError, match="two ticks are in flight"):
+        made.start(Tick(3, (Part(0, (3,)),), 0), 350 * MS)
+    assert made.busy_ns == 500 * MS
+
+
 def test_one_tick_runs_at_a_time():
     made = device()
     made.start(Tick(0, (Part(0, (0,)),), 0), SECOND)
@@ -123,6 +144,8 @@ def test_no_frame_is_finished_before_its_ticks_would_be_on_an_empty_device():
     assert alone_ms(exact, 0, floor_steps=2, stages=3) == 720
     assert alone_ms(exact, 945) == 1055 + 55  # half of it at half the speed
     assert alone_ms(exact, 1890) == 2000 + 55
+    tailed = dataclasses.replace(exact, tail_ms=40)
+    assert alone_ms(tailed, 0) == 150
     lucky = dataclasses.replace(exact, noise=0.1)  # four times a tenth faster at most
     assert alone_ms(lucky, 0) == pytest.approx(66)
 
@@ -152,6 +175,7 @@ def in_time(trace: DeviceTrace, source: StreamTrace, arrivals_ms: list[int]) -> 
             after.start(Tick(0, (Part(0, chunk, fill, steps, first=not begun),), 0), now_ns)
             end_ns = after.done_ns
             assert end_ns is not None
+            after.pass_on()
             done = [i for frames in after.finish()[0] for i in frames]
             found.update(i for i in done if end_ns <= arrival_ns[i] + settings.budget_ns)
             go(after, end_ns, max((entered, *chunk)), True)

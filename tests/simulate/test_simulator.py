@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
 from svd2_jax.runtime.work import MS, SECOND, Fate, FrameRecord, Part, Reason, StepChange, Tick, Wait
@@ -20,6 +22,7 @@ BELOW = (
     "device_half",
     "faults",
     "jitter",
+    "overlap",
     "pipeline",
     "stalls",
     "steady_16",
@@ -135,6 +138,46 @@ def test_steps_are_lowered_before_frames_are_dropped_and_raised_again():
     outcome, row = run(shortened("device_half"))
     assert [(c.before, c.after) for c in outcome.changes if c.stream == 0] == [(2, 1), (1, 2)]
     assert row.dropped == {}
+
+
+def test_a_device_that_would_be_overloaded_tick_by_tick_has_time_when_ticks_overlap():
+    trace = shortened("overlap")
+    device = trace.device
+    outcome, row = run(trace)
+    assert row.dropped == {}
+    assert row.late == 0
+    ends = [tick.done_ns for tick in outcome.ticks]
+    assert sum(tick.started_ns < end for tick, end in zip(outcome.ticks[1:], ends, strict=False)) > 100
+    whole = dataclasses.replace(device, fixed_ms=device.fixed_ms + device.tail_ms, tail_ms=0)
+    assert sum(run(dataclasses.replace(trace, device=whole))[1].dropped.values()) > 10
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=25)
+@given(
+    tail=st.sampled_from([0.1, 0.4, 1.0]),
+    noise=st.sampled_from([0.0, 0.01, 0.05]),
+    load=st.sampled_from([0.5, 0.8, 2.0]),
+    count=st.integers(1, 3),
+    stages=st.integers(1, 3),
+    closes=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_with_a_tail_every_frame_has_one_fate_and_few_are_late(
+    tail, noise, load, count, stages, closes, seed
+):
+    """The simulator checks the rest: whole chunks in order, nothing shown before it is finished."""
+    device = DeviceTrace(fixed_ms=100, row_ms=0, noise=noise, tail_ms=100 * tail, batch_sizes=(1, 2))
+    source = StreamTrace(
+        rate_hz=load * 40 / count, budget_ms=1500 + 600 * stages * count / load, count=count, stagger_s=0.1,
+        stages=stages, jitter_ms=2, leaves="closes" if closes else "ends", end_s=6,
+    )  # fmt: skip
+    outcome, row = run(Trace("t", "", 8, device, (source,), seed=seed))
+    assert len({(f.stream, f.number) for f in outcome.frames}) == len(outcome.frames) == row.frames
+    shown = [f for f in outcome.frames if f.fate is not Fate.DROPPED]
+    assert shown
+    assert sum(f.fate is Fate.LATE for f in shown) <= 0.01 * len(shown)
+    if load < 1:
+        assert set(row.dropped) <= {"closed"}
 
 
 def test_faults_of_the_input_are_what_is_dropped():
