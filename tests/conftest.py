@@ -1,5 +1,6 @@
 """What every test runs under: CPU with eight virtual devices, strict types, full precision."""
 
+import gc
 import os
 
 # XLA reads these when the backend starts, which no import of ours does.
@@ -14,13 +15,29 @@ os.environ["SVD2_CACHE"] = str(Path(__file__).parents[1] / ".pytest_cache" / "pr
 import jax
 import pytest
 
+from svd2_jax.engine import programs
 from svd2_jax.engine.kept_programs import keep_programs
+
+MOST_MAPS = 10_000
 
 keep_programs()
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_hoard_of_programs():
+    """Lets go of a module's programs: each has dozens of memory maps, and Linux gives a process 65 530 in all.
+
+    Long before that, compiling takes ten times as long; then the process crashes.
+    """
+    yield
+    if (maps := Path("/proc/self/maps")).exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        programs._compile_once.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
