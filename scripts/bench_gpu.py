@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from svd2_jax import files
-from svd2_jax.api import SessionSpec
 from svd2_jax.bench.ceiling import measured
 from svd2_jax.bench.parts import Bench
 from svd2_jax.bench.report import Report, text
@@ -129,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
                 break
             say(f"{model} {of_size[0].height}x{of_size[0].width}: compiling")
             began = time.monotonic()
-            engine.prepare(SessionSpec("", of_size[0].cfg), [job.steps for job in of_size])
+            engine.prepare(Bench.of(engine, of_size[0].cfg).spec, [job.steps for job in of_size])
             engine.params(of_size[0].cfg)
             say(f"compiled after {time.monotonic() - began:.1f} s")
             ceiling = measured(engine.meshes[0].home, engine.dtype, ceiling)

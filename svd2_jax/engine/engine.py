@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -222,7 +223,7 @@ class DeviceEngine:
         check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams, vae_devices=vae_devices)
         encode = (prompts or self.prompts).encode
         # Reading waits for the disk, compiling runs outside of Python: the first session gets all of it at once.
-        with ThreadPoolExecutor() as pool:
+        with _threads() as pool:
             reading = pool.submit(weights.params, split, cfg.decoder, vae_devices)
             others = [pool.submit(self.denoiser, cfg, split, lane), pool.submit(encode, spec.prompt)]
             ends = self.ends(cfg, spec.pixels, lane)
@@ -259,7 +260,7 @@ class DeviceEngine:
         for lane in range(len(self.meshes)):
             split = self.split(cfg, lane)
             # Those of one number of steps first, as the others share many of them.
-            with ThreadPoolExecutor() as pool:
+            with _threads() as pool:
                 denoiser = pool.submit(self.denoiser, cfg, split, lane)
                 self.ends(cfg, spec.pixels, lane)
                 denoiser.result()
@@ -367,6 +368,17 @@ class DeviceEngine:
         return Builder(
             self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes, options.share_vae
         )  # fmt: skip
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Gives threads to share work; where anything fails, what has not begun is left undone."""
+    with ThreadPoolExecutor() as pool:
+        try:
+            yield pool
+        except BaseException:  # Ctrl-C too: nobody wants to wait for programs that nobody needs
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> tuple[StageMesh, ...]:

@@ -93,7 +93,7 @@ class Tick:
     Attributes:
       number: counts ticks from 0.
       parts: at least one, each of another stream.
-      predicted_ns: how long it is expected to take.
+      predicted_ns: how long it is expected to take, from when it is handed over until its frames are finished.
     """
 
     number: int
@@ -172,8 +172,8 @@ class TickRecord:
 
     Attributes:
       tick: what was done.
-      started_ns: when it was handed to the device.
-      done_ns: when the device was through.
+      started_ns: when it was handed to the device, where the tick before it may not be through yet.
+      done_ns: when its frames were finished.
       queued: input frames that waited, over all streams, when it started.
     """
 
