@@ -392,6 +392,10 @@ class Pipeline:
     def _moved_layers(self, split: tuple[int, ...]) -> tuple[LayerCache, ...]:
         """Returns the caches with every block's where the split has it."""
         mesh = self.mesh
+        if mesh.first.platform == "cpu" and len(mesh.local_stages) < mesh.stages:
+            # Between processes, CPUs with jax 0.12 wait for each other for ever when two stages exchange something
+            # while all of them are still at it.
+            jax.block_until_ready(self._state)
         held = {s: list(mesh.part(self._state.cache.layers, s)) for s in mesh.local_stages}
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held[mesh.local_stages[0]][0])
         homes = [(stage, j) for stage, count in enumerate(self.split) for j in range(count)]
