@@ -52,8 +52,8 @@ that this machine allows, by a large matrix product and a large copy in the same
 *Difference*: of the results, as a share of the largest value; frames are compared as 8 bits (4e-03 is one grey level).
 Goals: 1.0 for each part, 1.3 for the stream, end to end.
 
-- All 32 goals are reached. The nearest is the stream in bfloat16 with four blocks of the 1.3B model, where the VAE is at
-  the ceiling on both sides: the median of its pairs is above the goal, the least of them is not.
+- All 32 goals are reached. The nearest is the stream in bfloat16 with four blocks of the 1.3B model, where the VAE is
+  at the ceiling on both sides: the median of its pairs is above the goal, the least of them is not.
 - The tick's difference of 1e-03 in the 1.3B model's width is the choice of the anchor to replace, which random weights
   leave to rounding; with `--sink-threshold -1` it is 5e-07.
 - jax 0.10.2 has no convolutions by oneDNN. There, in float32, 1.3B with 2 blocks: encode 1.10, tick 3.9, decode 0.92,
