@@ -327,7 +327,9 @@ class DeviceSession:
 
     def _chunk(self, pixels: jax.Array, count: int) -> DeviceChunk:
         if self.has_output:
-            with jax.transfer_guard_device_to_host("allow"):  # jax 0.12 does not count it as meant where it is
+            with jax.transfer_guard_device_to_host(
+                "allow"
+            ):  # jax 0.12 does not count it as meant where it is
                 pixels.copy_to_host_async()
         self._given += count
         return DeviceChunk(self._given - count, count, pixels, self.has_output)
