@@ -38,7 +38,7 @@ from svd2_jax.runtime.deadline import (
     decide,
     rescue,
 )
-from svd2_jax.runtime.latency import Costs, LatencyModel, LatencySample
+from svd2_jax.runtime.latency import Cell, Costs, LatencyModel, LatencySample
 from svd2_jax.runtime.overload import Control, Load
 from svd2_jax.runtime.work import (
     MS,
@@ -64,6 +64,7 @@ CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
 LOSSY_NS = 500 * MS
 # So long after its last tick a device that is believed too slow for any frame is tried again, with one frame.
 PROBE_NS = 500 * MS
+LAGS = 5  # of each kind of tick, of which the longest counts
 
 
 class Refused(SessionError):
@@ -151,7 +152,7 @@ class _Running:
       tail_ns: how much longer its frames should take.
       begun_ns: when the stages turned to it; while the tick before it is being finished, when they should.
       alone_ns: from when on nothing else was in flight; the same.
-      passed: whether the stages are through with it.
+      passed_ns: when the stages were through with it; None while they are not.
     """
 
     tick: Tick
@@ -163,12 +164,23 @@ class _Running:
     tail_ns: int
     begun_ns: int
     alone_ns: int
-    passed: bool = False
+    passed_ns: int | None = None
 
     @property
-    def free_ns(self) -> int:
-        """When the next tick should begin to take its time."""
-        return self.begun_ns + self.expected_ns
+    def kind(self) -> Cell:
+        return Cell(self.shape, len(self.tick.parts), self.tick.steps, self.tick.first)
+
+    def free_ns(self, lags: Sequence[int]) -> int:
+        """Returns when the next tick should begin to take its time.
+
+        Args:
+          lags: how long frames of its kind were finished after the stages were through. Where these are through
+            sooner than expected, so are the frames.
+        """
+        expected_ns = self.begun_ns + self.expected_ns
+        if self.passed_ns is None or not lags:
+            return expected_ns
+        return min(expected_ns, self.passed_ns + max(lags) - self.tail_ns)
 
     def took_ns(self, now_ns: int) -> int:
         """Returns what it added to the tick before it, finished now: without what shows of its tail."""
@@ -202,6 +214,7 @@ class Scheduler:
         self._opened = 0
         self._ticks = 0
         self._running: deque[_Running] = deque()  # in flight, oldest first
+        self._lags: dict[Cell, deque[int]] = {}  # from the end of the stages to finished frames, the last few
         self._due: list[tuple[int, StreamId, int]] = []  # heap of (when, stream, number)
         self._control = Control()
         self._controlled_ns: int | None = None  # None: at the next decision
@@ -307,11 +320,12 @@ class Scheduler:
         expected_ns = start_ns = now_ns
         if self._running:
             last = self._running[-1]
-            if not last.passed or len(self._running) > 1:
+            if last.passed_ns is None or len(self._running) > 1:
                 return Wait(None)
-            if now_ns < last.free_ns - guard:
-                return Wait(last.free_ns - guard)
-            expected_ns, start_ns = max(now_ns, last.free_ns), max(now_ns, last.begun_ns + last.bound_ns)
+            free_ns = last.free_ns(self._lags.get(last.kind, ()))
+            if now_ns < free_ns - guard:
+                return Wait(free_ns - guard)
+            expected_ns, start_ns = max(now_ns, free_ns), max(now_ns, last.begun_ns + last.bound_ns)
         if self._waiting is not None:  # nothing happened since that could change the answer
             until_ns = self._waiting.until_ns
             if until_ns is None or now_ns < until_ns:
@@ -357,9 +371,9 @@ class Scheduler:
         Raises:
           SessionError: they have none.
         """
-        if not self._running or self._running[-1].passed:
+        if not self._running or self._running[-1].passed_ns is not None:
             raise SessionError("no tick is running; `next` starts one")
-        self._running[-1].passed = True
+        self._running[-1].passed_ns = now_ns
 
     def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
         """Notes that the frames of the oldest tick in flight are finished, and so are its stages with it.
@@ -380,6 +394,8 @@ class Scheduler:
         self._ran_ns, self._lost = now_ns, False
         tick = running.tick
         self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
+        if running.passed_ns is not None:
+            self._lags.setdefault(running.kind, deque(maxlen=LAGS)).append(now_ns - running.passed_ns)
         took = running.took_ns(now_ns)
         self.model.observe(LatencySample(running.shape, len(tick.parts), tick.steps, took, tick.first))
         if self.model.knows_tails:  # which the views' deadlines hold
