@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,8 @@ from svd2_jax.runtime.work import (
     StreamSettings,
     Tick,
 )
+
+T = TypeVar("T")
 
 HANG_EXIT_CODE = 3
 KEPT_RESULTS = 1000  # how streams ended; beyond, the oldest are forgotten
@@ -512,13 +514,7 @@ class LiveLoop:
 
     def _finish(self) -> None:
         """Finisher thread: one tick after another, in the order in which they ran."""
-        while True:
-            with self._lock:
-                while not self._passed:
-                    if self._driven:
-                        return
-                    self._clock.wait(self._finisher_work, None)
-                passed = self._passed.popleft()
+        while (passed := self._take(self._passed, self._finisher_work, lambda: self._driven)) is not None:
             self._finish_tick(passed)
             passed = None  # nothing is held while this waits
 
@@ -601,13 +597,8 @@ class LiveLoop:
 
     def _read(self) -> None:
         """Reader thread: brings finished frames to the host."""
-        while True:
-            with self._lock:
-                while not self._finished:
-                    if self._stopping:
-                        return
-                    self._clock.wait(self._reader_work, None)
-                live, numbers, chunk = self._finished.popleft()
+        while (found := self._take(self._finished, self._reader_work, lambda: self._stopping)) is not None:
+            live, numbers, chunk = found
             try:
                 # One by one they are shown and freed, so each has its memory. What only fills a chunk is left out.
                 with self._watched(f"reading frames (stream {live.id})"):
@@ -616,7 +607,16 @@ class LiveLoop:
             except Exception as e:
                 live.outlet.end(at_once=True)
                 self._fail(live, e)
-            live = chunk = pixels = None  # nothing is held while this waits
+            found = live = chunk = pixels = None  # nothing is held while this waits
+
+    def _take(self, waiting: deque[T], work: threading.Condition, is_over: Callable[[], bool]) -> T | None:
+        """Waits for the next of what waits for a thread; None: there will be nothing. Takes the lock itself."""
+        with self._lock:
+            while not waiting:
+                if is_over():
+                    return None
+                self._clock.wait(work, None)
+            return waiting.popleft()
 
     def _deliver(self) -> None:
         """Delivery thread: passes frames on when they are due."""

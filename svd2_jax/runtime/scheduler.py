@@ -168,6 +168,7 @@ class _Running:
 
     @property
     def kind(self) -> Cell:
+        """What its device time is learned for."""
         return Cell(self.shape, len(self.tick.parts), self.tick.steps, self.tick.first)
 
     def free_ns(self, lags: Sequence[int]) -> int:
