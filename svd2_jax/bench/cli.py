@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tqdm import tqdm
 
-from svd2_jax import files
+from svd2_jax import files, progress
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import CheckpointError, ConfigError
 
@@ -137,8 +137,12 @@ def run(
 def _measure(args: argparse.Namespace, cfg: StreamConfig, model: Model, say: Callable[[str], None]) -> Report:
     from svd2_jax.bench.parts import first_frame
 
+    def timed(load: Callable[[], DeviceEngine]) -> tuple[Bench, dict[str, float]]:
+        with progress.shown("getting ready", say):
+            return first_frame(load, cfg, say)
+
     if args.against is None:
-        bench, phases = first_frame(model.load, cfg, say)
+        bench, phases = timed(model.load)
         return _report(args, bench, phases, say)
     from svd2_jax.bench.reference import Reference
 
@@ -146,7 +150,7 @@ def _measure(args: argparse.Namespace, cfg: StreamConfig, model: Model, say: Cal
     with Reference(args.reference) as reference:
         say("the reference makes random weights")
         converted = reference.make_checkpoint(sizes, args.dtype or "float32")
-        bench, phases = first_frame(lambda: model.load(converted), cfg, say)
+        bench, phases = timed(lambda: model.load(converted))
         return _report(args, bench, phases, say, reference)
 
 

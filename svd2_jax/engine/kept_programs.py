@@ -35,6 +35,7 @@ from jax.experimental import serialize_executable
 
 from svd2_jax import files
 from svd2_jax.errors import MediaError
+from svd2_jax.progress import working
 from svd2_jax.types import Device
 
 T = TypeVar("T")
@@ -162,6 +163,7 @@ jax.monitoring.register_event_listener(_note)
 
 
 def kept_program(
+    name: str,
     what: Hashable,
     args: tuple[Any, ...],
     devices: Sequence[Device],
@@ -172,6 +174,7 @@ def kept_program(
     """Returns an executable and its results' shapes: as kept, or else compiled, and kept from now on.
 
     Args:
+      name: what people call it.
       what: all that decides the program but the arguments and the devices.
       args: arguments as a tree of ShapeDtypeStruct with shardings.
       devices: those of the program, in order.
@@ -183,8 +186,8 @@ def kept_program(
     not_by_jax = persistent_cache_min_compile_time_secs(math.inf)
     # A program over several processes has parts in each of them: those may not find it all or none at all.
     if store is None or any(d.process_index != jax.process_index() for d in devices):
-        _, lowered = trace()
-        with contextlib.nullcontext() if writable else not_by_jax:
+        with working(f"compiling {name}"), contextlib.nullcontext() if writable else not_by_jax:
+            _, lowered = trace()
             return lowered.compile(dict(options)), _results(lowered)
     structure = jax.tree.structure((args, {}))
     parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
@@ -204,22 +207,23 @@ def kept_program(
     made_from = _key(*parts, _sources())
     if made_from is not None and (found := load(store.read(made_from))) is not None:
         return found
-    traced, lowered = trace()
-    # The lowered form alone does not tell which arguments it leaves out.
-    key = _key(*parts, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
-    found = load(key)
-    if found is None:
-        _compiling.from_cache = False
-        with not_by_jax:  # it need not be kept twice
-            found = program, results = lowered.compile(dict(options)), _results(lowered)
-        if key is None or _compiling.from_cache:
-            return found
-        try:
-            executable, _, _ = serialize_executable.serialize(program)
-        except Exception as e:  # not every backend can
-            _log.info("a program is not kept: %s", e)
-            return found
-        store.write(key, (results, executable))
+    with working(f"compiling {name}"):
+        traced, lowered = trace()
+        # The lowered form alone does not tell which arguments it leaves out.
+        key = _key(*parts, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
+        found = load(key)
+        if found is None:
+            _compiling.from_cache = False
+            with not_by_jax:  # it need not be kept twice
+                found = program, results = lowered.compile(dict(options)), _results(lowered)
+            if key is None or _compiling.from_cache:
+                return found
+            try:
+                executable, _, _ = serialize_executable.serialize(program)
+            except Exception as e:  # not every backend can
+                _log.info("a program is not kept: %s", e)
+                return found
+            store.write(key, (results, executable))
     if made_from is not None:
         store.write(made_from, key)
     return found

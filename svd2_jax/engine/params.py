@@ -21,6 +21,7 @@ from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.models import dit, taehv, text_encoder, vae
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn.random_params import gaussian_array, random_params
+from svd2_jax.progress import working
 from svd2_jax.types import Device
 
 Params = dict[str, Any]
@@ -216,8 +217,9 @@ def random_items(model: ModelConfig, seed: int, dtype: jnp.dtype) -> ItemReader:
 
         # The host takes minutes for the weights of a large model, an accelerator one second.
         gaussian = gaussian_array if device.platform == "cpu" else on_device
-        drawn = random_params(shapes[item], (seed, zlib.crc32(item.encode())), gaussian)
-        return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
+        with working(f"drawing {item}"):
+            drawn = random_params(shapes[item], (seed, zlib.crc32(item.encode())), gaussian)
+            return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), drawn), device)
 
     return read_item
 

@@ -471,12 +471,21 @@ def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Progra
             return traced, traced.lower()
 
     # XLA of jax 0.12 cannot write down what oneDNN computes, and ends the process over some such programs.
-    program, results = kept_program((static, how), args, devices, trace, dict(how.options), not by_onednn)
+    program, results = kept_program(
+        _title(static), (static, how), args, devices, trace, dict(how.options), not by_onednn
+    )
     return program, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         results,
         jax.tree.broadcast(out, results),
     )
+
+
+def _title(static: tuple[Callable[..., Any], tuple[Any, ...], Any]) -> str:
+    """Returns what people call a program: its function, and the steps of a stream's."""
+    function, bound, _ = static
+    steps = [f"{x.steps} step{'s'[: x.steps - 1]}" for x in bound if isinstance(x, StreamConfig)]
+    return ", ".join([function.__name__.strip("_").replace("_", " "), *steps])
 
 
 @functools.lru_cache(maxsize=256)

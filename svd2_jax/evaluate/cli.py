@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from svd2_jax import files
+from svd2_jax import files, progress
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError
@@ -97,6 +97,8 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     plan = Plan(folder, spec, args.fps, args.frames, args.minutes, judge)
     total = check_clips(plan)
     engine, rebuild = open_model()
+    with progress.shown("getting ready", lambda text: print(text, file=sys.stderr, flush=True)):
+        engine.open(spec).close()
     with tqdm(
         total=total, unit="frame", desc="evaluating", dynamic_ncols=True, disable=args.no_progress, file=sys.stderr
     ) as bar:  # fmt: skip
