@@ -2,22 +2,23 @@
 
 ```
 engine = svd2_jax.load("tiny")  # or the folder of a converted checkpoint
-with engine.open(svd2_jax.SessionSpec("a watercolour painting", engine.stream_config())) as session:
+with engine.open(svd2_jax.SessionSpec("a watercolour painting")) as session:
     for chunk in session.push(frames):  # uint8 [T, H, W, 3]
         show(chunk.frames())
 ```
 
-Importing the package loads no JAX; `load` and `random_engine` do.
+Importing the package loads no JAX; `load` does. docs/api.md lists everything with its types.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from svd2_jax import shipped
 from svd2_jax.api import SessionSpec
-from svd2_jax.config import StreamConfig
+from svd2_jax.config import StreamConfig, check_whole
 from svd2_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -42,7 +43,6 @@ __all__ = [
     "StreamConfig",
     "Svd2Error",
     "load",
-    "random_engine",
 ]
 
 
@@ -52,67 +52,50 @@ def load(
     text_encoder: Literal["host", "device", "disk"] = "host",
     stages: int = 1,
     streams: int = 1,
-    batch_sizes: tuple[int, ...] = (1,),
+    batch_sizes: Sequence[int] = (1,),
     share_vae: bool = False,
     weight_dtype: Literal["int8", "fp8"] | None = None,
+    rebalance: bool = True,
+    keep_programs: bool = True,
 ) -> DeviceEngine:
     """Returns an engine that runs a converted checkpoint on JAX's devices.
 
     Args:
-      checkpoint: the folder that `svd2 convert` wrote, or "tiny", the small model that comes with the package.
-      dtype: to compute in; None takes the checkpoint's, but float32 for a small model on a CPU.
+      checkpoint: the folder that `svd2 convert` wrote; "tiny", the small model that comes with the package; or
+        "random:PRESET" ("random:wan-1.3b"), random weights in a preset's sizes, for measuring.
+      dtype: to compute in; None takes the checkpoint's, but float32 for a small model on a CPU and for random weights.
       text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
       stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
       streams: sets of so many devices; sessions open at once are spread over them.
       batch_sizes: how many sessions may share a tick, as in (1, 2, 4), see docs/streaming.md.
       share_vae: whether all stages' devices encode and decode together, see docs/pipeline.md.
       weight_dtype: 8 bits that the transformer's linear layers are held in; None: as they are computed with.
+      rebalance: whether blocks may move between stages while a stream runs; its steps cannot change then.
+      keep_programs: whether what is compiled is kept on disk and taken from there the next time (docs/running.md).
+        Holds for the whole process from now on.
 
     Raises:
       CheckpointError: the folder is missing, unfinished or of another format.
-      ConfigError: fewer devices than stages * streams, fewer blocks than stages, or batch sizes that
-        do not ascend from 1.
+      ConfigError: an argument is of another type or out of its range; there is no such preset, fewer devices than
+        stages * streams, fewer blocks than stages, or batch sizes that do not ascend from 1.
+      EngineError: JAX has no device to run on.
     """
-    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+    check_whole("stages", stages, 1)
+    check_whole("streams", streams, 1)
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise ConfigError(f"checkpoint must be a folder or a name, got {type(checkpoint).__name__}")
+    from svd2_jax.engine.balance import BalancePolicy
+    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, prepare_devices
     from svd2_jax.engine.mesh import stage_meshes
 
+    options = PipelineOptions(
+        batch_sizes=batch_sizes, share_vae=share_vae, rebalance=BalancePolicy() if rebalance else None
+    )
+    prepare_devices(keep_programs)
     meshes = stage_meshes(streams, stages)
-    options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
+    if (name := shipped.random_preset(checkpoint)) is not None:
+        return DeviceEngine.random(name, 0, dtype or "float32", meshes, options, weight_dtype)
     folder = shipped.checkpoint_folder(checkpoint)
     return DeviceEngine.from_checkpoint(
         folder, dtype, text_encoder, meshes, options, weight_dtype=weight_dtype
     )
-
-
-def random_engine(
-    preset: str,
-    seed: int = 0,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    stages: int = 1,
-    streams: int = 1,
-    batch_sizes: tuple[int, ...] = (1,),
-    share_vae: bool = False,
-    weight_dtype: Literal["int8", "fp8"] | None = None,
-) -> DeviceEngine:
-    """Returns an engine of a preset's sizes with random weights: its pictures mean nothing, its speed does.
-
-    Args:
-      preset: "tiny", "wan-1.3b" or "wan-14b".
-      seed: same seed, same weights.
-      dtype: to compute in.
-      stages: see `load`.
-      streams: see `load`.
-      batch_sizes: see `load`.
-      share_vae: see `load`.
-      weight_dtype: see `load`.
-
-    Raises:
-      ConfigError: there is no such preset, fewer devices than stages * streams, fewer blocks than stages, or batch
-        sizes that do not ascend from 1.
-    """
-    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
-    from svd2_jax.engine.mesh import stage_meshes
-
-    options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
-    meshes = stage_meshes(streams, stages)
-    return DeviceEngine.random(preset, seed, dtype, meshes, options, weight_dtype)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from svd2_jax.config import StreamConfig
+from svd2_jax.config import StreamConfig, check_whole, is_number
 from svd2_jax.errors import ConfigError
 
 DEFAULT_NOISE_SCALE = 0.8
@@ -20,32 +20,43 @@ class SessionSpec:
 
     Attributes:
       prompt: what to re-draw the video to; must not be blank.
-      stream: what is computed (sizes, steps, cache).
+      stream: what is computed (sizes, steps, cache); None is the engine's own, see `Engine.stream_config`.
       noise_scale: share of noise in (0, 1]; the higher, the freer the re-drawing. Ignored in text-to-video.
       seed: every Gaussian is a function of (seed, chunk, step).
       pixels: "uint8" frames in [0, 255], or "float32" frames in [0, 1] (unrounded, for comparisons).
+
+    Raises:
+      ConfigError: a value is of another type or out of its range.
     """
 
     prompt: str
-    stream: StreamConfig = field(default_factory=StreamConfig)
+    stream: StreamConfig | None = None
     noise_scale: float = DEFAULT_NOISE_SCALE
     seed: int = 0
     pixels: Literal["uint8", "float32"] = "uint8"
 
     def __post_init__(self):
         check_prompt(self.prompt)
-        for name, kind in (("noise_scale", (int, float)), ("seed", int)):
-            value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ConfigError(f"{name} must be a number, got {value!r}")
+        if self.stream is not None and not isinstance(self.stream, StreamConfig):
+            raise ConfigError(
+                f"stream must be a StreamConfig, got {type(self.stream).__name__}; engine.stream_config(...) makes one"
+            )
+        if not is_number(self.noise_scale):
+            raise ConfigError(f"noise_scale must be a number, got {self.noise_scale!r}")
         if not 0.0 < self.noise_scale <= 1.0:
             raise ConfigError(
                 f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default"
             )
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be in [0, 2**32), got {self.seed}")
+        check_whole("seed", self.seed, 0, 2**32 - 1)
         if self.pixels not in ("uint8", "float32"):
             raise ConfigError(f"pixels must be 'uint8' or 'float32', got {self.pixels!r}")
+
+    @property
+    def config(self) -> StreamConfig:
+        """What is computed; raises ConfigError where that is the engine's own, which `Engine.resolved` fills in."""
+        if self.stream is None:
+            raise ConfigError("the spec names no stream; engine.resolved(spec) fills in the engine's own")
+        return self.stream
 
 
 def check_prompt(prompt: str) -> None:
@@ -73,9 +84,16 @@ class Chunk(Protocol):
         """Waits for the frames [T, H, W, 3] and returns them."""
         ...
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The same, for `np.asarray(chunk)` and `np.concatenate(chunks)`."""
+        ...
+
 
 class Session(Protocol):
-    """One stream of frames, from its first frame to `close`."""
+    """One stream of frames, from its first frame to `close`.
+
+    Calls from several threads wait for one another: each is done as a whole.
+    """
 
     spec: SessionSpec
 
@@ -89,11 +107,17 @@ class Session(Protocol):
 
         With fewer steps, chunks that have taken as many already are finished: the next tick returns them too. With
         more, nothing is finished until the first chunk is through all of them.
+
+        Raises:
+          SessionError: these steps were not prepared (see `Engine.open`): compiling would hold the stream up.
         """
         ...
 
     def push(self, frames: np.ndarray) -> Sequence[Chunk]:
-        """Takes any number of input frames, uint8 [T, H, W, 3]; returns what they complete (video-to-video)."""
+        """Takes input frames, uint8 [T, H, W, 3] or one [H, W, 3]; returns what they complete (video-to-video).
+
+        Does not wait for the device; a chunk's `frames()` does.
+        """
         ...
 
     def advance(self) -> Sequence[Chunk]:
@@ -115,7 +139,10 @@ class Session(Protocol):
         prompts: Mapping[int, str] | None = None,
         blend_chunks: int = 0,
     ) -> Iterator[np.ndarray]:
-        """Streams a whole clip; yields finished frames [T, H, W, 3]."""
+        """Streams a whole clip; yields finished frames [T, H, W, 3], a chunk at a time, each when it is there.
+
+        Takes what `push` takes, any number of times: an iterable of [T, H, W, 3] or [H, W, 3], so also one array.
+        """
         ...
 
     def close(self) -> None:
@@ -162,8 +189,19 @@ class Engine(Protocol):
         """How many streams a tick can take, ascending, beginning with 1."""
         ...
 
-    def open(self, spec: SessionSpec) -> Session:
-        """Compiles what the session needs and returns it, ready for its first frame."""
+    def stream_config(self, **settings: Any) -> StreamConfig:
+        """Returns the published configuration at the size that the model was trained at, with other `settings`."""
+        ...
+
+    def resolved(self, spec: SessionSpec) -> SessionSpec:
+        """Returns the spec with the engine's own stream where it names none."""
+        ...
+
+    def open(self, spec: SessionSpec, steps: Sequence[int] = ()) -> Session:
+        """Compiles what the session needs and returns it, ready for its first frame.
+
+        `steps` are the numbers of denoising steps that `Session.set_steps` may ask for later, besides the spec's.
+        """
         ...
 
     def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from svd2_jax import files, media, shipped
+from svd2_jax import files, media, progress, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError, EngineError, MediaError, exit_code
@@ -41,7 +41,6 @@ T = TypeVar("T")
 
 EXIT_FAILED = 1
 _END_BYTES = 1 << 20  # of each end of a file, to tell it from another
-RANDOM = "random:"
 MOST_STAGES = 8  # that a plan compares
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
 EIGHT_BITS = STORAGES[1:]
@@ -249,7 +248,7 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", default=shipped.TINY, metavar="FOLDER",
         help=f"folder that `svd2 convert` wrote; {shipped.TINY}: the small model that comes with the package "
-        f"(default); {RANDOM}PRESET: random weights ({', '.join(PRESETS)})",
+        f"(default); {shipped.RANDOM}PRESET: random weights ({', '.join(PRESETS)})",
     )  # fmt: skip
 
 
@@ -466,8 +465,8 @@ def _model(args: argparse.Namespace) -> ModelConfig:
     """Returns the model that the options name: its sizes, and what its weights are held in."""
     if "preset" in args:
         model = preset(args.preset)
-    elif args.checkpoint.startswith(RANDOM):
-        model = preset(args.checkpoint.removeprefix(RANDOM))
+    elif (name := shipped.random_preset(args.checkpoint)) is not None:
+        model = preset(name)
     else:
         from svd2_jax.engine.checkpoint import Checkpoint
 
@@ -509,39 +508,30 @@ def _open(
         logging.basicConfig(format="%(message)s")
         logging.getLogger("svd2_jax").setLevel(logging.INFO)
     engine = _engine(args, meshes, options)
-    cfg, stages = spec.stream, len(meshes[0].devices)
+    cfg, stages = spec.config, len(meshes[0].devices)
     _say(
         f"compiling for {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}"
         + (f", {stages} stages" if stages > 1 else "")
+        + ", the first time only"
     )
-    session = _device_errors(engine.open, spec)
+    with progress.shown("getting ready", _say):
+        session = _device_errors(engine.open, spec)
     if args.verbose:
-        _say(engine.describe(spec.stream))
+        _say(engine.describe(spec.config))
     _say(f"ready after {time.monotonic() - started:.1f} s")
     return session
 
 
 def _prepare_devices(keep: bool = True) -> None:
-    """Sees that JAX has devices; if `keep`, compiled programs are taken from and put where they are kept."""
-    import jax
+    from svd2_jax.engine.engine import prepare_devices  # late: JAX takes a second to load
 
-    from svd2_jax.engine.kept_programs import keep_programs
-
-    if keep:
-        keep_programs()
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as e:  # JAX asserts that the platform it was told to use is there
-        reason = (str(e).splitlines() or ["none was found"])[0]
-        raise EngineError(
-            f"JAX has no device to run on: {reason}; is JAX_PLATFORMS set to another machine's?"
-        ) from e
+    prepare_devices(keep)
 
 
 def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: PipelineOptions) -> DeviceEngine:
-    from svd2_jax.engine.engine import DeviceEngine  # late: JAX takes a second to load
+    from svd2_jax.engine.engine import DeviceEngine
 
-    if args.checkpoint.startswith(RANDOM):
+    if shipped.random_preset(args.checkpoint) is not None:
         model = _model(args)
         _say(f"random weights in the sizes of {model.name}: the pictures will mean nothing")
         return DeviceEngine.random(model, dtype=args.dtype or "float32", meshes=meshes, options=options)
@@ -829,8 +819,10 @@ class _BenchModel:
         return _engine(args, stage_meshes(1, 1), PipelineOptions(args.attention, rebalance=None))
 
     def random_sizes(self) -> ModelConfig:
-        if not self.args.checkpoint.startswith(RANDOM):
-            raise ConfigError(f"--against reference takes random weights: --checkpoint {RANDOM}PRESET")
+        if shipped.random_preset(self.args.checkpoint) is None:
+            raise ConfigError(
+                f"--against reference takes random weights: --checkpoint {shipped.RANDOM}PRESET"
+            )
         return _model(self.args)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
@@ -41,9 +42,24 @@ def _is_like(value: Any, default: Any) -> bool:
     return type(value) is type(default) if isinstance(default, (bool, int, str)) else True
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError for what is none of the choices."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def is_number(value: object, kind: type = numbers.Real) -> bool:
+    """Whether a value is a number of Python's or NumPy's; `True` is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ConfigError for what is not a whole number from `least` to `most`."""
+    wanted = f"at least {least}" if most is None else f"{least} to {most}"
+    if not is_number(value, numbers.Integral):
+        raise ConfigError(f"{name} must be a whole number, {wanted}; got {value!r}")
+    if value < least or (most is not None and value > most):
+        raise ConfigError(f"{name} must be {wanted}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ class DiTConfig(_Config):
     weight_dtype: Storage = "compute"
 
     def __post_init__(self):
-        _check_choice("weight_dtype", self.weight_dtype, STORAGES)
+        check_choice("weight_dtype", self.weight_dtype, STORAGES)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ConfigError(f"DiT: dim={self.dim} must split into {self.num_heads=} heads of even size")
         if self.patch[0] != 1:
@@ -309,7 +325,7 @@ class StreamConfig(_Config):
                 )
         for name, choices in (("task", ("v2v", "t2v")), ("mode", ("stream", "sequential")),
                               ("decoder", ("wan", "taehv")), ("cache_dtype", STORAGES)):  # fmt: skip
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         if not 1 <= len(self.timesteps) <= 8 or not all(0 <= t <= 1000 for t in self.timesteps):
             raise ConfigError(f"timesteps must be 1 to 8 values in [0, 1000], got {self.timesteps}")
         if self.frames_per_block < 1:
@@ -349,8 +365,7 @@ class StreamConfig(_Config):
         Text-to-video adds a clean pass at timestep 0 behind its steps, and works on blocks of three latent
         frames within the window of 21 that the model was trained on. `settings` replace single fields.
         """
-        if not 1 <= steps <= len(V2V_TIMESTEPS):
-            raise ConfigError(f"steps must be 1 to {len(V2V_TIMESTEPS)}, got {steps}")
+        check_whole("steps", steps, 1, len(V2V_TIMESTEPS))
         defaults: dict[str, Any] = {"task": task, "timesteps": V2V_TIMESTEPS[:steps]}
         if task == "t2v":
             defaults.update(
@@ -373,8 +388,7 @@ class StreamConfig(_Config):
             known = V2V_TIMESTEPS
         if self.task != "v2v" and steps != self.steps:
             raise ConfigError("the steps of text-to-video end with a clean pass and cannot be changed")
-        if not 1 <= steps <= len(known):
-            raise ConfigError(f"steps must be 1 to {len(known)}, got {steps}")
+        check_whole("steps", steps, 1, len(known))
         return dataclasses.replace(self, timesteps=known[:steps])
 
     @property

@@ -20,7 +20,7 @@ from typing import Any, Self, TextIO
 
 import numpy as np
 
-from svd2_jax import files, media
+from svd2_jax import files, media, progress
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.errors import ConfigError, MediaError, Svd2Error
 from svd2_jax.runtime import picture
@@ -89,7 +89,7 @@ def default_budget_ms(spec: SessionSpec, rate_hz: float, stages: int = 1) -> flo
     A chunk's first frame waits until the chunk is whole, and then for the chunks that push it through all rows and
     stages; a quarter of that is left for the device.
     """
-    cfg = spec.stream
+    cfg = spec.config
     frames = cfg.chunk_frames - 1 + cfg.steps * stages * cfg.chunk_frames
     return math.ceil(BUDGET_SHARE * 1000 * frames / rate_hz)
 
@@ -117,9 +117,10 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
     with _Interrupts() as interrupts:
         try:
             outputs.open()
-            say("compiling, and measuring what a tick takes")
+            say("compiling, the first time only, and measuring what a tick takes")
             steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
-            samples = measure(engine, plan.specs[0], steps)
+            with progress.shown("getting ready", say):
+                samples = measure(engine, plan.specs[0], steps)
             for count in reversed(steps):
                 took = [s.duration_ns for s in samples if (s.steps, s.batch, s.first) == (count, 1, False)]
                 typical = statistics.median(took) / MS
@@ -340,7 +341,7 @@ def _json_lines(path: Path, metrics: Metrics, plan: LiveRun) -> JsonLines:
 
 
 def _sink(plan: LiveRun, i: int) -> VideoSink:
-    cfg = plan.specs[i].stream
+    cfg = plan.specs[i].config
     path = plan.outputs[i] if plan.output is not None else None
     return VideoSink(path, plan.settings.rate_hz, cfg.height, cfg.width)
 

@@ -8,8 +8,15 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
 DEMO_CLIP = ASSETS / "demo.mp4"
+RANDOM = "random:"
 
 
 def checkpoint_folder(name: str | os.PathLike[str]) -> Path:
     """Returns the folder of a checkpoint: "tiny" is the model that comes with the package, all else is a path."""
     return ASSETS / TINY if name == TINY else Path(name)
+
+
+def random_preset(name: str | os.PathLike[str]) -> str | None:
+    """Returns PRESET of "random:PRESET", which stands for random weights in its sizes; None for all else."""
+    text = os.fspath(name)
+    return text.removeprefix(RANDOM) if text.startswith(RANDOM) else None

@@ -524,7 +524,7 @@ def _check_end_to_end(engine: DeviceEngine, check: _Check, file: Path) -> None:
     draws = [_latents_last(g[name]).reshape(shape) for name in sorted(g) if re.fullmatch(r"noise_\d+", name)]
     spec = SessionSpec("recorded", cfg, _initial_noise_scale(g, cfg), pixels="float32")
     prompts = _RecordedPrompt(g["context"])
-    with engine.open(spec, RecordedNoise(cfg, draws), prompts) as session:
+    with engine.open(spec, noise=RecordedNoise(cfg, draws), prompts=prompts) as session:
         output = np.concatenate([chunk.frames() for chunk in [*session.push(frames), *session.finish()]])
     # The recorded stream ends where its last chunk comes in; ours completes what is under way.
     check.close(output[: len(g["output"])], g["output"], "output")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -131,6 +132,9 @@ class FakeChunk:
             raise self.error
         return self.pixels
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.frames(), dtype, copy=copy)
+
 
 @dataclass
 class _Row:
@@ -146,7 +150,7 @@ class FakeSession:
     """A stream whose chunk is finished by its (steps)-th tick; see `svd2_jax.api.Session`."""
 
     def __init__(self, engine: FakeEngine, spec: SessionSpec):
-        self.spec, self.steps = spec, spec.stream.steps
+        self.spec, self.steps = spec, spec.config.steps
         self._engine = engine
         self._rows: list[_Row] = []
         self._prompts = [len(spec.prompt)]  # of the next chunks, the last one staying
@@ -175,7 +179,7 @@ class FakeSession:
     def tick(self, frames: np.ndarray | None) -> list[FakeChunk]:
         """Moves the rows on, with or without a new chunk."""
         self._check_open()
-        expected = self.spec.stream.chunk_frames if self.started else self.spec.stream.first_frames
+        expected = self.spec.config.chunk_frames if self.started else self.spec.config.first_frames
         if frames is not None and len(frames) != expected:
             raise SessionError(f"expected {expected} frames, got {len(frames)}")
         if not self.started and frames is None:
@@ -256,7 +260,13 @@ class FakeEngine:
         self.sessions: list[FakeSession] = []
         self.open_sessions = 0
 
-    def open(self, spec: SessionSpec) -> FakeSession:
+    def stream_config(self, **settings: Any) -> StreamConfig:
+        return dataclasses.replace(SMALL, **settings)
+
+    def resolved(self, spec: SessionSpec) -> SessionSpec:
+        return spec if spec.stream is not None else dataclasses.replace(spec, stream=SMALL)
+
+    def open(self, spec: SessionSpec, steps: Sequence[int] = ()) -> FakeSession:
         if self.open_error is not None:
             raise self.open_error
         self.open_sessions += 1

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from svd2_jax.api import SessionSpec, Work
-from svd2_jax.config import ModelConfig, Storage, StreamConfig, preset
+from svd2_jax.api import SessionSpec, Work, check_prompt
+from svd2_jax.config import ModelConfig, Storage, StreamConfig, check_choice, check_whole, preset
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.costs import default_split
+from svd2_jax.engine.kept_programs import keep_programs
 from svd2_jax.engine.memory import check_memory
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource, SeededNoise
@@ -35,6 +37,7 @@ from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.nn.attention import AttentionImplementation
+from svd2_jax.progress import working
 from svd2_jax.types import Device
 
 
@@ -56,11 +59,16 @@ class PipelineOptions:
     attention: AttentionImplementation = "auto"
     split: tuple[int, ...] | None = None
     rebalance: BalancePolicy | None = field(default_factory=BalancePolicy)
-    batch_sizes: tuple[int, ...] = (1,)
+    batch_sizes: Sequence[int] = (1,)
     share_vae: bool = False
 
     def __post_init__(self):
         sizes = self.batch_sizes
+        if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
+            raise ConfigError(f"batch_sizes must be several numbers, as in (1, 2, 4), got {sizes!r}")
+        for size in sizes:
+            check_whole("a batch size", size, 1)
+        object.__setattr__(self, "batch_sizes", tuple(sizes))
         if not sizes or sizes[0] != 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
             raise ConfigError(f"batch_sizes must ascend from 1, as in (1, 2, 4), got {sizes}")
         if len(sizes) > 1 or self.share_vae:
@@ -85,6 +93,7 @@ class DeviceEngine:
         dtype: jnp.dtype,
         meshes: Sequence[StageMesh],
         options: PipelineOptions = DEFAULT_OPTIONS,
+        check_parts: Callable[[Iterable[str]], None] = lambda _: None,
     ):
         """Opens a model.
 
@@ -95,7 +104,9 @@ class DeviceEngine:
           dtype: compute dtype.
           meshes: where streams run, one mesh for each that is served at once.
           options: how they run there.
+          check_parts: raises CheckpointError where weights of a part ("vae", "taehv") are not there.
         """
+        self._check_parts = check_parts
         self.model, self.meshes, self.prompts = model, tuple(meshes), prompts
         self._dtype, self._options = dtype, options
         checked_split(options.split, model.dit.num_layers, self.stages)
@@ -107,6 +118,10 @@ class DeviceEngine:
         self._open: list[weakref.WeakSet[DeviceSession]] = [weakref.WeakSet() for _ in self.meshes]
         self._opening = [0] * len(self.meshes)
         self._lock = threading.Lock()  # of the two above: sessions may be opened by several threads
+        self._prepared: dict[object, set[StreamConfig]] = {}  # see `_prepared_for`
+        # One thread at a time hands work to the devices: a session is one stream, and two programs that start on the
+        # same devices in different orders wait for each other for ever.
+        self._dispatching = threading.RLock()
 
     @classmethod
     def from_checkpoint(
@@ -134,6 +149,7 @@ class DeviceEngine:
           CheckpointError: the folder is missing, unfinished or of another format.
           ConfigError: more stages than blocks, or more blocks than there are.
         """
+        check_choice("text_encoder", text, get_args(TextPlacement))
         checkpoint = Checkpoint.open(Path(path))
         checkpoint.require(("dit", "vae", "text"))
         model = checkpoint.manifest.model.with_blocks(blocks).with_weight_dtype(weight_dtype)
@@ -141,14 +157,15 @@ class DeviceEngine:
         compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, meshes[0].first))
 
         def read_item(item: str, device: Device) -> params_lib.Params:
-            return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
+            with working(f"reading {item}"):
+                return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
 
         host = meshes[0].home if text == "device" else _host_device()
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_dir, model.dit.text_len)
         prompts = PromptEncoder(
             model.text, tokenizer, lambda item: read_item(item, host), keep=text != "disk"
         )
-        return cls(model, read_item, prompts, compute, meshes, options)
+        return cls(model, read_item, prompts, compute, meshes, options, checkpoint.require)
 
     @classmethod
     def random(
@@ -174,10 +191,29 @@ class DeviceEngine:
     def stream_config(self, **settings: Any) -> StreamConfig:
         """Returns the published video-to-video configuration at the size that the model was trained at.
 
-        `settings` replace single fields of `StreamConfig`; `steps` takes so many denoising steps.
+        Args:
+          settings: replace single fields of `StreamConfig`, on top of what is published for the `task`; `steps` is the
+            number of denoising steps.
+
+        Raises:
+          ConfigError: there is no such field, or a value that it does not take.
         """
         height, width = self.model.picture
-        return StreamConfig.for_task("v2v", **{"height": height, "width": width, **settings})
+        return StreamConfig.for_task(**{"task": "v2v", "height": height, "width": width, **settings})
+
+    def resolved(self, spec: SessionSpec) -> SessionSpec:
+        """Returns the spec with the engine's own stream where it names none; see `stream_config`."""
+        if not isinstance(spec, SessionSpec):
+            raise ConfigError(
+                f"expected a SessionSpec, got {type(spec).__name__}; as in engine.open(SessionSpec('a prompt'))"
+            )
+        return spec if spec.stream is not None else dataclasses.replace(spec, stream=self.stream_config())
+
+    def __repr__(self) -> str:
+        platform, sessions = self.meshes[0].first.platform, sum(map(len, self._open))
+        stages = f"{self.stages} stage{'s'[: self.stages - 1]}"
+        lanes = f"{len(self.meshes)} x {stages}" if len(self.meshes) > 1 else stages
+        return f"<DeviceEngine {self.model.name}: {self._dtype}, {lanes} on {platform}, open sessions: {sessions}>"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -190,18 +226,30 @@ class DeviceEngine:
         return self.meshes[0].stages
 
     def open(
-        self, spec: SessionSpec, noise: NoiseSource | None = None, prompts: Prompts | None = None
+        self,
+        spec: SessionSpec,
+        steps: Sequence[int] = (),
+        *,
+        noise: NoiseSource | None = None,
+        prompts: Prompts | None = None,
     ) -> DeviceSession:
         """Compiles what a session needs (once per shape) and opens it where the fewest others run.
 
         Args:
           spec: what to do.
+          steps: numbers of denoising steps that `set_steps` may ask for later; see `prepare` for what each costs.
           noise: where Gaussians come from; None draws them from the seed.
           prompts: where text embeddings come from; None is the model's own text encoder.
 
         Raises:
-          ConfigError: a stage does not fit into its device's memory.
+          ConfigError: a stage does not fit into its device's memory, there are no timesteps for some of the steps, or
+            they are to change while blocks may move between stages.
+          CheckpointError: the checkpoint does not hold the decoder.
         """
+        spec = self.resolved(spec)
+        self._require(spec.config)
+        if steps:
+            self.prepare(spec, steps)
         with self._lock:
             lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]) + self._opening[i])
             self._opening[lane] += 1
@@ -216,7 +264,7 @@ class DeviceEngine:
     def _open_on(
         self, lane: int, spec: SessionSpec, noise: NoiseSource | None, prompts: Prompts | None
     ) -> DeviceSession:
-        cfg, mesh, weights = spec.stream, self.meshes[lane], self._weights[lane]
+        cfg, mesh, weights = spec.config, self.meshes[lane], self._weights[lane]
         split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
         streams = len(self._open[lane]) + self._opening[lane]
         vae_devices = self._builder(cfg, lane).vae_devices
@@ -239,26 +287,46 @@ class DeviceEngine:
             )
         return DeviceSession(
             spec, params, ends, prompts or self.prompts,
-            lambda embedding: self._pipeline(cfg, embedding, lane, split), mesh.home, noise,
+            lambda embedding: self._pipeline(cfg, embedding, lane, split), mesh.home, noise, self._dispatching,
+            is_prepared=lambda steps: {cfg, cfg.with_steps(steps)} <= self._prepared_for(cfg, split, lane),
             on_close=self._open[lane].discard,
         )  # fmt: skip
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """How many streams may share a tick."""
-        return self._options.batch_sizes
+        return tuple(self._options.batch_sizes)
 
     def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:
         """Compiles all that streams like this need: every batch size, these numbers of steps, and changes between them.
 
+        Each number takes about as long as the first one the first time (seconds for a small model on a CPU, a minute
+        for a large one), and is kept on disk. Streams that are open already may take these steps from then on.
+
+        Args:
+          spec: what the streams are like.
+          steps: numbers of denoising steps besides the spec's.
+
         Raises:
-          ConfigError: there are no timesteps for one of them.
+          ConfigError: there are no timesteps for one of them, or blocks may move between stages meanwhile.
+          CheckpointError: the checkpoint does not hold the decoder.
         """
-        cfg = spec.stream
-        several = [cfg.with_steps(count) for count in sorted({cfg.steps, *steps})]
-        changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
+        spec = self.resolved(spec)
+        cfg = spec.config
+        if isinstance(steps, (str, bytes)) or not isinstance(steps, Iterable):
+            raise ConfigError(f"steps must be several numbers, as in (1, 2), got {steps!r}")
+        asked = {cfg, *(cfg.with_steps(count) for count in steps)}
+        if len(asked) > 1 and self.stages > 1 and self._options.rebalance is not None:
+            raise ConfigError(
+                "the steps of a stream cannot change while its blocks may move between stages; load the model with "
+                "rebalance=False"
+            )
+        self._require(cfg)
         for lane in range(len(self.meshes)):
             split = self.split(cfg, lane)
+            prepared = self._prepared_for(cfg, split, lane)
+            several = sorted(asked | prepared, key=lambda one: one.steps)
+            changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
             # Those of one number of steps first, as the others share many of them.
             with _threads() as pool:
                 denoiser = pool.submit(self.denoiser, cfg, split, lane)
@@ -271,9 +339,20 @@ class DeviceEngine:
                     rest.append(pool.submit(self._builder(after, lane).resize, split, before.rows))
                 for one in rest:
                     one.result()
+            prepared.update(asked)
+
+    def _prepared_for(self, cfg: StreamConfig, split: tuple[int, ...], lane: int) -> set[StreamConfig]:
+        """Returns the configurations between which such streams can change without compiling anything."""
+        shape = cfg.with_steps(1) if cfg.task == "v2v" else cfg
+        return self._prepared.setdefault((shape, lane, max(split), min(split)), set())
+
+    def _require(self, cfg: StreamConfig) -> None:
+        """Raises CheckpointError where there are no weights for a stream; at once, not when they are to be read."""
+        self._check_parts({"vae", params_lib.decoder_item(cfg.decoder).split(".")[0]})
 
     def prepare_prompt(self, prompt: str) -> None:
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait; in any thread."""
+        check_prompt(prompt)
         self.prompts.encode(prompt)
 
     def tick(self, work: Sequence[Work]) -> DeviceTicket:
@@ -282,15 +361,21 @@ class DeviceEngine:
         Raises:
           SessionError: one of the parts cannot be taken; nothing was done.
         """
+        if not isinstance(work, Sequence):
+            raise SessionError(f"a tick takes a list of Work, got {type(work).__name__}")
         parts: list[tuple[DeviceSession, np.ndarray | None]] = []
-        for part in work:
-            if not isinstance(part.session, DeviceSession):
-                raise SessionError(f"a tick takes sessions of this engine, got {type(part.session).__name__}")
-            part.session.check_part(part.frames)
-            parts.append((part.session, part.frames))
-        if len({id(session) for session, _ in parts}) < len(parts):
-            raise SessionError("a session can have one part of a tick only")
-        return tick_sessions(parts, self.batch_sizes)
+        with self._dispatching:
+            for part in work:
+                if not isinstance(part, Work) or not isinstance(part.session, DeviceSession):
+                    given = part.session if isinstance(part, Work) else part
+                    raise SessionError(
+                        f"a tick takes Work(session, frames) with sessions of this engine, got {type(given).__name__}"
+                    )
+                part.session.check_part(part.frames)
+                parts.append((part.session, part.frames))
+            if len({id(session) for session, _ in parts}) < len(parts):
+                raise SessionError("a session can have one part of a tick only")
+            return tick_sessions(parts, self.batch_sizes)
 
     def params(self, cfg: StreamConfig, lane: int = 0) -> EngineParams:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
@@ -366,8 +451,25 @@ class DeviceEngine:
     def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
         options, mesh = self._options, self.meshes[lane]
         return Builder(
-            self.model, cfg, self._dtype, mesh, pixels, options.attention, options.batch_sizes, options.share_vae
+            self.model, cfg, self._dtype, mesh, pixels, options.attention, self.batch_sizes, options.share_vae
         )  # fmt: skip
+
+
+def prepare_devices(keep: bool = True) -> None:
+    """Sees that JAX has devices; if `keep`, compiled programs are taken from and put where they are kept.
+
+    Raises:
+      EngineError: JAX has no device.
+    """
+    if keep:
+        keep_programs()
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:  # JAX asserts that the platform it was told to use is there
+        reason = (str(e).splitlines() or ["none was found"])[0]
+        raise EngineError(
+            f"JAX has no device to run on: {reason}; is JAX_PLATFORMS set to another machine's?"
+        ) from e
 
 
 @contextmanager

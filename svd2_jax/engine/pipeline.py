@@ -131,7 +131,8 @@ class Pipeline:
         self._ticked = 0
         self._wanted: tuple[tuple[int, ...], TickPrograms] | None = None
         self._rebalancer = None
-        self._can_move = rebalance is not None and self.stages > 1
+        self.can_move = rebalance is not None and self.stages > 1
+        """Whether blocks may move between the stages."""
         if rebalance is not None and self._ticks.share is not None:
             self._rebalancer = Rebalancer(
                 self.mesh, self.split, self._ticks.share, self._prepare, rebalance, stopwatch=stopwatch
@@ -180,7 +181,7 @@ class Pipeline:
           SessionError: blocks may move between the stages at the same time.
         """
         opened, cfg = self._builder.cfg, self._builder.cfg.with_steps(steps)
-        if self._can_move:
+        if self.can_move:
             raise SessionError(
                 "the steps of a stream cannot change while its blocks may move; open the engine without rebalancing"
             )

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from svd2_jax.api import SessionSpec, check_prompt
+from svd2_jax.config import check_whole
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams
 from svd2_jax.engine.pipeline import Arrival, Finished, Pipeline, tick_together
 from svd2_jax.engine.programs import EndPrograms
 from svd2_jax.engine.prompt import Prompts
-from svd2_jax.errors import ConfigError, SessionError
+from svd2_jax.errors import SessionError
 from svd2_jax.types import Device
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,13 @@ class DeviceChunk:
         if not self.is_here:
             raise SessionError("these frames are in the process that drives the last stage; read them there")
         return np.asarray(self.result)[: self.frame_count]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.frames(), dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        first, last = self.first_frame, self.first_frame + self.frame_count - 1
+        return f"<DeviceChunk frames {first} to {last}>"
 
     def wait(self) -> None:
         """Waits until the chunk is finished as far as this process works on it."""
@@ -68,6 +81,17 @@ class DeviceTicket:
         jax.block_until_ready([self.came_back, [chunk.result for done in self.chunks for chunk in done]])
 
 
+def _one_at_a_time(verb: Verb) -> Verb:
+    """Lets a verb of a session wait until no other thread is handing work to the devices."""
+
+    @functools.wraps(verb)
+    def waiting(self: DeviceSession, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return verb(self, *args, **kwargs)
+
+    return waiting  # pyright: ignore[reportReturnType]
+
+
 class DeviceSession:
     """A session on the stages of one pipeline; see `api.Session` for the verbs.
 
@@ -83,11 +107,27 @@ class DeviceSession:
         pipeline: Callable[[jax.Array], Pipeline],
         device: Device,
         noise: NoiseSource,
+        lock: AbstractContextManager[Any],
+        is_prepared: Callable[[int], bool],
         on_close: Callable[[DeviceSession], None] = lambda _: None,
     ):
-        """Opens the session; `pipeline` makes the denoiser for a text embedding on `device`, where inputs go."""
+        """Opens the session.
+
+        Args:
+          spec: what to do.
+          params: that its programs read.
+          programs: of its two ends.
+          prompts: the text encoder.
+          pipeline: makes the denoiser for a text embedding on `device`.
+          device: where inputs go.
+          noise: where Gaussians come from.
+          lock: held while work is handed to the devices; the same thread may take it again.
+          is_prepared: whether these denoising steps compile nothing.
+          on_close: is told of the end.
+        """
         self.spec = spec
-        self._cfg = spec.stream
+        self._cfg = spec.config
+        self._lock, self._is_prepared = lock, is_prepared
         self._params, self._programs, self._prompts, self._device = params, programs, prompts, device
         self._noise = noise
         self._embedding = self._target = self._embed(spec.prompt)
@@ -101,6 +141,13 @@ class DeviceSession:
         self._started = False
         self._closed = self._finished = False
         self._on_close = on_close
+
+    def __repr__(self) -> str:
+        cfg, state = self._cfg, "closed" if self._closed else "finished" if self._finished else "open"
+        return (
+            f"<DeviceSession {self.spec.prompt!r}: {cfg.width}x{cfg.height}, {cfg.task}, {state}, "
+            f"frames in {self._taken}, out {self._given}>"
+        )
 
     @property
     def has_output(self) -> bool:
@@ -119,12 +166,13 @@ class DeviceSession:
 
     # --- the verbs of api.Session
 
+    @_one_at_a_time
     def push(self, frames: np.ndarray) -> list[DeviceChunk]:
-        """Takes input frames, uint8 [T, H, W, 3], and returns the chunks they complete."""
+        """Takes input frames, uint8 [T, H, W, 3] or one [H, W, 3], and returns the chunks they complete."""
         self._check_open()
         if self._cfg.task != "v2v":
             raise SessionError("a text-to-video session takes no frames; call advance()")
-        self._check_frames(frames)
+        frames = self._checked_frames(frames)
         self._taken += len(frames)
         self._waiting.extend(frames.copy())  # the caller may reuse its buffer
         done = []
@@ -133,6 +181,7 @@ class DeviceSession:
             done += self._tick(group)
         return done
 
+    @_one_at_a_time
     def advance(self) -> list[DeviceChunk]:
         """Makes the next chunk of a text-to-video session."""
         self._check_open()
@@ -141,6 +190,7 @@ class DeviceSession:
         self._taken += self._next_frames()
         return self._tick(None)
 
+    @_one_at_a_time
     def finish(self) -> list[DeviceChunk]:
         """Returns the frames still under way, so that as many come out as went in.
 
@@ -158,16 +208,25 @@ class DeviceSession:
             done += self._tick(None, fresh=False)
         return [_cut(chunk, self._taken) for chunk in done]
 
+    @_one_at_a_time
     def set_steps(self, steps: int) -> None:
         """Changes the denoising steps from the next chunk on; see `api.Session` and docs/streaming.md.
 
         Raises:
           ConfigError: there are no timesteps for so many.
-          SessionError: the session is closed, or its blocks may move between devices.
+          SessionError: the session is closed, these steps were not prepared, or blocks may move between devices.
         """
         self._check_open()
-        if steps != self.steps:
-            self._pipeline.set_steps(steps)
+        self._cfg.with_steps(steps)
+        if steps == self.steps:
+            return
+        if not (self._pipeline.can_move or self._is_prepared(steps)):  # the pipeline says no to the former
+            raise SessionError(
+                f"{steps} denoising step{'s'[: steps - 1]} would have to be compiled, which holds the stream up for "
+                f"seconds or minutes; open it with engine.open(spec, steps=({self._cfg.steps}, {steps})), or call "
+                f"engine.prepare(spec, ({self._cfg.steps}, {steps})) first, in another thread if the stream is to go on"
+            )
+        self._pipeline.set_steps(steps)
 
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
         """Changes the prompt from the next chunk on, at once or linearly over `blend_chunks` chunks.
@@ -177,11 +236,12 @@ class DeviceSession:
         """
         self._check_open()
         check_prompt(prompt)
-        if blend_chunks < 0:
-            raise ConfigError(f"blend_chunks must be at least 0, got {blend_chunks}")
-        self._blend_from, self._target = self._embedding, self._embed(prompt)
-        count = max(1, blend_chunks)
-        self._blend_steps = [self._put(np.float32(i / count)) for i in range(1, count + 1)]
+        check_whole("blend_chunks", blend_chunks, 0)
+        target, count = self._embed(prompt), max(1, blend_chunks)
+        with self._lock:
+            self._check_open()
+            self._blend_from, self._target = self._embedding, target
+            self._blend_steps = [self._put(np.float32(i / count)) for i in range(1, count + 1)]
 
     def run(
         self,
@@ -195,15 +255,41 @@ class DeviceSession:
         Yields nothing where another process has the last stage, and has to be run to its end there too.
 
         Args:
-          frames: input frames, uint8 [H, W, 3] each (video-to-video).
+          frames: input frames, an iterable of uint8 [H, W, 3] or [T, H, W, 3], or one array of them (video-to-video).
           count: how many frames to make (text-to-video).
           prompts: prompt changes by frame: the chunk that holds this input (or output) frame is the first to
             be drawn to the new prompt.
           blend_chunks: see `set_prompt`.
+
+        Raises:
+          SessionError: the session cannot be run like this; see also `push`.
+          ConfigError: a prompt or a number cannot be what it is.
         """
+        self._check_open()
+        if self._cfg.task == "v2v":
+            if not isinstance(frames, Iterable) or isinstance(frames, (str, bytes)):
+                raise SessionError(
+                    f"video to video needs the frames, arrays uint8 [H, W, 3], got {type(frames).__name__}; "
+                    "media.VideoReader(path, height, width) reads them from a file"
+                )
+        elif frames is not None:
+            raise SessionError("a text-to-video session takes no frames; pass count")
+        elif count is None:
+            raise SessionError("text-to-video needs to know how many frames to make; pass count")
+        if count is not None:
+            check_whole("count", count, 1)
+        check_whole("blend_chunks", blend_chunks, 0)
+        if not isinstance(prompts or {}, Mapping):
+            raise SessionError(f"prompts are a dict of frame: prompt, got {type(prompts).__name__}")
+        for frame, prompt in (prompts or {}).items():
+            check_whole("the frame of a prompt", frame, 0)
+            check_prompt(prompt)
         changes = sorted((prompts or {}).items())
         for _, prompt in changes:  # now, so that no change makes the stream wait for the text encoder
             self._prompts.encode(prompt)
+        return self._run_frames(frames, count, changes, blend_chunks)
+
+    def _run_frames(self, frames, count, changes, blend_chunks) -> Iterator[np.ndarray]:
         held: list[DeviceChunk] = []
         for done in self._run_chunks(frames, count, changes, blend_chunks):
             # Reading waits for the device: read a chunk only once the next one is under way.
@@ -211,6 +297,7 @@ class DeviceSession:
             held = done
         yield from _read(held)
 
+    @_one_at_a_time
     def close(self) -> None:
         """Frees the stream's device memory; a second close does nothing."""
         if self._closed:
@@ -235,17 +322,15 @@ class DeviceSession:
                 self.set_prompt(changes.pop(0)[1], blend_chunks)
 
         if frames is None:
-            if count is None:
-                raise SessionError("text-to-video needs to know how many frames to make; pass count")
             while self._taken < count:
                 change_prompt(self._taken + self._next_frames())
                 yield [_cut(chunk, count) for chunk in self.advance()]
             yield [_cut(chunk, count) for chunk in self.finish()]
             return
-        for frame in frames:
+        for frame in (frame for some in frames for frame in self._checked_frames(some)):
             if len(self._waiting) + 1 == self._next_frames():
                 change_prompt(self._taken + 1)
-            if done := self.push(frame[None]):
+            if done := self.push(frame):
                 yield done
         change_prompt(self._taken)
         yield self.finish()
@@ -264,18 +349,22 @@ class DeviceSession:
             if not self._started:
                 raise SessionError("a session starts with its first group; pass its frames")
             return
-        self._check_frames(frames)
+        frames = self._checked_frames(frames)
         if len(frames) != self._next_frames():
             raise SessionError(f"this part of a tick takes {self._next_frames()} frames, got {len(frames)}")
 
-    def _check_frames(self, frames: np.ndarray) -> None:
+    def _checked_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Returns frames as [T, H, W, 3]; raises SessionError for what are none."""
         expected = (self._cfg.height, self._cfg.width, 3)
         if not isinstance(frames, np.ndarray):
             raise SessionError(f"frames must be a numpy array [T, H, W, 3], got {type(frames).__name__}")
+        if frames.ndim == 3:
+            frames = frames[None]
         if frames.ndim != 4 or frames.shape[1:] != expected or frames.dtype != np.uint8:
             raise SessionError(
                 f"frames must be uint8 [T, {', '.join(map(str, expected))}], got {frames.dtype} {frames.shape}"
             )
+        return frames
 
     @property
     def is_started(self) -> bool:

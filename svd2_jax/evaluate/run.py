@@ -63,7 +63,7 @@ class Plan:
         Raises:
           MediaError: it cannot be read, or has a single frame.
         """
-        frames = read_clip(clip.input, self.spec.stream.height, self.spec.stream.width, self.most_frames)
+        frames = read_clip(clip.input, self.spec.config.height, self.spec.config.width, self.most_frames)
         if len(frames) < 2:
             raise MediaError(f"{clip.input}: has one frame; at least two are needed")
         return frames
@@ -250,7 +250,7 @@ def time_change(
 
 def change_frame(spec: SessionSpec, frames: int) -> int | None:
     """Returns where a prompt changes: the beginning of the chunk in the middle; None if a clip is too short for it."""
-    first, step = spec.stream.first_frames, spec.stream.chunk_frames
+    first, step = spec.config.first_frames, spec.config.chunk_frames
     chunks = (frames - first) // step
     return first + (chunks // 2) * step if chunks >= 2 else None
 

@@ -327,6 +327,7 @@ class LiveLoop:
           ConfigError: such a stream cannot run live.
           EngineError: the loop does not run.
         """
+        spec = self._engine.resolved(spec)
         settings = settings_for(spec, settings)
         spec = with_steps(spec, settings.steps)
         live = self._admit(spec, settings, sink)
@@ -353,7 +354,7 @@ class LiveLoop:
         with self._lock:
             live = self._find(stream)
         try:
-            pixels = _checked_frame(frame, live.spec.stream)
+            pixels = _checked_frame(frame, live.spec.config)
         except SessionError as e:
             self._fail(live, e)
             raise

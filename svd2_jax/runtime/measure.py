@@ -8,12 +8,14 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
 from svd2_jax.api import Engine, Session, SessionSpec, Ticket, Work
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError
+from svd2_jax.progress import working
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.work import StreamSettings
 
@@ -29,7 +31,7 @@ def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
     Raises:
       ConfigError: such a stream cannot run live.
     """
-    stream = spec.stream
+    stream = spec.config
     if stream.task != "v2v" or stream.mode != "stream":
         raise ConfigError(
             f"live streams need task 'v2v' and mode 'stream', got {stream.task!r} and {stream.mode!r}"
@@ -44,7 +46,7 @@ def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
 
 def with_steps(spec: SessionSpec, steps: int) -> SessionSpec:
     """Returns the spec with another number of denoising steps."""
-    return dataclasses.replace(spec, stream=spec.stream.with_steps(steps))
+    return dataclasses.replace(spec, stream=spec.config.with_steps(steps))
 
 
 def measure(
@@ -70,9 +72,10 @@ def measure(
       rounds: ticks measured of each kind, either way, behind one that is not.
       now_ns: the clock.
     """
+    spec = engine.resolved(spec)
     engine.prepare(spec, steps)
     sizes = sorted(batch_sizes or engine.batch_sizes)
-    cfg, samples = spec.stream, []
+    cfg, samples = spec.config, []
     shape = shape_of(cfg)
     first, chunk = (
         np.zeros((count, cfg.height, cfg.width, 3), np.uint8)
@@ -96,7 +99,8 @@ def measure(
             sessions.pop().close()
 
     for count in steps:
-        try:
+        with working(f"measuring ticks of {count} step{'s'[: count - 1]}"), ExitStack() as at_end:
+            at_end.callback(close)
             reopen(count, sizes[-1])
             firsts = [_alone(engine, [Work(session, first)], now_ns) for session in sessions]
             kinds = []
@@ -108,8 +112,6 @@ def measure(
             firsts.append(_alone(engine, [Work(sessions[0], first)], now_ns))
             in_a_row = _in_a_row(engine, [[Work(session, first)] for session in sessions[1:]], now_ns)
             kinds.insert(0, (1, True, firsts, in_a_row))
-        finally:
-            close()
         for size, is_first, alone, in_a_row in kinds:
             alone = alone[1:]  # whatever runs for the first time takes longer
             times = in_a_row or alone

@@ -50,7 +50,7 @@ def groups(chunks, seed=0):
 
 def drive(engine, spec, chunks, steps=None, idle=()):
     """One stream alone; changes the steps before some chunks, and takes ticks without a chunk before some."""
-    with engine.open(spec) as session:
+    with engine.open(spec, steps=set((steps or {}).values())) as session:
         out = []
         for n, group in enumerate(groups(chunks, spec.seed)):
             if steps and n in steps:
@@ -130,7 +130,7 @@ def test_ticks_without_a_chunk_change_nothing_but_when_chunks_come_out(engine, s
 
 def test_with_fewer_steps_the_rows_that_stay_go_on_as_if_there_had_never_been_more(engine):
     def first_predictions(steps):
-        with engine.open(spec(cfg=THREE_STEPS)) as session:
+        with engine.open(spec(cfg=THREE_STEPS), steps=(1, 2)) as session:
             seen = []
             for n, group in enumerate(groups(10)):
                 if n in steps:
@@ -228,7 +228,7 @@ def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(batched):
 
 
 def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
-    with engine.open(spec(1)) as a, engine.open(spec(2)) as b:
+    with engine.open(spec(1), steps=(1,)) as a, engine.open(spec(2)) as b:
         first, chunk, *_ = groups(2)
         for work, message in (
             ([Work(a)], "starts with its first group"),

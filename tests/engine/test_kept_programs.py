@@ -44,11 +44,9 @@ print(json.dumps([got.tolist(), sorted({name.split("/")[-1] for name, function i
 STREAM = """
 import hashlib, json, sys
 import jax, numpy as np, svd2_jax
-from svd2_jax.engine.kept_programs import keep_programs
-keep_programs()
 traced = set()
 jax.monitoring.register_event_duration_secs_listener(lambda name, _, **more: traced.add(more.get("fun_name")))
-engine = svd2_jax.random_engine("golden", stages=2)
+engine = svd2_jax.load("random:golden", stages=2)
 cfg = engine.stream_config(height=32, width=48)
 clip = np.random.default_rng(0).integers(0, 255, (17, 32, 48, 3), np.uint8)
 with engine.open(svd2_jax.SessionSpec("a dog", cfg)) as session:
