@@ -35,8 +35,9 @@ LATENT_SIZE = 8.0
 """Deviation of the latents in each channel. Pure noise has 1: at the published noise scale of 0.8 the picture is twice
 as strong as the noise, so that a small network can still see it, and little of it gets lost between two steps."""
 
-LATER_LEVELS = (0.7, 0.15, 0.15)  # how often each noise level from 1 on is trained, in half of the sequences
-NOISE_SCALES = (0.6, 0.9)  # of the sequences that do not have the default
+LATER_LEVELS = (0.5, 0.25, 0.25)  # how often each noise level from 1 on is trained, in half of the sequences
+NOISE_SCALES = (0.3, 1.0)  # of the sequences that do not have the default
+DEFAULT_SHARE = 0.4  # of the sequences that have the default noise scale
 OWN_PREDICTION = 0.6  # share of these that start from the network's own prediction
 OTHER_ANCHORS = 0.3  # share of the sequences whose anchors show another scene
 ABSOLUTE_WEIGHT = 0.5  # of the mean absolute error beside the mean squared one
@@ -51,7 +52,7 @@ class Batch:
       inputs: float [B, N, h, w, C] latents of the input; the first two frames are a stream's first group.
       targets: the same of the styled clip.
       start: int32 [B, N] time index of each frame.
-      noise_scale: float32 [B] of the first noise level.
+      noise_scale: float32 [B, N] of the first noise level; lower where a frame moves.
       level: int32 [B / 2] noise level, 1 to 3, of the second half of the sequences; the first half has level 0.
       own: bool [B / 2] whether these start from the network's own prediction, else from the target.
       ids: int32 [B, P] prompt tokens.
@@ -189,16 +190,15 @@ def loss(
     _, conditioner = dit.split_embed(params[dit.embed_item()])
     context = dit.embed_text(model.dit, conditioner, embed_prompts(model.text, params, batch.ids, batch.mask))
 
-    def predict(params: Mapping[str, Params], noisy: jax.Array, timestep_B: jax.Array, part: slice, context):
-        timestep_BN = jnp.repeat(timestep_B[:, None], shape[1], axis=1)
+    def predict(params: Mapping[str, Params], noisy: jax.Array, timestep_BN: jax.Array, part: slice, context):
         flow = velocity(model.dit, cfg, params, noisy, timestep_BN, batch.start[part], context[part])
         flat = (-1, 1, *shape[2:])
         clean = flow_match.clean_prediction(noisy.reshape(flat), flow.reshape(flat), timestep_BN.reshape(-1))
         return clean.reshape(noisy.shape)
 
-    scale = batch.noise_scale[:, None, None, None, None]
+    scale = batch.noise_scale[:, :, None, None, None]
     entering = noise_control.mix(inputs, jax.random.normal(first_key, shape), scale)
-    first_step = jax.vmap(noise_control.first_timestep)(batch.noise_scale)
+    first_step = first_timesteps(cfg, batch.noise_scale)
     half = shape[0] // 2
     later = slice(half, None)
     frozen = jax.lax.stop_gradient((params, context))
@@ -207,13 +207,20 @@ def loss(
     step = jnp.asarray(V2V_TIMESTEPS, jnp.int32)[batch.level]
     again = flow_match.add_noise(clean, jax.random.normal(again_key, clean.shape), step)
     noisy = jnp.concatenate([entering[:half], again])
-    timestep = jnp.concatenate([first_step[:half], step])
+    step_BN = jnp.repeat(step[:, None], shape[1], axis=1)
+    timestep = jnp.concatenate([first_step[:half], step_BN])
     error = (predict(params, noisy, timestep, slice(None), context) - targets) / LATENT_SIZE
     value = jnp.square(error).mean() + ABSOLUTE_WEIGHT * jnp.abs(error).mean()
     return value, {
         "error_first": jnp.sqrt(jnp.square(error[:half]).mean()),
         "error_later": jnp.sqrt(jnp.square(error[later]).mean()),
     }
+
+
+def first_timesteps(cfg: StreamConfig, noise_scale_BN: jax.Array) -> jax.Array:
+    """Returns each frame's first denoising timestep, int32 [B, N]: in a stream's first group the configured one."""
+    is_first = jnp.arange(noise_scale_BN.shape[1]) < cfg.first_latents
+    return jnp.where(is_first, cfg.timesteps[0], noise_control.first_timestep(noise_scale_BN))
 
 
 def random_batch(
@@ -241,7 +248,10 @@ def random_batch(
         whole[:, :sinks] = latents[anchors, look, :sinks]
         return whole
 
-    scale = np.where(rng.random(count) < 0.5, DEFAULT_NOISE_SCALE, rng.uniform(*NOISE_SCALES, count))
+    is_default = rng.random(count) < DEFAULT_SHARE
+    scale = np.where(is_default, DEFAULT_NOISE_SCALE, rng.uniform(*NOISE_SCALES, count))[:, None]
+    scale = np.repeat(scale, frames, axis=1)
+    scale[:, cfg.first_latents :] -= cfg.motion_range * rng.random((count, 1))
     ids, mask = tokenizer([phrasings.sample(names[i], "train", rng) for i in look])
     batch: Any = Batch  # of NumPy arrays, until they are on a device
     return batch(

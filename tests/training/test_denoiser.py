@@ -98,7 +98,28 @@ def test_a_batch_pairs_the_input_with_one_look_of_the_same_scene():
         assert len(anchors) == 1
         assert (latents[anchors[0], look, :3] == wanted[:3]).all()
     assert made.level.shape == made.own.shape == (32,)
+    assert made.noise_scale.shape == (64, 4)
     assert set(np.unique(made.level)) <= {1, 2, 3}
+
+
+def test_batches_hold_the_noise_scales_that_a_stream_can_have():
+    """From 0.3 to 1 as asked for; behind the first group up to `motion_range` less."""
+    made = [batch(count=64, seed=seed)[1].noise_scale for seed in range(20)]
+    asked, later = np.concatenate([m[:, 0] for m in made]), np.concatenate([m[:, 2] for m in made])
+    assert (np.concatenate([m[:, 1] for m in made]) == asked).all()
+    assert asked.min() >= 0.3
+    assert asked.max() <= 1.0
+    assert np.histogram(asked, np.linspace(0.3, 1.0, 8))[0].min() > 0.05 * asked.size
+    assert (asked - later >= 0).all()
+    assert (asked - later).max() <= STREAM.motion_range + 1e-6
+    assert 0.4 * STREAM.motion_range < (asked - later).mean() < 0.6 * STREAM.motion_range
+
+
+def test_the_first_group_starts_at_the_configured_timestep_whatever_its_noise_scale():
+    _, made = batch(count=64)
+    first = denoiser.first_timesteps(STREAM, jnp.asarray(made.noise_scale))
+    assert (first[:, :2] == STREAM.timesteps[0]).all()
+    assert (first[:, 2:] == np.floor(1000 * made.noise_scale[:, 2:] + 1e-4).astype(int) - 100).all()
 
 
 def test_a_few_steps_lower_the_loss_on_one_batch(tmp_path):
@@ -122,7 +143,7 @@ def test_the_error_of_a_network_that_says_nothing_is_what_the_noise_leaves():
     still = {**params(), dit.head_item(): jax.tree.map(jnp.zeros_like, params()[dit.head_item()])}
     _, numbers = jax.jit(lambda p: denoiser.loss(MODEL, STREAM, p, made, jax.random.key(0)))(still)
     first = slice(0, 32)
-    scale = made.noise_scale[first, None, None, None, None]
+    scale = made.noise_scale[first, :, None, None, None]
     kept = (1 - scale) * made.inputs[first].astype(np.float32) - made.targets[first].astype(np.float32)
     expected = np.sqrt((kept**2).mean() + (scale**2).mean()) / denoiser.LATENT_SIZE
     # Gaussians of 32 * 4 * 16 * 16 elements have a mean square of 1 up to a percent.
