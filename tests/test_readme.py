@@ -58,13 +58,3 @@ def test_the_table_of_settings_holds_the_defaults():
     values = {name: yaml.safe_load(value) for name, value in rows}
     assert StreamConfig.from_dict(values) == StreamConfig()
     assert set(values) == set(StreamConfig().to_dict())
-
-
-def test_the_python_example_gives_as_many_frames_as_it_takes(capsys):
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["0", "(5,", "48,", "64,", "3)"],
-        *([str(first), "(4,", "48,", "64,", "3)"] for first in (5, 9, 13, 17)),
-        ["21", "(2,", "48,", "64,", "3)"],
-    ]
