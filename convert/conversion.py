@@ -44,7 +44,8 @@ def convert_checkpoint(
     """Converts weights into a checkpoint folder and returns its path.
 
     Every weight path is a torch zip file, a safetensors file, an index of shards or a folder that holds one
-    of these. Parts that nothing gives are left out; the manifest lists what is there.
+    of these. A `wan` folder must hold all parts that nothing else gives. Without one, parts that are not given are
+    left out; the manifest lists what is there.
 
     Args:
       out: the folder to make; must not exist.

@@ -83,12 +83,14 @@ def open_inputs(
       problems: takes whatever is wrong; if there is any, the result is not complete.
     """
     given = {**weights, **({} if tokenizer is None else {"tokenizer": tokenizer})}
-    found = None
+    found, wan_folders = WanFolder({}), []
     if wan is not None:
         needed = [name for name in PLACES if name not in given]
-        found = problems.caught(find_wan_folder, wan, needed)
-    wan_folders = [] if wan is None or found is None else [wan]
-    found = found or WanFolder({})
+        if problems.caught(find_wan_folder, wan, needed):
+            wan_folders = [wan]
+        found = (
+            problems.caught(look_into, wan) or found
+        )  # what an incomplete folder holds may be damaged as well
     chosen = {**found.parts, **given}
 
     sources = {name: problems.caught(_open, name, chosen[name]) for name in COMPONENTS if name in chosen}

@@ -49,7 +49,9 @@ class WanFolder:
 
 
 def look_into(folder: Path) -> WanFolder:
-    """Returns which parts of a Wan2.1 folder are there; none if it is something else."""
+    """Returns which parts of a Wan2.1 folder are there; none if it is something else, or no folder."""
+    if not folder.is_dir():
+        return WanFolder({})
 
     def first(*names: str) -> Path | None:
         return next((folder / name for name in names if (folder / name).exists()), None)
@@ -85,7 +87,7 @@ def find_wan_folder(folder: Path, needed: Collection[str] = tuple(PLACES)) -> Wa
     Raises:
       ConversionError: it is no Wan2.1 folder or lacks a part; says which folder was meant if that can be found.
     """
-    found = look_into(folder) if folder.is_dir() else WanFolder({})
+    found = look_into(folder)
     missing = [name for name in PLACES if name in needed and name not in found.parts]
     if found.parts and not missing:
         return found
@@ -114,11 +116,11 @@ def _what_is_wrong(folder: Path, found: WanFolder, missing: Collection[str]) -> 
     if found.parts:
         lacks = ", ".join(f"no {PLACES[name].title} ({PLACES[name].files})" for name in missing)
         return f"{folder}: not a complete Wan2.1 folder: {lacks}"
-    kind = "empty, " if not any(folder.iterdir()) else ""
+    empty = "" if any(folder.iterdir()) else "; it is empty"
     return (
-        f"{folder}: {kind}not a Wan2.1 folder; expected diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, "
+        f"{folder}: not a Wan2.1 folder; expected diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth, "
         "models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/, or Diffusers' transformer/, vae/, text_encoder/ "
-        "and tokenizer/"
+        f"and tokenizer/{empty}"
     )
 
 
