@@ -15,6 +15,8 @@ from svd2_jax.errors import ConfigError, ConversionError
 from svd2_jax.models import dit, text_encoder, vae
 from svd2_jax.models import taehv as taehv_model
 
+_UNLIKE = (ConversionError, ConfigError, IndexError, ZeroDivisionError)  # last two: odd shapes
+
 
 @dataclass(frozen=True)
 class Component:
@@ -22,12 +24,14 @@ class Component:
 
     Attributes:
       title: how messages call it.
+      option: of the command line, that gives its weights.
       infer_config: (source shapes, settings of its config.json) -> sizes.
       tables: sizes -> tables of the layouts that are read.
       expected: sizes -> item -> nested dict of leaves with a shape.
     """
 
     title: str
+    option: str
     infer_config: Callable[[Mapping[str, tuple[int, ...]], Mapping[str, Any]], Any]
     tables: Callable[[Any], tuple[Table, ...]]
     expected: Callable[[Any], Mapping[str, Any]]
@@ -37,24 +41,28 @@ class Component:
 COMPONENTS: Mapping[str, Component] = {
     "dit": Component(
         "Wan2.1 text-to-video transformer",
+        "--generator",
         wan_dit.infer_config,
         lambda cfg: tuple(Table(r, wan_dit.IGNORED) for r in (wan_dit.RULES, wan_dit.DIFFUSERS_RULES)),
         dit.abstract_params,
     ),
     "vae": Component(
         "Wan2.1 VAE",
+        "--vae",
         lambda shapes, _: wan_vae.infer_config(shapes),
         lambda cfg: (Table(wan_vae.rules(cfg)), Table(wan_vae.diffusers_rules(cfg))),
         vae.abstract_params,
     ),
     "text": Component(
         "UMT5 encoder",
+        "--text-encoder",
         lambda shapes, _: umt5.infer_config(shapes),
         lambda cfg: (Table(umt5.RULES), Table(umt5.HUGGING_FACE_RULES, umt5.HUGGING_FACE_IGNORED)),
         text_encoder.abstract_params,
     ),
     "taehv": Component(
         "TAEHV decoder for Wan2.1",
+        "--taehv",
         lambda shapes, _: taehv.infer_config(shapes),
         lambda cfg: (Table(taehv.rules(cfg), taehv.IGNORED),),
         taehv_model.abstract_params,
@@ -71,29 +79,41 @@ class Part:
     problems: list[str]
 
 
-def recognise(component: Component, source: Source, settings: Mapping[str, Any]) -> Part:
-    """Returns what a source holds of a component.
+def recognise(name: str, source: Source, settings: Mapping[str, Any]) -> Part:
+    """Returns what a source holds of a component, by its name in COMPONENTS.
 
     Raises ConversionError if it is not that component at all; lesser problems are listed in the result.
     """
-    tensors = [(strip_prefixes(name), tensor) for name, tensor in source.tensors]
-    names = [name for name, _ in tensors]
+    component = COMPONENTS[name]
+    tensors = [(strip_prefixes(stored), tensor) for stored, tensor in source.tensors]
+    names = [stripped for stripped, _ in tensors]
+    shapes = {stripped: tensor.shape for stripped, tensor in tensors}
     try:
-        config = component.infer_config({name: tensor.shape for name, tensor in tensors}, settings)
-    except (
-        ConversionError,
-        ConfigError,
-        IndexError,
-        ZeroDivisionError,
-    ) as e:  # last two: odd shapes
+        config = component.infer_config(shapes, settings)
+    except _UNLIKE as e:
         sample = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        other = next((c for n, c in COMPONENTS.items() if n != name and _infers(c, shapes)), None)
+        hint = f"; it is a {other.title}: give it with {other.option}" if other else ""
         raise ConversionError(
             f"{source.label} cannot be converted as a {component.title}: {e} "
-            f"(it holds {len(names)} tensors: {sample})"
+            f"(it holds {len(names)} tensors: {sample}){hint}"
         ) from None
     table = best_table(component.tables(config), names)
     items, problems = audit(source.label, table, tensors, component.expected(config))
     return Part(config, items, problems)
+
+
+def is_like(name: str, source: Source) -> bool:
+    """Whether a source looks like a component, by its name in COMPONENTS."""
+    return _infers(COMPONENTS[name], {strip_prefixes(stored): t.shape for stored, t in source.tensors})
+
+
+def _infers(component: Component, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    try:
+        component.infer_config(shapes, {"num_heads": 1})  # the shapes do not show the number
+    except Exception:  # what the guess is made for may be anything
+        return False
+    return True
 
 
 def model_config(configs: Mapping[str, Any]) -> ModelConfig:

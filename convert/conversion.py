@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.components import COMPONENTS, Part, model_config, recognise
-from convert.files import TOKENIZER_FILES, WanFolder, find_wan_folder, open_weights, read_json
+from convert.inputs import Problems, open_inputs, open_writer
 from convert.rules import Leaf
 from convert.source import Source, Tensor, sha256
+from convert.wan_folder import look_into
 from svd2_jax.config import ModelConfig
 from svd2_jax.engine.checkpoint import PARTS, CheckpointWriter, Manifest, SourceFile
 from svd2_jax.errors import ConversionError
@@ -27,15 +27,6 @@ DTYPES: Mapping[str, np.dtype] = {
 CAST_PIECE_BYTES = 64 << 20
 
 PathLike = str | Path
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where the parts to convert lie, by component name, the DiT's settings and the tokenizer's folder."""
-
-    weights: Mapping[str, Path]
-    settings: Path | None
-    tokenizer: Path | None
 
 
 def convert_checkpoint(
@@ -53,7 +44,8 @@ def convert_checkpoint(
     """Converts weights into a checkpoint folder and returns its path.
 
     Every weight path is a torch zip file, a safetensors file, an index of shards or a folder that holds one
-    of these. Parts that nothing gives are left out; the manifest lists what is there.
+    of these. A `wan` folder must hold all parts that nothing else gives. Without one, parts that are not given are
+    left out; the manifest lists what is there.
 
     Args:
       out: the folder to make; must not exist.
@@ -72,22 +64,37 @@ def convert_checkpoint(
     """
     if dtype not in DTYPES:
         raise ConversionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    paths = {"dit": generator, "vae": vae, "text": text_encoder, "taehv": taehv}
-    writer = CheckpointWriter(out)  # complain about the place before hours of work
-    inputs = _find_inputs({k: Path(v) for k, v in paths.items() if v is not None}, wan, tokenizer)
-    sources = {name: open_weights(path) for name, path in inputs.weights.items()}
-    parts = _recognise_all(sources, read_json(inputs.settings) if inputs.settings else {})
+    options = {
+        "--generator": generator,
+        "--wan": wan,
+        "--taehv": taehv,
+        "--vae": vae,
+        "--text-encoder": text_encoder,
+        "--tokenizer": tokenizer,
+    }
+    problems = Problems()
+    if all(path is None for option, path in options.items() if option != "--tokenizer"):
+        problems.add("nothing to convert; give --generator, --wan or both")
+    for option, path in (*options.items(), ("--out", out)):
+        if path == "":  # a shell's variable that is not set; Path would make it the current folder
+            problems.add(f"{option} is empty; expected a path")
+    paths = {option: Path(path) for option, path in options.items() if path}
+    weights = {name: paths[c.option] for name, c in COMPONENTS.items() if c.option in paths}
+    inputs = open_inputs(weights, paths.get("--wan"), paths.get("--tokenizer"), problems)
+    writer = problems.caught(open_writer, Path(out), paths.values(), inputs.folders) if out else None
+    problems.raise_all()
+    assert writer is not None
+    parts = _recognise_all(inputs.sources, inputs.settings)
     model = model_config({name: part.config for name, part in parts.items()})
-    tokenizer_files = _tokenizer_files(inputs.tokenizer)
     if progress:
-        for note in _notes(parts, generator is None, bool(tokenizer_files)):
+        for note in _notes(parts, paths, bool(inputs.tokenizer)):
             print(f"note: {note}", file=sys.stderr)
     with writer:
-        _write(writer, model, sources, parts, dtype, tokenizer_files, progress)
+        _write(writer, model, inputs.sources, parts, dtype, inputs.tokenizer, progress)
     return writer.path
 
 
-def _notes(parts: Mapping[str, Part], from_folder: bool, tokenizer: bool) -> Iterator[str]:
+def _notes(parts: Mapping[str, Part], paths: Mapping[str, Path], tokenizer: bool) -> Iterator[str]:
     """Says, before hours of work, what `svd2 run` will miss in this checkpoint."""
     for name in ("dit", "vae", "text"):
         if name not in parts:
@@ -95,42 +102,22 @@ def _notes(parts: Mapping[str, Part], from_folder: bool, tokenizer: bool) -> Ite
             yield f"no {title} is given; a stream needs it: {source}"
     if not tokenizer:
         yield "no tokenizer is given; a stream needs it: --wan FOLDER or --tokenizer FOLDER"
-    if "dit" in parts and from_folder:
+    generator = paths.get("--generator")
+    if generator and "--wan" not in paths and len(look_into(generator).parts) > 1:
+        yield f"{generator} is a Wan2.1 folder; to convert its other parts as well: --wan {generator}"
+    if "dit" in parts and not generator:
         yield "without --generator the base transformer is converted, which was not distilled to few steps"
-
-
-def _find_inputs(weights: Mapping[str, Path], wan: PathLike | None, tokenizer: PathLike | None) -> Inputs:
-    """Returns what to convert: the paths given, and from the Wan2.1 folder what they leave open."""
-    found = find_wan_folder(Path(wan)) if wan is not None else WanFolder(None, None, None, None, None)
-    in_folder = {"dit": found.transformer, "vae": found.vae, "text": found.text_encoder}
-    merged = {k: weights.get(k) or in_folder.get(k) for k in COMPONENTS}
-    chosen = {k: path for k, path in merged.items() if path is not None}
-    if not chosen:
-        raise ConversionError("nothing to convert; give --generator, --wan or both")
-    settings = found.config
-    if settings is None and "dit" in chosen and (chosen["dit"] / "config.json").is_file():
-        settings = chosen["dit"] / "config.json"
-    return Inputs(chosen, settings, Path(tokenizer) if tokenizer is not None else found.tokenizer)
-
-
-def _tokenizer_files(folder: Path | None) -> Mapping[str, Path]:
-    """Returns the tokenizer's files by name; raises ConversionError if the folder holds no tokenizer."""
-    if folder is None:
-        return {}
-    files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    if TOKENIZER_FILES[0] not in files:
-        raise ConversionError(
-            f"{folder}: no {TOKENIZER_FILES[0]}; expected the folder of a Hugging Face tokenizer"
-        )
-    return files
 
 
 def _recognise_all(sources: Mapping[str, Source], settings: Mapping[str, Any]) -> dict[str, Part]:
     """Returns every part; raises one ConversionError that lists the problems of all of them."""
+    unlike = Problems()
     parts = {
-        name: recognise(COMPONENTS[name], source, settings if name == "dit" else {})
+        name: part
         for name, source in sources.items()
+        if (part := unlike.caught(lambda n=name, s=source: recognise(n, s, settings if n == "dit" else {})))
     }
+    unlike.raise_all()
     problems = [line for part in parts.values() for line in part.problems]
     if problems:
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"

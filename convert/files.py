@@ -1,11 +1,11 @@
-"""Finds the weight files of each component and opens them, whatever their format."""
+"""Finds the weight files at a path and opens them, whatever their format."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +15,16 @@ from convert.source import MappedFile, Source, Tensor
 from svd2_jax.errors import ConversionError
 
 INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
+MOST_SUGGESTIONS = 3  # of paths that may have been meant
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9\x20j\xa8P\x19."  # a pickled magic number
 _LFS_POINTER = b"version https://git-lfs"
 _HEAD_BYTES = 64
+_MOST_FOLDERS = 500  # of each level; a home folder may have been given
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
-
-
-@dataclass(frozen=True)
-class WanFolder:
-    """What a Wan2.1 folder, in Wan's own layout or in Diffusers', holds; None for what is not there."""
-
-    transformer: Path | None
-    config: Path | None
-    vae: Path | None
-    text_encoder: Path | None
-    tokenizer: Path | None
-
-
-def find_wan_folder(folder: Path) -> WanFolder:
-    """Returns where the parts of a Wan2.1 folder lie.
-
-    Raises ConversionError if it is no folder or holds no part of a Wan2.1 model.
-    """
-    if not folder.is_dir():
-        raise ConversionError(f"{folder}: no such folder; expected a Wan2.1 folder")
-
-    def first(*names: str) -> Path | None:
-        return next((folder / name for name in names if (folder / name).exists()), None)
-
-    has_weights = any(folder.glob("diffusion_pytorch_model*.safetensors*"))
-    found = WanFolder(
-        transformer=folder if has_weights else first("transformer"),
-        config=first("transformer/config.json", "config.json"),
-        vae=first("Wan2.1_VAE.pth", "vae"),
-        text_encoder=first("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"),
-        tokenizer=first("google/umt5-xxl", "tokenizer"),
-    )
-    if found.transformer is found.vae is found.text_encoder is None:
-        raise ConversionError(
-            f"{folder}: not a Wan2.1 folder; expected diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth "
-            "and models_t5_umt5-xxl-enc-bf16.pth, or Diffusers' transformer/, vae/ and text_encoder/"
-        )
-    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -92,6 +57,11 @@ def weight_files(path: Path) -> tuple[Path, ...]:
     if not path.exists():
         raise ConversionError(f"{path}: no such file or folder")
     if path.is_file():
+        shard = _SHARD_NUMBER.search(path.name)
+        if shard and int(shard[2]) > 1:
+            raise ConversionError(
+                f"{path}: one of {int(shard[2])} shards; give the folder that holds all of them: {path.parent}"
+            )
         return _index_files(path) if path.name.endswith(INDEX_SUFFIX) else (path,)
     if (path / "model.pt").is_file():
         return (path / "model.pt",)
@@ -105,6 +75,39 @@ def weight_files(path: Path) -> tuple[Path, ...]:
         raise ConversionError(f"{path}: holds no weights; expected model.pt or *.safetensors")
     _check_shard_numbers(files)
     return tuple(files)
+
+
+def weights_below(folder: Path) -> list[Path]:
+    """Returns what may be given as weights in a folder or deeper: files, or folders of shards; the nearest first."""
+    found: dict[Path, None] = {}
+    for path in (folder, *folders_below(folder)):
+        for file in sorted(f for suffix in WEIGHT_SUFFIXES for f in path.glob(f"*{suffix}")):
+            found[path if _SHARD_NUMBER.search(file.name) else file] = None
+    return list(found)
+
+
+def did_you_mean(paths: Sequence[Path]) -> str:
+    """Returns the end of a message that names the paths that may have been meant, or nothing."""
+    names = " or ".join(str(path) for path in paths[:MOST_SUGGESTIONS])
+    return f"; did you mean {names}?" if names else ""
+
+
+def folders_below(folder: Path, levels: int = 4) -> Iterator[Path]:
+    """Yields the folders in a folder, level by level; hidden ones are left out.
+
+    Four levels lead from huggingface/ to hub/models--NAME/snapshots/HASH.
+    """
+    level = [folder]
+    for _ in range(levels):
+        level = list(islice((sub for path in level for sub in _subfolders(path)), _MOST_FOLDERS))
+        yield from level
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir())
+    except OSError:  # no folder, or not ours to read
+        return []
 
 
 def _index_files(index: Path) -> tuple[Path, ...]:

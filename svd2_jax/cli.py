@@ -160,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert_cli.add_arguments(
         command(
-            "convert", convert_cli.run, "convert published PyTorch weights into a checkpoint folder", None
+            "convert",
+            convert_cli.run,
+            "convert published PyTorch weights into a checkpoint folder",
+            convert_cli.EXAMPLES,
         )
     )
     _add_verify(command("verify", _verify, "check the numbers against the reference's", VERIFY_EXAMPLES))

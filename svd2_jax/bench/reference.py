@@ -46,7 +46,8 @@ class Reference:
                 f"{WORKER}: not found; --against reference works in a checkout of the repository"
             )
         self._scratch = tempfile.TemporaryDirectory()
-        self.folder = Path(self._scratch.name)
+        self.folder = Path(self._scratch.name) / "weights"
+        self.folder.mkdir()
         self._log = (self.folder / "worker.log").open("w+")
         self._process = subprocess.Popen(
             [python, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
@@ -62,7 +63,7 @@ class Reference:
         self._model = dataclasses.replace(model, text=text).to_dict()
         self._ask(do="make", folder=str(self.folder), model=self._model)
         return convert_checkpoint(
-            out=self.folder / "checkpoint",
+            out=Path(self._scratch.name) / "checkpoint",
             generator=self.folder / "model.pt",
             wan=self.folder,
             taehv=self.folder / "taew2_1.pth",

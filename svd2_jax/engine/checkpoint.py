@@ -16,6 +16,8 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,12 +117,20 @@ class CheckpointWriter:
     """
 
     def __init__(self, path: str | Path):
-        """Checks the place; raises CheckpointError if it is taken or its parent folder does not exist."""
+        """Checks the place; raises CheckpointError if it is taken or nothing can be made in its parent folder."""
         self.path = Path(path)
-        if self.path.exists() or self.path.is_symlink():
-            raise CheckpointError(f"{self.path} exists; choose another place or remove it first")
-        if not self.path.parent.is_dir():
-            raise CheckpointError(f"{self.path.parent}: no such folder; create it first")
+        parent = self.path.parent
+        with _readable_errors(self.path):
+            if self.path.exists() or self.path.is_symlink():
+                raise CheckpointError(f"{self.path} exists; choose another place or remove it first")
+            if not parent.exists():
+                raise CheckpointError(f"{parent}: no such folder; create it first")
+            if not parent.is_dir():
+                raise CheckpointError(
+                    f"{parent}: a file, but {self.path} is to lie in it; choose another place"
+                )
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise CheckpointError(f"{parent}: this folder cannot be written to; choose another place")
         self._folder = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
 
     def __enter__(self) -> Self:
@@ -138,7 +148,7 @@ class CheckpointWriter:
         import orbax.checkpoint as ocp
 
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-        with _readable_errors(self.path), _checkpointer() as checkpointer:
+        with _signals_held(), _readable_errors(self.path), _checkpointer() as checkpointer:
             checkpointer.save(
                 (self._folder / name).absolute(),
                 ocp.args.PyTreeSave(tree, save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES),
@@ -321,6 +331,27 @@ def _handler() -> Any:
     )
     # Uncompressed: trained weights shrink little, and a stream should start fast.
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets what interrupts the program wait; Orbax's threads would go on writing into a folder that is removed."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled there
+        yield
+        return
+    came: list[int] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    handled = [number for number, handler in before.items() if callable(handler)]
+    for number in handled:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

@@ -247,9 +247,3 @@ def test_the_module_runs_as_a_command_and_its_help_shows_an_example():
         cwd=Path(__file__).parents[2],
     )
     assert "python -m convert --generator model.pt --wan Wan2.1-T2V-1.3B" in done.stdout
-
-
-def test_the_command_converts_and_says_what_it_made(tmp_path, capsys):
-    out = tmp_path / "c"
-    assert cli.main(["--vae", str(WAN / "Wan2.1_VAE.pth"), "--out", str(out), "--no-progress"]) == 0
-    assert capsys.readouterr().out == f"{out}: golden, bfloat16, 2 items\n"

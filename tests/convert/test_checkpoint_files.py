@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 from torch_zip import write_torch_zip
 
-from convert.files import find_wan_folder, open_weights, weight_files
+from convert.files import open_weights, weight_files
+from convert.wan_folder import find_wan_folder
 from svd2_jax.errors import ConversionError
 
 
@@ -175,21 +176,26 @@ def test_a_wan_folder_is_found_in_both_layouts(tmp_path):
     (wan / "google/umt5-xxl").mkdir(parents=True)
     for name in ("diffusion_pytorch_model.safetensors", "config.json", "Wan2.1_VAE.pth"):
         (wan / name).touch()
-    found = find_wan_folder(wan)
-    assert (found.transformer, found.config, found.vae) == (wan, wan / "config.json", wan / "Wan2.1_VAE.pth")
-    assert found.text_encoder is None
-    assert found.tokenizer == wan / "google/umt5-xxl"
+    found = find_wan_folder(wan, needed=("dit", "vae", "tokenizer"))
+    assert found.config == wan / "config.json"
+    assert found.parts == {
+        "dit": wan,
+        "vae": wan / "Wan2.1_VAE.pth",
+        "tokenizer": wan / "google/umt5-xxl",
+    }
 
     diffusers = tmp_path / "diffusers"
     for part in ("transformer", "vae", "text_encoder", "tokenizer"):
         (diffusers / part).mkdir(parents=True)
     (diffusers / "transformer/config.json").touch()
     found = find_wan_folder(diffusers)
-    assert found.transformer == diffusers / "transformer"
     assert found.config == diffusers / "transformer/config.json"
-    assert (found.vae, found.text_encoder, found.tokenizer) == tuple(
-        diffusers / p for p in ("vae", "text_encoder", "tokenizer")
-    )
+    assert found.parts == {
+        "dit": diffusers / "transformer",
+        "vae": diffusers / "vae",
+        "text": diffusers / "text_encoder",
+        "tokenizer": diffusers / "tokenizer",
+    }
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
