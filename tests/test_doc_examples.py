@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "doc_examples.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "doc_examples.py"
 MARK = "<!-- output of the block above -->"
 SUM = f"```python\nprint(1 + 1)\n```\n\n{MARK}\n```\n3\n```\n"
 
@@ -25,6 +26,7 @@ def document(tmp_path):
 
 
 def test_the_documentation_shows_what_its_examples_print(doc_examples, capsys):
+    assert (ROOT / "README.md").read_text().count(MARK) == 2  # a plan and a program
     assert doc_examples(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -58,6 +60,7 @@ def test_outputs_are_written_and_everything_else_stays(doc_examples, document):
         (SUM.replace("python\nprint(1 + 1)", "bash\nsvd2 plan --stagess 4"), "failed with exit code 2"),
         (SUM.replace("python\nprint(1 + 1)", "bash\nrm -rf out"), "only svd2 commands can be run"),
     ],
+    ids=["no example above", "no output below", "command fails", "unknown option", "another program"],
 )  # fmt: skip
 def test_an_example_that_cannot_be_run_is_one_line(doc_examples, document, capsys, text, message):
     document.write_text(text)
