@@ -226,7 +226,7 @@ def _run_loop(
     try:
         loop.warm_up(samples)
         samples.clear()
-        with table, typed:
+        with table:
             for i, (spec, sink) in enumerate(zip(plan.specs, outputs.sinks, strict=True)):
                 try:
                     if not interrupts.count:
@@ -239,7 +239,8 @@ def _run_loop(
             for i, error in errors.items():
                 say(_not_started(i, error))
             say("live; type a prompt and press enter to change it, Ctrl-C ends")
-            _wait(loop, stop, plan.seconds, interrupts, say)
+            with typed:  # not before, as a prompt is for streams that are there
+                _wait(loop, stop, plan.seconds, interrupts, say)
     finally:
         stop.set()
         if stuck := loop.stop():

@@ -265,6 +265,20 @@ def test_a_video_that_was_not_written_for_want_of_frames_is_said_to_be_missing(c
     assert f"{tmp_path / 'out.mp4'}: not written, as no frame was shown" in capsys.readouterr().out
 
 
+def test_a_line_that_waits_in_a_pipe_is_taken_when_the_streams_are_live(clip, capsys, monkeypatch):
+    read, write = os.pipe()
+    os.write(write, b"winter\n")
+    os.close(write)
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        _, said = run(plan(clip, again=True, seconds=1.0, blend_chunks=0))
+    lines = said.splitlines()
+    live_at = next(i for i, line in enumerate(lines) if line.startswith("live; "))
+    assert lines[live_at + 1].startswith("stream 0: 'winter' from the next chunk, seen in about ")
+    assert "stream 0: 'winter' is being shown" in lines
+    assert "0: winter" in capsys.readouterr().out
+
+
 def test_the_table_of_a_run_shows_the_prompt_whole_where_there_is_room(clip, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     run(plan(clip, specs=(spec("a pencil sketch of an old harbour"),)))
