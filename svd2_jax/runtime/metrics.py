@@ -254,7 +254,7 @@ class Summary:
       stream: whose.
       name: what the stream is called.
       prompt: what it is re-drawn to now; empty where that was not told, and over all streams.
-      span_s: from the first arrival to the last event.
+      span_s: from the first arrival to the last event; of recent numbers, the time that they speak of.
       frames_in: input frames.
       shown: frames shown by their deadline.
       late: frames shown behind it.
@@ -439,12 +439,17 @@ class Metrics:
         with self._lock:
             kept = self._all if stream is None else self._streams[stream]
             tally = kept.total
+            begin_ns, end_ns = tally.first_arrival_ns, tally.last_ns
             if recent:
                 kept.recent_at(self._now_ns)
+                # Not from the first arrival on, which is a latency before what is recent.
+                begin_ns = max(begin_ns or 0, (kept.recent[0] - 1) * RECENT_NS)
+                end_ns = self._now_ns
                 tally = Tally(FINE)
                 tally.merge(kept.recent[1])
                 tally.merge(kept.recent[2])
-            return _summarise(stream, kept, tally, self._inside(stream))
+            span_ns = 0 if begin_ns is None or end_ns is None else max(0, end_ns - begin_ns)
+            return _summarise(stream, kept, tally, self._inside(stream), span_ns)
 
     # --- inner workings
 
@@ -644,9 +649,7 @@ def _jitter_ns(before: FrameRecord, record: FrameRecord, interval_ns: int | None
     return abs(record.shown_ns - before.shown_ns - expected)
 
 
-def _summarise(stream: StreamId | None, kept: _Stream, tally: Tally, inside: int) -> Summary:
-    first, last = tally.first_arrival_ns, tally.last_ns
-    span_ns = max(0, last - first) if first is not None and last is not None else 0
+def _summarise(stream: StreamId | None, kept: _Stream, tally: Tally, inside: int, span_ns: int) -> Summary:
     shown_ns = (tally.last_shown_ns or 0) - (tally.first_shown_ns or 0)
     known = tally.displayed + tally.dropped
     return Summary(
@@ -674,7 +677,7 @@ def _summarise(stream: StreamId | None, kept: _Stream, tally: Tally, inside: int
         ticks=tally.ticks,
         batch_mean=_share(tally.batch_sum, tally.ticks),
         batch_max=tally.batch_high,
-        utilisation=_share(tally.busy_ns, span_ns),
+        utilisation=min(1.0, _share(tally.busy_ns, span_ns)),  # a long tick may have begun before the span
         steps_mean=_share(tally.steps_sum, tally.displayed),
         steps_now=kept.total.steps_last,
         step_changes=tally.step_changes,

@@ -283,3 +283,17 @@ def test_a_change_of_prompt_is_a_line(tmp_path):
         lines(PromptRecord(3, 40 * MS, "winter", 5))
     line = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[1])
     assert line == {"kind": "prompt", "stream": 3, "at_ns": 40 * MS, "prompt": "winter", "frame": 5}
+
+
+@pytest.mark.parametrize("seconds", [5, 5.5, 6, 6.9])
+def test_the_recent_load_is_that_of_the_time_it_speaks_of_however_old_the_frames_are(seconds):
+    metrics = Metrics()
+    for number in range(
+        round(10 * seconds)
+    ):  # a tick of 60 ms and a frame every 100 ms, shown 3 s after it came
+        metrics(tick(number, 3000 + 100 * number, 60))
+        metrics(shown(number, 100 * number, 3100))
+    for stream in (None, 0):
+        assert metrics.summary(stream, recent=True).utilisation == pytest.approx(
+            0.6, abs=0.04
+        )  # half a tick in 2 s
