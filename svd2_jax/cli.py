@@ -26,6 +26,7 @@ from tqdm import tqdm
 from svd2_jax import files, media, progress, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
+from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
 from svd2_jax.text import held_in
@@ -78,8 +79,8 @@ examples:
   # with the small model that comes with the package
   svd2 live --input in.mp4 --loop --fps 8 --prompt "a pencil sketch" --output out.mp4
 
-While it runs, type a prompt and press enter to change it, `1: a prompt` for stream 1 only. Ctrl-C ends it: what is
-under way is finished, and the video can be played. docs/scheduling.md says how frames are scheduled.
+While it runs, type a prompt and press enter to change it, `1: a prompt` for stream 1 only. Ctrl-C ends it: what is in
+flight is finished, and the video can be played. docs/scheduling.md says how frames are scheduled.
 """
 VERIFY_EXAMPLES = """\
 example:
@@ -317,6 +318,23 @@ def _add_weight_dtype(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def _unknown_style(checkpoint: str, prompt: str) -> str | None:
+    """Returns a note that no word of a prompt names a style of the shipped model; None for other models."""
+    if checkpoint != shipped.TINY or phrasings.named_looks(prompt):
+        return None
+    styles = phrasings.STYLES
+    return (
+        f"note: the model {shipped.TINY!r} knows {len(styles)} styles, none is named in {prompt!r}: "
+        + ", ".join(styles)
+    )
+
+
+def _note_unknown_styles(checkpoint: str, prompts: Iterable[str]) -> None:
+    for prompt in dict.fromkeys(prompts):
+        if note := _unknown_style(checkpoint, prompt):
+            _say(note)
+
+
 def _run(args: argparse.Namespace) -> int:
     cfg = _stream_config(args)
     spec = SessionSpec(args.prompt, cfg, args.noise_scale, args.seed)
@@ -328,6 +346,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if cfg.task == "t2v" and args.frames is None:
         raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
+    _note_unknown_styles(args.checkpoint, (args.prompt, *prompts.values()))
     options = _pipeline_options(args)
     with _join(args, spec, prompts) as group:
         _prepare_devices()
@@ -605,12 +624,18 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt", required=True, action="append",
-        help="what the video should look like; given several times, one for each stream in turn",
+        help="what the video should look like; given several times (at most as often as there are --streams), one for "
+        "each stream in turn. To change it while it runs, type another",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, help="video file to write; of several streams, one for each")
-    parser.add_argument("--streams", type=int, default=1, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument(
+        "--output", type=Path,
+        help="video file to write, with several streams one for each; without it no frame is kept",
+    )  # fmt: skip
+    parser.add_argument(
+        "--streams", type=int, default=1, metavar="N", help="number of streams (default %(default)s)"
+    )
     parser.add_argument("--loop", action="store_true", help="play the file over and over")
-    parser.add_argument("--seconds", type=float, metavar="S", help="end after so long")
+    parser.add_argument("--seconds", type=float, metavar="S", help="stop after S seconds")
     parser.add_argument(
         "--fps",
         type=float,
@@ -625,22 +650,28 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--metrics", type=Path, metavar="JSONL", help="what became of each frame, line by line"
     )
-    report.add_argument("--picture", type=Path, metavar="PNG", help="latency over time against the budget")
+    report.add_argument(
+        "--picture",
+        type=Path,
+        metavar="PNG",
+        help="chart of the latency over time against the latency budget",
+    )
     pace = parser.add_argument_group("deadlines")
     pace.add_argument(
         "--budget", type=float, metavar="MS",
-        help="longest time from a frame's arrival until it is shown (default: what all steps need at this rate, "
-        "and a quarter more)",
+        help="latency budget: longest time from a frame's arrival until it is shown (default: what all steps need at "
+        "this rate, and a quarter more)",
     )  # fmt: skip
     pace.add_argument(
         "--floor-steps", type=int, default=1, metavar="N",
-        help="overload may bring the denoising steps down to so many (default %(default)s)",
+        help="minimum steps: lowest number of denoising steps under overload (default %(default)s)",
     )  # fmt: skip
     _add_shape(parser, "what is computed (defaults: published settings)")
     _add_machine(parser)
     parser.add_argument(
-        "--stages", type=int, default=1, metavar="N", help="cut the transformer over so many devices"
-    )
+        "--stages", type=int, default=1, metavar="N",
+        help="number of devices that the transformer is cut over (default %(default)s)",
+    )  # fmt: skip
     _add_share_vae(parser)
     parser.set_defaults(mode=None, split=None)
 
@@ -657,6 +688,12 @@ def _live(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.seconds is not None and not args.seconds > 0:
         raise ConfigError(f"--seconds must be above 0, got {args.seconds:g}")
+    if len(args.prompt) > args.streams:
+        count = len(args.prompt)
+        raise ConfigError(
+            f"{count} prompts for {args.streams} stream{'s'[: args.streams - 1]}: --streams {count} gives each stream "
+            "its own prompt; to change the prompt while it runs, give the first one and type the others"
+        )
     if args.loop and args.camera:
         raise ConfigError("--loop is for a file; a camera never ends")
     if args.camera and args.streams > 1:
@@ -697,10 +734,14 @@ def _live(args: argparse.Namespace) -> int:
             return live.watch_camera(args.camera, cfg.height, cfg.width, stop, args.fps)
         return live.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
 
+    remark = functools.partial(_unknown_style, args.checkpoint)
     plan = live.LiveRun(
-        specs, settings, source, args.output, args.metrics, args.picture, args.seconds, args.blend
+        specs, settings, source, args.output, args.metrics, args.picture, args.seconds, args.blend, remark
     )
     plan.check()
+    _note_unknown_styles(args.checkpoint, args.prompt)
+    if args.output is None:
+        _say("no --output: frames are shown nowhere and not kept; the table says how fast they come")
     _prepare_devices()
     from svd2_jax.engine.engine import PipelineOptions
     from svd2_jax.engine.mesh import stage_meshes
@@ -787,6 +828,7 @@ def _eval(args: argparse.Namespace) -> int:
         return engine, functools.partial(rebuild, engine, cfg)
 
     cfg = _stream_config(args)
+    _note_unknown_styles(args.checkpoint, args.prompt)
     return _device_errors(evaluate_cli.run, args, cfg, open_model)
 
 
@@ -928,7 +970,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT",
-        help="what it should look like; several share the clip (default: " + ", ".join(DEMO_PROMPTS) + ")",
+        help="what it should look like; given several times, the clip is cut into as many equal parts, one prompt each "
+        "(default: " + ", ".join(DEMO_PROMPTS) + ")",
     )  # fmt: skip
     parser.add_argument("--frames", type=int, help="of the clip (default: all)")
     parser.add_argument(
@@ -946,6 +989,7 @@ def _demo(args: argparse.Namespace) -> int:
     cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
     for text in texts:
         check_prompt(text)
+    _note_unknown_styles(args.checkpoint, texts)
     with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
         clip, fps = list(reader), reader.fps
     if len(clip) < len(texts):

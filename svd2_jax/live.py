@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import select
 import signal
 import statistics
@@ -30,10 +31,17 @@ from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.metrics import JsonLines, Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.table import LiveTable
-from svd2_jax.runtime.work import MS, SECOND, FrameRecord, StreamId, StreamSettings
+from svd2_jax.runtime.work import (
+    MS,
+    SECOND,
+    Event,
+    FrameRecord,
+    PromptRecord,
+    StreamId,
+    StreamSettings,
+)
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
-LONGEST_NAME = 14  # with it the table fits into 80 columns
 STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
 CLOSE_S = 10.0  # how long to finish videos when the device hangs
 LOOK_S = 0.2  # how often the main thread looks whether the end has come
@@ -53,6 +61,7 @@ class LiveRun:
       picture: PNG file to write, or None.
       seconds: how long to run; None: until the input ends.
       blend_chunks: chunks over which a typed prompt comes in.
+      remark: what to tell the user about a typed prompt, or None.
     """
 
     specs: tuple[SessionSpec, ...]
@@ -63,6 +72,7 @@ class LiveRun:
     picture: Path | None = None
     seconds: float | None = None
     blend_chunks: int = 4
+    remark: Callable[[str], str | None] = lambda prompt: None
 
     def check(self) -> None:
         """Raises MediaError for an output that could not be written, before the work begins."""
@@ -92,6 +102,26 @@ def default_budget_ms(spec: SessionSpec, rate_hz: float, stages: int = 1) -> flo
     cfg = spec.config
     frames = cfg.chunk_frames - 1 + cfg.steps * stages * cfg.chunk_frames
     return math.ceil(BUDGET_SHARE * 1000 * frames / rate_hz)
+
+
+def prompt_delay_s(
+    latency_ms: float, rate_hz: float, chunk_frames: int, blend_chunks: int = 0
+) -> tuple[float, float]:
+    """Returns in how many seconds a prompt that is changed now is seen first, and in how many it is seen alone.
+
+    It holds from the next chunk that enters the device: in half a chunk on average, and with a first frame that came
+    when the chunk began to fill. That frame is shown one latency after it came. Blended over n chunks, the new prompt
+    is alone from the n-th on.
+
+    Args:
+      latency_ms: from a frame's arrival until it is shown.
+      rate_hz: frames per second.
+      chunk_frames: frames of a chunk.
+      blend_chunks: chunks over which the prompt comes in.
+    """
+    entry_s, fill_s = chunk_frames / 2 / rate_hz, (chunk_frames - 1) / rate_hz
+    first_s = max(0.0, entry_s - fill_s + latency_ms / 1000)
+    return first_s, first_s + max(0, blend_chunks - 1) * chunk_frames / rate_hz
 
 
 def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str], None]) -> bool:
@@ -131,18 +161,20 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
             errors = _run_loop(engine, plan, policy, samples, outputs, metrics, interrupts, say)
         finally:
             problems = outputs.close()
-        for i, error in errors.items():
-            if error is not None:
-                problems.append(f"stream {i} ended early: {error}")
+        problems += errors
         for sink in outputs.sinks:
             if sink.is_kept:
                 tell(f"{sink.path}: {sink.frames} frames at {plan.settings.rate_hz:g} fps")
+            elif sink.path is not None and not sink.has_failed:
+                tell(f"{sink.path}: not written, as no frame was shown")
+        if plan.output is None:
+            tell("no video was kept; --output FILE keeps it")
         if plan.metrics is not None and not any(p.startswith(f"{plan.metrics}: ") for p in problems):
             tell(f"{plan.metrics}: what became of every frame, line by line")
         if plan.picture is not None:
             try:
                 files.write_whole(plan.picture, functools.partial(picture.timeline, metrics))
-                tell(f"{plan.picture}: latency against the budget")
+                tell(f"{plan.picture}: chart of the latency against the latency budget")
             except MediaError as e:
                 problems.append(str(e))
     for problem in problems:
@@ -159,9 +191,11 @@ def _run_loop(
     metrics: Metrics,
     interrupts: _Interrupts,
     say: Callable[[str], None],
-) -> dict[int, BaseException | None]:
-    """Runs the streams; returns what each of them ended with."""
-    stop, streams, errors = threading.Event(), {}, {}
+) -> list[str]:
+    """Runs the streams; returns why some could not start or ended early."""
+    stop = threading.Event()
+    streams: dict[int, StreamId] = {}
+    errors: dict[int, Svd2Error] = {}
     table = LiveTable(metrics)
     on_screen = sys.stdout.isatty()
 
@@ -172,7 +206,7 @@ def _run_loop(
             say(text)
 
     typed = TypedLines(
-        lambda line: note(_change_prompt(loop, streams, line, plan.blend_chunks)),
+        lambda line: note(_change_prompt(loop, plan, streams, line)),
         (lambda text: note(f"prompt> {text}")) if on_screen else None,
     )
 
@@ -187,30 +221,52 @@ def _run_loop(
         closing.join(CLOSE_S)
         os._exit(HANG_EXIT_CODE)
 
-    loop = LiveLoop(engine, policy, LoopConfig(stop_s=STOP_S), metrics, outputs.observers, on_hang=give_up)
+    observers = [*outputs.observers, _PromptWatch(streams, note)]
+    loop = LiveLoop(engine, policy, LoopConfig(stop_s=STOP_S), metrics, observers, on_hang=give_up)
     loop.start()
     try:
         loop.warm_up(samples)
         samples.clear()
-        with table, typed:
+        with table:
             for i, (spec, sink) in enumerate(zip(plan.specs, outputs.sinks, strict=True)):
-                name = f"{i}: {spec.prompt}"[:LONGEST_NAME]
                 try:
                     if not interrupts.count:
-                        streams[i] = loop.open(spec, plan.settings, sink, plan.source(i, stop), name)
+                        source = _heard_to_end(plan.source(i, stop), stop, i, say)
+                        streams[i] = loop.open(spec, plan.settings, sink, source, str(i))
                 except Svd2Error as e:
                     errors[i] = e
             if errors and not streams:
                 raise errors[0]
+            for i, error in errors.items():
+                say(_not_started(i, error))
             say("live; type a prompt and press enter to change it, Ctrl-C ends")
-            _wait(loop, stop, plan.seconds, interrupts, say)
+            with typed:  # not before, as a prompt is for streams that are there
+                _wait(loop, stop, plan.seconds, interrupts, say)
     finally:
         stop.set()
         if stuck := loop.stop():
             say(f"did not end: {', '.join(stuck)}; stuck in a camera, a file or the device")
-    if loop.lost_events or loop.observer_errors:
+    if outputs.observers and (loop.lost_events or loop.observer_errors):
         outputs.problems.append(f"{plan.metrics}: {loop.lost_events or 'some'} events are missing")
-    return {**errors, **{i: loop.stream_result(stream) for i, stream in streams.items()}}
+    results = {i: loop.stream_result(stream) for i, stream in streams.items()}
+    ended_early = [f"stream {i} ended early: {error}" for i, error in results.items() if error is not None]
+    return [_not_started(i, error) for i, error in errors.items()] + ended_early
+
+
+def _not_started(i: int, error: Exception) -> str:
+    return f"cannot start stream {i}: {error}"
+
+
+def _heard_to_end(source: Source, stop: threading.Event, i: int, say: Callable[[str], None]) -> Source:
+    """Gives what the source of stream i gives; says so when it ends or fails, unless somebody stops it."""
+    try:
+        yield from source
+    except Exception as e:
+        if not stop.is_set():
+            say(f"stream {i}: the input has failed: {e}")
+        raise
+    if not stop.is_set():
+        say(f"stream {i}: the input has ended; finishing what is in flight")
 
 
 def _wait(
@@ -224,13 +280,15 @@ def _wait(
     ends, seen = None if seconds is None else time.monotonic() + seconds, 0
     while not loop.wait(timeout_s=LOOK_S):
         if seen == 0 and interrupts.count == 1:
-            say("interrupted: finishing what is under way (Ctrl-C again drops it)")
+            say("interrupted: finishing what is in flight (Ctrl-C again drops it)")
         if seen < 2 <= interrupts.count:
-            say("interrupted again: what is under way is dropped")
+            say("interrupted again: what is in flight is dropped")
             for stream in loop.streams:
                 loop.close(stream)
         seen = interrupts.count
         if (seen or (ends is not None and time.monotonic() >= ends)) and not stop.is_set():
+            if not seen:
+                say(f"{seconds:g} s are over; finishing what is in flight")
             stop.set()
             for stream in loop.streams:
                 loop.end(stream)
@@ -279,21 +337,76 @@ def _heard(say: Callable[[str], None], stream: TextIO) -> Callable[[str], None]:
     return safely
 
 
-def _change_prompt(loop: LiveLoop, streams: Mapping[int, StreamId], line: str, blend_chunks: int) -> str:
-    """Takes a typed line, a prompt for all streams or `2: prompt` for one; returns what became of it."""
-    number, separator, text = line.partition(":")
-    chosen = list(streams.items())
-    if separator and number.strip().isdecimal() and int(number) in streams:
-        chosen, line = [(int(number), streams[int(number)])], text
-    problems = {}
-    for i, stream in chosen:
+def _change_prompt(loop: LiveLoop, plan: LiveRun, streams: Mapping[int, StreamId], line: str) -> str:
+    """Takes a typed line, a prompt for all streams or `2: prompt` for one; returns what becomes of it."""
+    try:
+        chosen, text = _addressed(line, streams)
+    except ConfigError as e:
+        return f"not taken: {e}"
+    answers, delays = [], {}
+    for i in chosen:
         try:
-            loop.set_prompt(stream, line.strip(), blend_chunks)
+            loop.set_prompt(streams[i], text, plan.blend_chunks)
         except Exception as e:  # the text encoder's own errors end the stream, and this has to go on
-            problems[i] = e
-    if problems:
-        return "not taken: " + ", ".join(f"stream {i}: {e}" for i, e in problems.items())
-    return f"new prompt: {line.strip()}"
+            answers.append(f"not taken: stream {i}: {e}")
+            continue
+        latency_ms = loop.metrics.summary(streams[i], recent=True).latency_p50_ms
+        delays[i] = prompt_delay_s(
+            plan.settings.budget_ms if latency_ms is None else latency_ms,  # before the first frame: at most
+            plan.settings.rate_hz, plan.specs[i].config.chunk_frames, plan.blend_chunks,
+        )  # fmt: skip
+    if delays:
+        names = f"stream{'s'[: len(delays) - 1]} {', '.join(map(str, delays))}"
+        first_s, alone_s = max(delays.values())
+        answer = f"{names}: {text!r} from the next chunk, seen in about {first_s:.1f} s"
+        if plan.blend_chunks > 1:
+            answer += f", complete after {plan.blend_chunks} chunks ({alone_s:.1f} s)"
+        answers.insert(0, answer)
+        if remark := plan.remark(text):
+            answers.append(remark)
+    return "\n".join(answers)
+
+
+def _addressed(line: str, streams: Iterable[int]) -> tuple[list[int], str]:
+    """Returns which streams a typed line is for, and its prompt.
+
+    `2: prompt` is for stream 2, anything else for all. A number that is no stream makes a line a prompt only where
+    the colon has text right behind it, as a time of day has.
+
+    Raises:
+      ConfigError: there is no such stream, or no prompt behind its number.
+    """
+    streams = list(streams)
+    found = re.fullmatch(r"\s*(-?\d+)\s*:(.*)", line, re.DOTALL)
+    if found is None:
+        return streams, line.strip()
+    number, text = int(found[1]), found[2]
+    if number in streams:
+        if not text.strip():
+            raise ConfigError(f"no prompt behind '{number}:'; type for example `{number}: a pencil sketch`")
+        return [number], text.strip()
+    if text and not text[0].isspace():
+        return streams, line.strip()
+    names = f"stream{'s'[: len(streams) - 1]} {', '.join(map(str, streams))}"
+    raise ConfigError(f"no stream {number}: this run has {names}; a prompt alone is for all of them")
+
+
+class _PromptWatch:
+    """Takes a loop's events, and says when the first frame of a new prompt is shown."""
+
+    def __init__(self, streams: Mapping[int, StreamId], say: Callable[[str], None]):
+        self._streams, self._say = streams, say
+        self._awaited: dict[StreamId, PromptRecord] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PromptRecord):
+            self._awaited[event.stream] = event
+        elif isinstance(event, FrameRecord) and event.shown_ns is not None:
+            awaited = self._awaited.get(event.stream)
+            if awaited is not None and event.number >= awaited.frame:
+                del self._awaited[event.stream]
+                name = next(i for i, stream in self._streams.items() if stream == event.stream)
+                self._say(f"stream {name}: {awaited.prompt!r} is being shown")
 
 
 class _Outputs:
@@ -357,7 +470,7 @@ class VideoSink:
         self.path, self.frames = path, 0
         self._fps = fps
         self._writer = None if path is None else media.VideoWriter(path, fps, height, width)
-        self.is_kept = self._is_open = self._failed = False
+        self.is_kept = self.has_failed = self._is_open = False
         self._first: FrameRecord | None = None
         self._last: np.ndarray | None = None
 
@@ -372,10 +485,11 @@ class VideoSink:
         if self._writer is None or not self._is_open:
             return None
         self._is_open = False
-        lost = MediaError("nothing to keep") if self._failed or not self.frames else None
+        lost = MediaError("nothing to keep") if self.has_failed or not self.frames else None
         try:
             self._writer.__exit__(type(lost) if lost else None, lost, None)
         except Svd2Error as e:
+            self.has_failed = True
             return str(e)
         self.is_kept = lost is None
         return None
@@ -407,7 +521,7 @@ class VideoSink:
             for _ in range(times):
                 self._writer.write(frame[None])
         except BaseException:
-            self._failed = True
+            self.has_failed = True
             raise
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svd2_jax import files
 from svd2_jax.errors import MediaError
+from svd2_jax.text import shortened
 
 FALLBACK_FPS = 24.0  # for the rare file whose container and codec both state no rate
 MAX_FPS_DENOMINATOR = 1001  # broadcast rates such as 30000/1001 stay exact
@@ -436,16 +437,9 @@ def side_by_side(left: np.ndarray, right: np.ndarray, caption: str, scale: int) 
     whole.paste(picture, (0, 0))
     font = ImageFont.load_default(CAPTION_HEIGHT * 0.6)
     draw = ImageDraw.Draw(whole)
-    caption = _shortened(caption, whole.width, lambda text: draw.textlength(text, font))
+    caption = shortened(caption, whole.width, lambda text: draw.textlength(text, font))
     draw.text((whole.width // 2, whole.height - CAPTION_HEIGHT // 2), caption, "white", font, "mm")
     return np.asarray(whole)
-
-
-def _shortened(text: str, width: int, measured: Callable[[str], float]) -> str:
-    """Returns a text that is no wider than `width` pixels, cut at its end."""
-    while measured(text) > width and len(text) > 1:
-        text = text[:-2].rstrip() + "…"
-    return text
 
 
 def contact_sheet(
@@ -478,6 +472,6 @@ def contact_sheet(
         sheet.paste(Image.fromarray(inputs[frame]), (left, gap))
         sheet.paste(Image.fromarray(outputs[frame]), (left, 2 * gap + height))
         prompt = prompts[max(at for at in prompts if at <= frame)]
-        text = _shortened(f"{frame}: {prompt}", width, draw.textlength)
+        text = shortened(f"{frame}: {prompt}", width, draw.textlength)
         draw.text((left, 2 * (gap + height) + gap // 2), text, fill="black")
     files.write_whole(Path(path), sheet.save)

@@ -1,8 +1,8 @@
-"""Numbers as text for a terminal: aligned tables, rates with their prefix."""
+"""Text for terminals and pictures: aligned tables, rates with their prefix, what has to fit into a width."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[str]:
@@ -20,6 +20,13 @@ def held_in(weight_dtype: str, cache_dtype: str) -> str:
     """Returns what is held in another way than it is computed in, to go behind the dtype; may be nothing."""
     held = (("weights", weight_dtype), ("cache", cache_dtype))
     return "".join(f", {what} {storage}" for what, storage in held if storage != "compute")
+
+
+def shortened(text: str, width: float, measured: Callable[[str], float]) -> str:
+    """Returns a text that is no wider than `width` as it is `measured`, cut at its end; one character at least."""
+    while measured(text) > width and len(text) > 1:
+        text = text[:-2].rstrip() + "…"
+    return text
 
 
 def si(value: float) -> str:

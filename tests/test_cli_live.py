@@ -82,3 +82,40 @@ def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can(clip, tmp_path
     assert live(clip, "--steps", "1", "--budget", "300", "--output", str(out)) == EXIT_BAD_INPUT
     assert "a latency budget of 300 ms cannot be met" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_more_prompts_than_streams_are_an_error_that_says_what_to_do(clip, capsys):
+    assert live(clip, "--prompt", "y") == EXIT_BAD_INPUT
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "2 prompts for 1 stream: --streams 2 gives each stream its own prompt" in error
+    assert "type the others" in error
+
+
+def test_a_run_that_keeps_nothing_says_so_before_the_work_begins(clip, tmp_path, capsys):
+    note = "no --output: frames are shown nowhere and not kept"
+    assert live(clip, "--stages", "99") == EXIT_BAD_INPUT  # which is found behind the note
+    assert note in capsys.readouterr().err
+    assert live(clip, "--stages", "99", "--output", str(tmp_path / "out.mp4")) == EXIT_BAD_INPUT
+    assert note not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "live --input {clip} --stages 99 --prompt",
+        "run --input {clip} --output out.gif --prompt sepia --prompt-at",
+        "demo --out {clip} --prompt",
+        "eval --clips {clip} --prompt",
+    ],
+)
+def test_a_style_that_the_shipped_model_does_not_know_is_pointed_out(clip, capsys, command):
+    """Before what each of these commands is refused for."""
+    words = command.format(clip=clip).split()
+    unknown = "2=anime" if "--prompt-at" in words else "anime"
+    assert main([*words, unknown]) == EXIT_BAD_INPUT
+    note = "note: the model 'tiny' knows 12 styles, none is named in 'anime': pencil sketch, oil painting, "
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert [line[: len(note)] for line in notes] == [note]
+    assert main([*words, unknown.replace("anime", "cyberpunk")]) == EXIT_BAD_INPUT
+    assert main([*words, unknown, "--checkpoint", "random:tiny"]) == EXIT_BAD_INPUT
+    assert "note: " not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Live runs around a fake engine: files and cameras in, video files and metrics out."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from svd2_jax.errors import MediaError
 from svd2_jax.live import LiveRun, TypedLines, VideoSink
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
-from svd2_jax.runtime.work import Fate, FrameRecord, StreamSettings
+from svd2_jax.runtime.work import Fate, FrameRecord, PromptRecord, StreamSettings
 
 HEIGHT, WIDTH = SMALL.height, SMALL.width
 FAST = 200.0  # frames per second: a test need not last as long as a video
@@ -106,14 +107,14 @@ def interrupted(clip, *delays):
     return source
 
 
-def test_ctrl_c_finishes_what_is_under_way_and_leaves_a_playable_file(clip, tmp_path):
+def test_ctrl_c_finishes_what_is_in_flight_and_leaves_a_playable_file(clip, tmp_path):
     ended_well, said = run(plan(clip, source=interrupted(clip, 0.5), output=tmp_path / "out.mp4"))
     assert ended_well
-    assert "finishing what is under way" in said
+    assert "finishing what is in flight" in said
     assert frames_of(tmp_path / "out.mp4")
 
 
-def test_a_second_ctrl_c_drops_what_is_under_way(clip):
+def test_a_second_ctrl_c_drops_what_is_in_flight(clip):
     settings = dataclasses.replace(SETTINGS, rate_hz=100.0, budget_ms=60_000.0)  # shown long after they came
     engine = FakeEngine(device_ms=lambda *_: 400.0, batch_sizes=(1,))
     ended_well, said = run(plan(clip, source=interrupted(clip, 1.0, 1.4), settings=settings), engine)
@@ -140,22 +141,148 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work_begins(clip
         plan(clip, output=tmp_path / name).check()
 
 
+class TypedInto:
+    """A loop that takes prompts for its streams 7 and 9, of which the second has shown frames after 1000 ms each."""
+
+    def __init__(self):
+        self.calls, self.metrics = [], Metrics()
+        for stream in (7, 8, 9):
+            self.metrics.opened(stream, SETTINGS)
+        for number in range(8):
+            arrival = round(number * 1e9 / 8)
+            self.metrics(FrameRecord(9, number, None, arrival, 0, Fate.SHOWN, shown_ns=arrival + 10**9))
+
+    def set_prompt(self, stream, text, blend_chunks):
+        if stream == 8:
+            raise RuntimeError("it is over")
+        self.calls.append((stream, text, blend_chunks))
+
+
+def typed(*lines, blend_chunks=4, remark=lambda prompt: None):
+    """What each line did, and what was answered."""
+    loop = TypedInto()
+    settings = StreamSettings(rate_hz=8, budget_ms=2000)
+    live_run = LiveRun((spec(),) * 3, settings, lambda i, stop: [], blend_chunks=blend_chunks, remark=remark)
+    said = [live._change_prompt(loop, live_run, {0: 7, 1: 8, 2: 9}, line) for line in lines]
+    return loop.calls, said
+
+
 def test_typed_lines_change_the_prompt_of_all_streams_or_of_one():
-    class Loop:
-        def __init__(self):
-            self.calls = []
+    calls, said = typed("a cat", "2: a dog", " 2 :a bird ")
+    assert calls == [(7, "a cat", 4), (9, "a cat", 4), (9, "a dog", 4), (9, "a bird", 4)]
+    # Stream 0 has shown nothing yet, so its latency budget counts, 2 s.
+    seen = ["1.9 s, complete after 4 chunks (3.4 s)", "0.9 s, complete after 4 chunks (2.4 s)"]
+    assert said == [
+        f"streams 0, 2: 'a cat' from the next chunk, seen in about {seen[0]}\nnot taken: stream 1: it is over",
+        f"stream 2: 'a dog' from the next chunk, seen in about {seen[1]}",
+        f"stream 2: 'a bird' from the next chunk, seen in about {seen[1]}",
+    ]
+    assert typed("2: a cat", blend_chunks=0)[1] == [
+        "stream 2: 'a cat' from the next chunk, seen in about 0.9 s"
+    ]
 
-        def set_prompt(self, stream, text, blend_chunks):
-            if stream == 8:
-                raise RuntimeError("it is over")
-            self.calls.append((stream, text, blend_chunks))
 
-    loop, streams = Loop(), {0: 7, 1: 8, 2: 9}
-    said = [live._change_prompt(loop, streams, line, 4) for line in ("a cat", "2: a dog", "5: a bird")]
-    assert loop.calls == [
-        (7, "a cat", 4), (9, "a cat", 4), (9, "a dog", 4), (7, "5: a bird", 4), (9, "5: a bird", 4)
-    ]  # fmt: skip
-    assert said == ["not taken: stream 1: it is over", "new prompt: a dog", "not taken: stream 1: it is over"]
+@pytest.mark.parametrize("line", ["a: b", "12:30 in the morning", "at 5: tea", "5 o'clock: tea", "2; a dog"])
+def test_a_line_that_only_looks_as_if_it_began_with_a_stream_is_a_prompt(line):
+    assert typed(line)[0] == [(7, line, 4), (9, line, 4)]
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        (
+            "5: winter",
+            "not taken: no stream 5: this run has streams 0, 1, 2; a prompt alone is for all of them",
+        ),
+        ("-1: x", "not taken: no stream -1: this run has streams 0, 1, 2; a prompt alone is for all of them"),
+        ("7:", "not taken: no stream 7: this run has streams 0, 1, 2; a prompt alone is for all of them"),
+        ("0:", "not taken: no prompt behind '0:'; type for example `0: a pencil sketch`"),
+        ("2:  ", "not taken: no prompt behind '2:'; type for example `2: a pencil sketch`"),
+    ],
+)
+def test_a_line_for_a_stream_that_is_not_there_or_without_a_prompt_changes_nothing(line, answer):
+    assert typed(line) == ([], [answer])
+
+
+def test_a_remark_on_a_typed_prompt_follows_the_answer():
+    _, (said,) = typed("2: anime", remark=lambda prompt: f"note: what is {prompt}?")
+    assert said.splitlines()[1:] == ["note: what is anime?"]
+
+
+def test_a_prompt_is_seen_when_the_first_frame_of_its_chunk_is_shown():
+    # The next chunk of 4 begins half a chunk's time (250 ms) from now on average; its first frame came 375 ms before.
+    assert live.prompt_delay_s(1000, 8, 4) == (0.875, 0.875)
+    assert live.prompt_delay_s(1000, 8, 4, blend_chunks=4) == (0.875, 0.875 + 3 * 0.5)
+    assert live.prompt_delay_s(50, 8, 4, blend_chunks=1) == (0, 0)  # not in the past
+
+
+def test_it_is_said_when_a_new_prompt_is_being_shown():
+    said = []
+    watch = live._PromptWatch({0: 7, 1: 9}, said.append)
+    frame = functools.partial(FrameRecord, 9, timestamp_ns=None, arrival_ns=0, deadline_ns=0)
+    watch(frame(number=4, fate=Fate.SHOWN, shown_ns=1))
+    watch(PromptRecord(9, 0, "winter", frame=9))
+    watch(frame(number=8, fate=Fate.SHOWN, shown_ns=1))
+    watch(frame(number=9, fate=Fate.DROPPED))
+    assert said == []
+    for number in (10, 11):
+        watch(frame(number=number, fate=Fate.LATE, shown_ns=1))
+    assert said == ["stream 1: 'winter' is being shown"]
+
+
+def test_the_end_of_an_input_is_said(clip):
+    _, said = run(plan(clip, specs=(spec(),) * 2))
+    for i in range(2):
+        assert said.splitlines().count(f"stream {i}: the input has ended; finishing what is in flight") == 1
+
+
+def test_a_camera_that_is_gone_is_told_of(clip):
+    def source(i, stop):
+        yield 0, np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+        raise MediaError("the camera is gone")
+
+    ended_well, said = run(plan(clip, source=source))
+    assert not ended_well
+    assert "stream 0: the input has failed: the camera is gone" in said.splitlines()
+
+
+def test_the_end_of_the_time_is_said(clip):
+    _, said = run(plan(clip, again=True, seconds=0.5))
+    assert "0.5 s are over; finishing what is in flight" in said
+    assert "the input has ended" not in said
+
+
+def test_a_run_without_an_output_says_at_its_end_that_no_video_was_kept(clip, tmp_path, capsys):
+    run(plan(clip, metrics=tmp_path / "out.jsonl"))
+    assert "no video was kept; --output FILE keeps it" in capsys.readouterr().out
+    run(plan(clip, output=tmp_path / "out.mp4"))
+    assert "no video was kept" not in capsys.readouterr().out
+
+
+def test_a_video_that_was_not_written_for_want_of_frames_is_said_to_be_missing(clip, tmp_path, capsys):
+    live_run = plan(clip, source=lambda i, stop: iter(()), output=tmp_path / "out.mp4")
+    assert run(live_run)[0]
+    assert f"{tmp_path / 'out.mp4'}: not written, as no frame was shown" in capsys.readouterr().out
+
+
+def test_a_line_that_waits_in_a_pipe_is_taken_when_the_streams_are_live(clip, capsys, monkeypatch):
+    read, write = os.pipe()
+    os.write(write, b"winter\n")
+    os.close(write)
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        _, said = run(plan(clip, again=True, seconds=1.0, blend_chunks=0))
+    lines = said.splitlines()
+    live_at = next(i for i, line in enumerate(lines) if line.startswith("live; "))
+    assert lines[live_at + 1].startswith("stream 0: 'winter' from the next chunk, seen in about ")
+    assert "stream 0: 'winter' is being shown" in lines
+    assert "0: winter" in capsys.readouterr().out
+
+
+def test_the_table_of_a_run_shows_the_prompt_whole_where_there_is_room(clip, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    run(plan(clip, specs=(spec("a pencil sketch of an old harbour"),)))
+    assert "0: a pencil sketch of an old harbour " in capsys.readouterr().out
 
 
 def until(is_so):
@@ -248,7 +375,9 @@ def test_a_stream_that_is_not_let_in_leaves_the_others_running(clip, tmp_path):
 
     ended_well, said = run(plan(clip, specs=(spec(),) * 2, source=source, output=tmp_path / "out.mp4"))
     assert not ended_well
-    assert "stream 0 ended early: no such camera" in said
+    told, error = (line for line in said.splitlines() if "no such camera" in line)
+    assert told == "cannot start stream 0: no such camera"  # at once
+    assert error == f"error: {told}"  # and when all is over
     assert len(frames_of(tmp_path / "out-1.mp4")) == 33
 
 

@@ -8,11 +8,13 @@ Held-out short phrasings are written by hand.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, product
 from types import MappingProxyType
+from typing import get_args
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from svd2_jax.dataset import Split
 from svd2_jax.errors import ConfigError
 
 HELD_OUT_EVERY = 5  # of the combinations of a template with what fills it
+MOST_LOOKS = 5  # a word in the phrasings of more looks tells nothing about which one is meant
+# Words that any prompt may have and that few looks have by chance ("show me where it is hot", "let it snow").
+GRAMMAR = "any at do don from go goes going if just let off out over s t through under was where"
 
 ORDERS = (
     "turn it into {thing}",
@@ -757,6 +762,8 @@ _WORDS: Mapping[str, _Words] = MappingProxyType(
         ),
     }
 )
+STYLES = tuple(look.replace("_", " ") for look in _WORDS if look != "unchanged")
+"""What the looks that change a picture are called."""
 
 
 def _bare(thing: str) -> str:
@@ -789,6 +796,25 @@ def _as_typed(phrasings: Sequence[str], split: Split) -> tuple[str, ...]:
     if split == "train":
         variants += [text.upper() for text in unique[1::9]] + [_capital(text) + "." for text in unique[2::9]]
     return tuple(dict.fromkeys(unique + variants))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    """The words of a text in small letters."""
+    return tuple(re.findall(r"[^\W_]+", text.lower()))
+
+
+@lru_cache(maxsize=1)
+def _vocabulary() -> tuple[dict[str, set[str]], dict[tuple[str, ...], str]]:
+    """The looks that each telling word stands for, and the look of each phrasing."""
+    shared = set(chain.from_iterable(map(_split, (GRAMMAR, *ORDERS, *SUBJECTS))))
+    by_word: dict[str, set[str]] = {}
+    by_phrasing: dict[tuple[str, ...], str] = {}
+    for look, split in product(_WORDS, get_args(Split)):
+        for words in map(_split, phrasings(look, split)):
+            by_phrasing[words] = look
+            for word in set(words) - shared:
+                by_word.setdefault(word, set()).add(look)
+    return {word: looks for word, looks in by_word.items() if len(looks) <= MOST_LOOKS}, by_phrasing
 
 
 @lru_cache(maxsize=64)
@@ -825,6 +851,19 @@ def sample(look: str, split: Split, rng: np.random.Generator) -> str:
     groups = _groups(look, split)
     group = groups[rng.integers(len(groups))]
     return group[rng.integers(len(group))]
+
+
+def named_looks(prompt: str) -> tuple[str, ...]:
+    """The looks that `prompt` may ask for; empty if a model trained on these phrasings cannot know what it asks for.
+
+    A word counts, in the plural too, if it is in the phrasings of few looks and not in the templates that all of them
+    share. A whole phrasing counts even without such a word ("make it old").
+    """
+    by_word, by_phrasing = _vocabulary()
+    words = _split(prompt)
+    forms = {form for word in words for form in (word, word.removesuffix("s"), word.removesuffix("es"))}
+    found = {by_phrasing.get(words)}.union(*(by_word.get(form, ()) for form in forms))
+    return tuple(look for look in _WORDS if look in found)
 
 
 def all_text(split: Split = "train") -> Iterator[str]:

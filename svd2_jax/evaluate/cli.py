@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", required=True, type=Path, metavar="FOLDER", help="clips to re-draw")
     parser.add_argument(
         "--prompt", action="append", default=[],
-        help="what to re-draw clips without targets to; may be given several times",
+        help="what to re-draw clips without targets to; given several times, every clip is re-drawn once to each",
     )  # fmt: skip
     parser.add_argument(
         "--look", action="append", default=[], metavar="NAME",

@@ -48,6 +48,7 @@ from svd2_jax.runtime.work import (
     Fate,
     FrameRecord,
     Part,
+    PromptRecord,
     StreamId,
     StreamSettings,
     Tick,
@@ -120,6 +121,7 @@ class _Live:
       inputs: pixels of the frames that have not entered a tick, by number.
       flight: numbers of the frames of each chunk on the device, oldest first.
       arrived: frames offered so far.
+      next_frame: number of the first frame that the next chunk to enter a tick can begin with.
       opening: whether `open` still works on its device side.
       ended: whether somebody said that no more frames come.
       gone: whether it was closed or has failed: nothing more enters, and what is not due is dropped.
@@ -135,6 +137,7 @@ class _Live:
     inputs: dict[int, np.ndarray] = field(default_factory=dict)
     flight: deque[tuple[int, ...]] = field(default_factory=deque)
     arrived: int = 0
+    next_frame: int = 0
     opening: bool = True
     ended: bool = False
     gone: bool = False
@@ -334,7 +337,7 @@ class LiveLoop:
         try:
             self._engine.prepare(spec, range(settings.floor_steps, settings.steps + 1))
             self._begin(live, self._engine.open(spec))
-            self.metrics.opened(live.id, settings, name)
+            self.metrics.opened(live.id, settings, name, spec.prompt)
         except BaseException as e:
             self._fail(live, e)
             with self._lock:
@@ -484,6 +487,7 @@ class LiveLoop:
         assert live.session is not None, f"stream {part.stream} has frames before its session is open"
         if part.frames:
             live.flight.append(part.frames)
+            live.next_frame = part.frames[-1] + 1
         return _Entry(live, live.session, part, [live.inputs.pop(number) for number in part.frames])
 
     def _run_tick(self, tick: Tick, entries: Sequence[_Entry]) -> None:
@@ -569,6 +573,9 @@ class LiveLoop:
                     live.session.set_prompt(text, blend_chunks)
             except Exception as e:
                 self._fail(live, e)
+                return
+            with self._lock:
+                self._take_event(PromptRecord(live.id, self._clock.now_ns(), text, live.next_frame))
 
     def _close_session(self, live: _Live) -> None:
         """Device thread, between ticks."""
@@ -775,7 +782,7 @@ class LiveLoop:
         return live
 
     def _take_event(self, event: Event) -> None:
-        """Is given every event by the scheduler, within calls of it."""
+        """Is given every event, most of them by the scheduler within calls of it."""
         self.metrics(event)
         if isinstance(event, FrameRecord):
             if event.fate is not Fate.DROPPED:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -24,6 +25,7 @@ from svd2_jax.runtime.work import (
     Event,
     Fate,
     FrameRecord,
+    PromptRecord,
     StepChange,
     StreamId,
     StreamSettings,
@@ -38,6 +40,7 @@ BUCKETS = 600  # of a timeline at most; the first minute fills them
 BUCKET_NS = 100 * MS  # width of a bucket at first; doubles whenever they run out
 RECENT_NS = 2 * SECOND  # "recent" is the last 2 to 4 s
 KEPT_STREAMS = 256  # beyond, the streams that were silent longest are kept in the totals only
+KEPT_PROMPTS = 64  # of a stream, the latest
 
 
 class Histogram:
@@ -250,7 +253,8 @@ class Summary:
     Attributes:
       stream: whose.
       name: what the stream is called.
-      span_s: from the first arrival to the last event.
+      prompt: what it is re-drawn to now; empty where that was not told, and over all streams.
+      span_s: from the first arrival to the last event; of recent numbers, the time that they speak of.
       frames_in: input frames.
       shown: frames shown by their deadline.
       late: frames shown behind it.
@@ -282,6 +286,7 @@ class Summary:
 
     stream: StreamId | None
     name: str
+    prompt: str
     span_s: float
     frames_in: int
     shown: int
@@ -311,6 +316,11 @@ class Summary:
     queue_max: int
 
     @property
+    def label(self) -> str:
+        """Name and prompt in one line."""
+        return " ".join(f"{self.name}: {self.prompt}".split()) if self.prompt else self.name
+
+    @property
     def frames_dropped(self) -> int:
         return sum(self.dropped.values())
 
@@ -331,6 +341,7 @@ class _Stream:
     """What is kept of one stream; over all streams where no single one is meant."""
 
     name: str
+    prompts: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=KEPT_PROMPTS))
     total: Tally = field(default_factory=lambda: Tally(FINE))
     recent: tuple[int, Tally, Tally] = field(default_factory=lambda: (0, Tally(FINE), Tally(FINE)))
     timeline: Timeline | None = None
@@ -370,12 +381,16 @@ class Metrics:
         self._streams: dict[StreamId, _Stream] = {}  # the one that was silent longest first
         self._now_ns = self._ran_ns = 0  # of the last event, and of the last tick's end
 
-    def opened(self, stream: StreamId, settings: StreamSettings, name: str | None = None) -> None:
-        """Tells a stream's rate (for the jitter of sources without timestamps) and what to call it."""
+    def opened(
+        self, stream: StreamId, settings: StreamSettings, name: str | None = None, prompt: str | None = None
+    ) -> None:
+        """Tells a stream's rate (for the jitter of sources without timestamps), what to call it, and its prompt."""
         with self._lock:
             kept = self._stream(stream)
             kept.interval_ns, kept.budget_ns = settings.interval_ns, settings.budget_ns
             kept.name = name or kept.name
+            if prompt is not None:
+                kept.prompts.append((0, prompt))  # from before the first event
 
     def arrived(self, stream: StreamId, number: int) -> None:
         """Counts an input frame as inside. Without this, a frame counts from the first event that implies it."""
@@ -389,6 +404,8 @@ class Metrics:
                 self._add_frame(event)
             elif isinstance(event, TickRecord):
                 self._add_tick(event)
+            elif isinstance(event, PromptRecord):
+                self._stream(event.stream).prompts.append((event.at_ns, event.prompt))
             else:
                 self._add_change(event)
 
@@ -397,6 +414,15 @@ class Metrics:
         """The streams whose numbers are kept, ascending."""
         with self._lock:
             return tuple(sorted(self._streams))
+
+    def prompts(self, stream: StreamId) -> tuple[tuple[int, str], ...]:
+        """Returns a stream's latest prompts in order, each with the time from which it held: 0 for the first.
+
+        Raises:
+          KeyError: the stream is not known, or no longer.
+        """
+        with self._lock:
+            return tuple(self._streams[stream].prompts)
 
     def timeline(self, stream: StreamId | None = None) -> Timeline:
         """Returns a stream's timeline, or the one over all; read it when no more events come."""
@@ -413,12 +439,17 @@ class Metrics:
         with self._lock:
             kept = self._all if stream is None else self._streams[stream]
             tally = kept.total
+            begin_ns, end_ns = tally.first_arrival_ns, tally.last_ns
             if recent:
                 kept.recent_at(self._now_ns)
+                # Not from the first arrival on, which is a latency before what is recent.
+                begin_ns = max(begin_ns or 0, (kept.recent[0] - 1) * RECENT_NS)
+                end_ns = self._now_ns
                 tally = Tally(FINE)
                 tally.merge(kept.recent[1])
                 tally.merge(kept.recent[2])
-            return _summarise(stream, kept, tally, self._inside(stream))
+            span_ns = 0 if begin_ns is None or end_ns is None else max(0, end_ns - begin_ns)
+            return _summarise(stream, kept, tally, self._inside(stream), span_ns)
 
     # --- inner workings
 
@@ -573,6 +604,8 @@ def to_dict(event: Event) -> dict[str, Any]:
         return {"kind": "frame", **values, "fate": event.fate.value, "reason": reason}
     if isinstance(event, StepChange):
         return {"kind": "steps", **dataclasses.asdict(event)}
+    if isinstance(event, PromptRecord):
+        return {"kind": "prompt", **dataclasses.asdict(event)}
     tick = event.tick
     return {
         "kind": "tick",
@@ -616,14 +649,13 @@ def _jitter_ns(before: FrameRecord, record: FrameRecord, interval_ns: int | None
     return abs(record.shown_ns - before.shown_ns - expected)
 
 
-def _summarise(stream: StreamId | None, kept: _Stream, tally: Tally, inside: int) -> Summary:
-    first, last = tally.first_arrival_ns, tally.last_ns
-    span_ns = max(0, last - first) if first is not None and last is not None else 0
+def _summarise(stream: StreamId | None, kept: _Stream, tally: Tally, inside: int, span_ns: int) -> Summary:
     shown_ns = (tally.last_shown_ns or 0) - (tally.first_shown_ns or 0)
     known = tally.displayed + tally.dropped
     return Summary(
         stream=stream,
         name=kept.name,
+        prompt=kept.prompts[-1][1] if kept.prompts else "",
         span_s=span_ns / SECOND,
         frames_in=kept.arrived,
         shown=tally.shown,
@@ -645,7 +677,7 @@ def _summarise(stream: StreamId | None, kept: _Stream, tally: Tally, inside: int
         ticks=tally.ticks,
         batch_mean=_share(tally.batch_sum, tally.ticks),
         batch_max=tally.batch_high,
-        utilisation=_share(tally.busy_ns, span_ns),
+        utilisation=min(1.0, _share(tally.busy_ns, span_ns)),  # a long tick may have begun before the span
         steps_mean=_share(tally.steps_sum, tally.displayed),
         steps_now=kept.total.steps_last,
         step_changes=tally.step_changes,

@@ -251,9 +251,11 @@ def refusal(
     now = utilisation(others, floors, costs_of, guard)
     then = utilisation(loads, floors, costs_of, guard)
     if then > config.admit_below:
+        running = "1 stream needs" if len(others) == 1 else f"{len(others)} streams need"
         return (
-            f"the device is full: {len(others)} stream{'s' * (len(others) > 1)} need {now:.0%} of it at their fewest "
-            f"steps, with this one {then:.0%}, and at most {config.admit_below:.0%} is given away; "
-            "close a stream, or ask for fewer frames per second or a longer budget"
+            f"the device is full: at minimum steps, {running} {100 * now:.0f} % of the device's time and this one "
+            f"{100 * (then - now):.0f} % more, and at most {100 * config.admit_below:.0f} % can be promised (predicted "
+            "from tick times; 'busy' in the table is the share of time that was used); "
+            "close a stream, or ask for fewer frames per second or a longer latency budget"
         )
     return None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from svd2_jax.runtime.metrics import Metrics, Summary, Tally, Timeline
 from svd2_jax.runtime.work import MS, SECOND, Reason
+from svd2_jax.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Text
 
 WIDTH, DPI = 16.0, 100  # inches: 1600 pixels
 MOST_STREAMS = 8  # with a panel of their own
@@ -20,10 +23,11 @@ DEVICE_BIN_NS = SECOND  # holds several ticks
 GAP_NS = SECOND  # lines break where nothing happened for so long
 TICKS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # between marks of time
 DROPS_HEIGHT = 0.22  # of a panel, for a bin in which every frame was dropped
+LEAST_TEXT = 0.4  # inches; where there is less room, a change of the prompt has no text
 
 INK, FAINT = "#27313b", "#8a949e"
 LATENCY, DEADLINE, LATE, STEPS, BATCH, QUEUE, BUSY = (
-    "#2a6fb0", "#b3261e", "#d9480f", "#5b3f8c", "#2b7a5b", "#8a6d1f", "#9aa5b1",
+    "#2a6fb0", "#b3261e", "#d9480f", "#5b3f8c", "#2b7a5b", "#8a6d1f", "#6b7785",
 )  # fmt: skip
 DROPS = {
     Reason.OVERLOAD: "#f0a202", Reason.HOPELESS: "#c2255c", Reason.STALE: "#7048e8", Reason.DISORDER: "#0c8599",
@@ -38,7 +42,7 @@ def timeline(metrics: Metrics, path: str | PathLike[str], title: str = "") -> No
     """Writes a PNG, 1600 pixels wide, of all that the metrics hold; call it when no more events come.
 
     Each stream has a panel, the eight with the lowest numbers at most. Frames stand where they arrived, ticks where
-    they started.
+    they started, and a new prompt where the device took it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,7 +65,7 @@ def timeline(metrics: Metrics, path: str | PathLike[str], title: str = "") -> No
     for index, height in enumerate(heights):
         if index % 2 == 0:
             top -= 0.24  # for the line of words above a group
-        left, width = 0.95 / WIDTH, 1 - 1.35 / WIDTH
+        left, width = 0.95 / WIDTH, 1 - 1.75 / WIDTH
         axes.append(figure.add_axes((left, (top - height) / total, width, height / total)))
         top -= height + space
     for one in axes:
@@ -71,6 +75,7 @@ def timeline(metrics: Metrics, path: str | PathLike[str], title: str = "") -> No
     for index, stream in enumerate(streams):
         summary, bins = metrics.summary(stream), _bins(lines[stream], origin_ns)
         _latency(axes[2 * index], bins, summary)
+        _prompts(axes[2 * index], [((at - origin_ns) / SECOND, text) for at, text in metrics.prompts(stream)])
         _steps(axes[2 * index + 1], bins)
         seen |= set(summary.dropped)
     _device(axes[-2], axes[-1], _bins(overall, origin_ns, DEVICE_BIN_NS), metrics.summary())
@@ -121,7 +126,25 @@ def _latency(axes: Axes, bins: Bins, summary: Summary) -> None:
             base = [a + b for a, b in zip(base, size, strict=True)]
     axes.set_ylim(0, top)
     axes.set_ylabel("latency, ms")
-    _words(axes, summary.name, _verdict(summary))
+    _words(axes, summary.label, _verdict(summary))
+
+
+def _prompts(axes: Axes, prompts: Sequence[tuple[float, str]]) -> None:
+    """Draws when a stream's prompt changed, and to what, from (seconds, prompt) in order."""
+    if len(prompts) < 2:
+        return
+    end = axes.get_xlim()[1]
+    starts = [max(0.0, at) for at, _ in prompts]
+    for (at, prompt), start, until in zip(prompts, starts, [*starts[1:], end], strict=True):
+        if at > 0:
+            axes.axvline(at, color=INK, linewidth=0.9, alpha=0.7)
+        room = (until - start) / end * axes.get_window_extent().width - DPI / 10
+        if room > LEAST_TEXT * DPI:
+            text = axes.annotate(
+                " ".join(prompt.split()), (start, 1), (4, -3), xycoords=("data", "axes fraction"),
+                textcoords="offset points", fontsize=9, color=INK, va="top",
+            )  # fmt: skip
+            _fit(text, room)
 
 
 def _steps(axes: Axes, bins: Bins) -> None:
@@ -145,8 +168,17 @@ def _device(batches: Axes, queue: Axes, bins: Bins, summary: Summary) -> None:
     ticked = [(at, tally) for at, tally in bins if tally.ticks]
     times, width = [at for at, _ in ticked], _width(bins)
     most = max((tally.batch_high for _, tally in ticked), default=1)
-    busy = [min(1.0, tally.busy_ns / SECOND / width) * (most + 0.5) for _, tally in ticked]
-    batches.bar(times, busy, width, color=BUSY, alpha=0.35, linewidth=0)
+    busy = batches.twinx()
+    shares = [100 * min(1.0, tally.busy_ns / SECOND / width) for _, tally in ticked]
+    busy.bar(times, shares, width, color=BUSY, alpha=0.25, linewidth=0)
+    busy.set_ylim(0, 100)
+    busy.set_yticks([0, 50, 100], ["0", "50 %", "100 %"])
+    busy.set_ylabel("busy", color=BUSY, fontsize=9.5, weight="bold")
+    busy.tick_params(labelcolor=INK, labelsize=9, length=3, color="#b8c0c8")
+    for side in busy.spines.values():
+        side.set_visible(False)
+    batches.set_zorder(busy.get_zorder() + 1)
+    batches.patch.set_visible(False)  # else it hides the bars behind it
     if ticked:  # lines go on to the edges of the first and the last bin
         (first, begin), (last, end) = ticked[0], ticked[-1]
         ticked = [(first - width / 2, begin), *ticked, (last + width / 2, end)]
@@ -155,8 +187,8 @@ def _device(batches: Axes, queue: Axes, bins: Bins, summary: Summary) -> None:
         times, [t.batch_sum / t.ticks for _, t in ticked], color=BATCH, linewidth=1.4, drawstyle="steps-mid"
     )
     batches.set_ylim(0, most + 0.5)
-    batches.set_yticks([0, 1, most] if most < 4 else [0, most // 2, most])
-    batches.set_ylabel("batch")
+    batches.set_yticks(sorted({0, 1, most}) if most < 4 else [0, most // 2, most])
+    batches.set_ylabel("batch", color=BATCH, weight="bold")
     _words(
         batches,
         "Device",
@@ -193,8 +225,21 @@ def _dress(axes: Axes, span_s: float, last: bool) -> None:
 
 
 def _words(axes: Axes, left: str, right: str) -> None:
-    axes.text(0, 1.03, left, transform=axes.transAxes, fontsize=11, weight="bold", color=INK, va="bottom")
-    axes.text(1, 1.03, right, transform=axes.transAxes, fontsize=9.5, color=INK, va="bottom", ha="right")
+    """Writes two texts above a panel; the left one is cut where they do not fit."""
+    over = {"transform": axes.transAxes, "color": INK, "va": "bottom"}
+    end = axes.text(1, 1.03, right, fontsize=9.5, ha="right", **over)
+    begin = axes.text(0, 1.03, left, fontsize=11, weight="bold", **over)
+    _fit(begin, axes.get_window_extent().width - end.get_window_extent().width - DPI / 5)
+
+
+def _fit(text: Text, room: float) -> None:
+    """Cuts a text to so many pixels."""
+
+    def measured(words: str) -> float:
+        text.set_text(words)
+        return text.get_window_extent().width
+
+    text.set_text(shortened(text.get_text(), room, measured))
 
 
 def _legend(dropped: set[str]) -> list[Any]:
@@ -211,7 +256,6 @@ def _legend(dropped: set[str]) -> list[Any]:
             for r, c in DROPS.items()
             if r.value in dropped
         ),
-        Patch(color=BUSY, alpha=0.35, linewidth=0, label="device busy (of the panel's height)"),
     ]
 
 

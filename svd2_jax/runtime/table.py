@@ -34,7 +34,7 @@ def summary_table(
       hidden: streams that have no row.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")  # fits into 80 columns
-    table.add_column("stream", no_wrap=True)
+    table.add_column("stream")  # the one that gives way where the terminal is narrow
     for name in ("in", "shown", "late", "dropped", "FPS", "p50", "p95", "p99", "of ms", "jitter", "steps"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, whole in enumerate(streams):
@@ -132,7 +132,7 @@ class LiveTable:
 def _add_row(table: Table, whole: Summary, now: Summary) -> None:
     budget = whole.budget_ms
     table.add_row(
-        whole.name,
+        Text(whole.label, no_wrap=True, overflow="ellipsis"),
         str(whole.frames_in),
         str(whole.shown + whole.late),
         _coloured(whole.miss_rate),

@@ -208,5 +208,22 @@ class Show:
     at_ns: int
 
 
-Event: TypeAlias = FrameRecord | TickRecord | StepChange
-"""What a scheduler reports, once each, in order of time."""
+@dataclass(frozen=True)
+class PromptRecord:
+    """A stream was given another prompt.
+
+    Attributes:
+      stream: whose.
+      at_ns: when.
+      prompt: the new one.
+      frame: number of the first input frame that it holds for.
+    """
+
+    stream: StreamId
+    at_ns: int
+    prompt: str
+    frame: int
+
+
+Event: TypeAlias = FrameRecord | TickRecord | StepChange | PromptRecord
+"""What a scheduler and the live loop around it report, once each, in order of time."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from svd2_jax.dataset.looks import LOOKS
-from svd2_jax.dataset.phrasings import all_text, phrasings, sample
+from svd2_jax.dataset.phrasings import STYLES, all_text, named_looks, phrasings, sample
 from svd2_jax.errors import ConfigError
 
 
@@ -85,3 +85,44 @@ def test_unknown_looks_and_splits_are_refused():
         phrasings("cubism", "train")
     with pytest.raises(ConfigError, match=r"unknown split 'test'"):
         sample("winter", "test", np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_every_phrasing_names_its_look(look: str):
+    texts = (*phrasings(look, "train"), *phrasings(look, "held_out"))
+    assert [text for text in texts if look not in named_looks(text)] == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "look"),
+    [
+        ("Cyberpunk!", "neon_night"),
+        ("a watercolor", "watercolour"),
+        ("VAN GOGH", "oil_painting"),
+        ("sketches of my dog", "pencil_sketch"),
+        ("make it old", "sepia"),  # known as a whole only
+        ("leave it as it is", "unchanged"),
+    ],
+)
+def test_other_words_name_a_look_too(prompt: str, look: str):
+    assert look in named_looks(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "make it anime",
+        "turn it into Lego",
+        "in the style of Picasso",
+        "a cat in a city",
+        "please, a bike",
+        "x",
+    ],
+)
+def test_words_that_all_looks_share_name_none(prompt: str):
+    assert named_looks(prompt) == ()
+
+
+def test_styles_are_the_looks_that_change_something_and_name_themselves():
+    assert len(STYLES) == 12
+    assert all(style.replace(" ", "_") in named_looks(style) for style in STYLES)

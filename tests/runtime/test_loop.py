@@ -23,6 +23,7 @@ from svd2_jax.runtime.work import (
     SECOND,
     Fate,
     FrameRecord,
+    PromptRecord,
     Reason,
     StepChange,
     StreamSettings,
@@ -184,6 +185,9 @@ def test_a_new_prompt_holds_from_a_chunk_on_and_no_frame_is_lost():
         changed = lengths.index(len("green"))
         assert (changed - 5) % 4 == 0
         assert lengths == [11] * changed + [5] * (49 - changed)
+        (told,) = [event for event in b.events if isinstance(event, PromptRecord)]
+        assert (told.stream, told.prompt, told.frame) == (stream, "green", changed)
+        assert b.loop.metrics.summary(stream).prompt == "green"
 
 
 def test_a_prompt_may_be_blended_in_over_chunks():

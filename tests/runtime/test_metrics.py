@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from svd2_jax.runtime.metrics import BUCKETS, Histogram, JsonLines, Metrics, fan_out
+from svd2_jax.runtime.metrics import BUCKETS, KEPT_PROMPTS, Histogram, JsonLines, Metrics, fan_out
 from svd2_jax.runtime.work import (
     MS,
     Fate,
     FrameRecord,
     Part,
+    PromptRecord,
     Reason,
     StepChange,
     StreamSettings,
@@ -260,3 +261,39 @@ def test_a_full_disk_does_not_stop_the_stream():
 def test_a_summary_can_be_written_as_json():
     text = json.dumps(fed(shown(0, 0, 300), dropped(1, 40)).summary().to_dict())
     assert json.loads(text)["dropped"] == {"overload": 1}
+
+
+def test_a_stream_is_labelled_with_its_latest_prompt_and_the_latest_few_are_kept():
+    metrics = Metrics()
+    metrics.opened(0, StreamSettings(rate_hz=25, budget_ms=500), "door", "a pencil\n sketch")
+    assert metrics.summary(0).label == "door: a pencil sketch"
+    metrics(PromptRecord(0, 40 * MS, "winter", 5))
+    assert metrics.summary(0).label == "door: winter"
+    assert metrics.summary(0).to_dict()["prompt"] == "winter"
+    assert metrics.prompts(0) == ((0, "a pencil\n sketch"), (40 * MS, "winter"))
+    for number in range(1000):
+        metrics(PromptRecord(0, (50 + number) * MS, str(number), 5))
+    assert len(metrics.prompts(0)) == KEPT_PROMPTS
+    assert metrics.prompts(0)[-1] == (1049 * MS, "999")
+    assert metrics.summary().label == "all"
+
+
+def test_a_change_of_prompt_is_a_line(tmp_path):
+    with JsonLines(tmp_path / "run.jsonl") as lines:
+        lines(PromptRecord(3, 40 * MS, "winter", 5))
+    line = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[1])
+    assert line == {"kind": "prompt", "stream": 3, "at_ns": 40 * MS, "prompt": "winter", "frame": 5}
+
+
+@pytest.mark.parametrize("seconds", [5, 5.5, 6, 6.9])
+def test_the_recent_load_is_that_of_the_time_it_speaks_of_however_old_the_frames_are(seconds):
+    metrics = Metrics()
+    for number in range(
+        round(10 * seconds)
+    ):  # a tick of 60 ms and a frame every 100 ms, shown 3 s after it came
+        metrics(tick(number, 3000 + 100 * number, 60))
+        metrics(shown(number, 100 * number, 3100))
+    for stream in (None, 0):
+        assert metrics.summary(stream, recent=True).utilisation == pytest.approx(
+            0.6, abs=0.04
+        )  # half a tick in 2 s

@@ -170,7 +170,13 @@ def test_refusals_say_why_and_what_would_do():
     others = [load(i) for i in range(7)]  # at one step 140 + 80 + 50 ms
     message = refusal(StreamSettings(16, 900), others, costs_of, CONFIG)
     assert message is not None
-    assert "7 streams need 108% of it at their fewest steps, with this one 112%" in message
+    assert (
+        "at minimum steps, 7 streams need 108 % of the device's time and this one 4 % more, and at most 100 %"
+        in message
+    )
+    message = refusal(StreamSettings(32, 900), [load(rate_hz=80)], costs_of, CONFIG)
+    assert message is not None
+    assert "1 stream needs 100 % of the device's time" in message
 
 
 def tailed(shape: Hashable, steps: int) -> Costs:

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from svd2_jax.runtime import picture
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.picture import _bins, _broken, timeline
 from svd2_jax.runtime.work import (
@@ -101,6 +103,34 @@ def test_bins_hold_every_frame_and_are_wide_enough_to_see():
 def test_a_line_breaks_where_a_stream_paused():
     bins = _bins(made_up(2, seconds=60).timeline(1), 5000 * SECOND)
     assert sum(tally is None for _, tally in _broken([(at, t) for at, t in bins if t.latency.count])) == 1
+
+
+def test_the_load_of_the_device_has_an_axis_of_its_own():
+    metrics = Metrics()
+    for number in range(40):  # busy for 100 of 200 ms
+        at = number * 200 * MS
+        metrics(TickRecord(Tick(number, (Part(0, ()),), 0), at, at + 100 * MS, 0))
+    batches, queue = Figure().subplots(2)
+    picture._device(batches, queue, _bins(metrics.timeline(), 0, SECOND), metrics.summary())
+    (busy,) = [axes for axes in batches.figure.axes if axes not in (batches, queue)]
+    assert busy.get_ylabel() == "busy"
+    assert [label.get_text() for label in busy.get_yticklabels()] == ["0", "50 %", "100 %"]
+    assert [bar.get_height() for bar in busy.patches] == pytest.approx([50] * 5)
+    assert not batches.patches
+    assert not [handle for handle in picture._legend(set()) if "busy" in handle.get_label()]
+
+
+def test_changes_of_the_prompt_stand_where_they_were_made_cut_to_the_room_they_have():
+    axes = Figure(figsize=(10, 2), dpi=100).add_axes((0, 0, 1, 1))  # 100 pixels a second
+    axes.set_xlim(0, 10)
+    picture._prompts(axes, [(-5000, "a pencil sketch"), (4, "winter, " * 20), (9, "oil"), (9.1, "a mosaic")])
+    assert [line.get_xdata()[0] for line in axes.lines] == [4, 9, 9.1]
+    begin, middle, end = axes.texts
+    assert begin.get_text() == "a pencil sketch"
+    assert middle.get_text().startswith("winter, winter, ")
+    assert middle.get_text().endswith("…")
+    assert middle.get_window_extent().x1 < 900
+    assert (end.get_text(), end.xy[0]) == ("a mosaic", 9.1)
 
 
 def test_the_module_loads_no_matplotlib_by_itself():

@@ -641,8 +641,9 @@ def test_a_full_device_refuses_another_stream():
     assert (
         world.refused
         == [
-            "the device is full: 6 streams need 88% of it at their fewest steps, with this one 108%, and at most 100% "
-            "is given away; close a stream, or ask for fewer frames per second or a longer budget"
+            "the device is full: at minimum steps, 6 streams need 88 % of the device's time and this one 20 % more, "
+            "and at most 100 % can be promised (predicted from tick times; 'busy' in the table is the share of time "
+            "that was used); close a stream, or ask for fewer frames per second or a longer latency budget"
         ]
         * 2
     )

@@ -4,6 +4,7 @@ import io
 import re
 import threading
 
+import pytest
 from rich.console import Console
 from test_metrics import dropped, shown, tick
 
@@ -50,6 +51,20 @@ def test_the_table_fits_into_eighty_columns_after_hours():
         metrics(shown(number, 40 * number, 300))
     table = summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())
     assert "…" not in text(table, width=80)
+
+
+@pytest.mark.parametrize(
+    ("width", "row"), [(80, "0: a neon city at n…"), (140, "0: a neon city at night, [bold] signs ")]
+)
+def test_prompts_are_cut_as_late_as_the_width_allows(width, row):
+    metrics = run(2)
+    metrics.opened(0, StreamSettings(rate_hz=25, budget_ms=500), "0", "a neon city at night, [bold] signs")
+    table = summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())
+    lines = text(table, width=width).splitlines()
+    assert len(lines) == len(text(table, width=300).splitlines())
+    assert max(map(len, lines)) <= width
+    assert lines[1].startswith(row)
+    assert lines[1].split()[-1] == "2.00"
 
 
 def test_one_stream_needs_no_row_for_all():
