@@ -267,21 +267,28 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[Any]:
-    """Yields an Orbax checkpointer that neither copies what it writes nor logs."""
+    """Yields an Orbax checkpointer that neither copies what it writes, nor logs, nor waits for other processes."""
     import orbax.checkpoint as ocp
 
+    # Else every save and restore ends in a barrier of all processes, but each process reads items of its own.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
         logger.setLevel(level)
 
 
-def _handler() -> Any:
-    """Returns Orbax's handler of trees with our ways of writing NumPy arrays and of reading."""
+def _handler(alone: Any) -> Any:
+    """Returns Orbax's handler of trees with our ways of writing NumPy arrays and of reading.
+
+    Args:
+      alone: Orbax's `MultiprocessingOptions`, with this process only.
+    """
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
@@ -317,10 +324,12 @@ def _handler() -> Any:
     registry = type_handlers.create_type_handler_registry(
         # The stock handler copies every array first, in case the caller changes it meanwhile. We wait.
         (np.ndarray, Writer(deepcopy_host_arrays=False)),
-        (jax.Array, Reader()),
+        (jax.Array, Reader(primary_host=alone.primary_host)),
     )
     # Uncompressed: trained weights shrink little, and a stream should start fast.
-    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False, multiprocessing_options=alone, type_handler_registry=registry
+    )
 
 
 @contextlib.contextmanager
