@@ -115,8 +115,15 @@ class CheckpointWriter:
     """
 
     def __init__(self, path: str | Path):
-        """Checks the place; raises CheckpointError if it is taken or its parent folder does not exist."""
+        """Checks the place; raises CheckpointError if it is taken or its parent folder does not exist.
+
+        Also in one of several processes: there Orbax writes NumPy arrays in process 0 only.
+        """
         self.path = Path(path)
+        if jax.distributed.is_initialized():
+            raise CheckpointError(
+                f"{self.path}: one process writes a checkpoint; start it without the others"
+            )
         if self.path.exists() or self.path.is_symlink():
             raise CheckpointError(f"{self.path} exists; choose another place or remove it first")
         if not self.path.parent.is_dir():
@@ -270,25 +277,21 @@ def _checkpointer() -> Iterator[Any]:
     """Yields an Orbax checkpointer that neither copies what it writes, nor logs, nor waits for other processes."""
     import orbax.checkpoint as ocp
 
-    # Else every save and restore ends in a barrier of all processes, but each process reads items of its own.
+    # Else every restore ends in a barrier of all processes, but each process reads items of its own.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
-        with ocp.Checkpointer(_handler(alone), multiprocessing_options=alone) as checkpointer:
+        with ocp.Checkpointer(_handler(), multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
         logger.setLevel(level)
 
 
-def _handler(alone: Any) -> Any:
-    """Returns Orbax's handler of trees with our ways of writing NumPy arrays and of reading.
-
-    Args:
-      alone: Orbax's `MultiprocessingOptions`, with this process only.
-    """
+def _handler() -> Any:
+    """Returns Orbax's handler of trees with our ways of writing NumPy arrays and of reading."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers
 
@@ -324,12 +327,10 @@ def _handler(alone: Any) -> Any:
     registry = type_handlers.create_type_handler_registry(
         # The stock handler copies every array first, in case the caller changes it meanwhile. We wait.
         (np.ndarray, Writer(deepcopy_host_arrays=False)),
-        (jax.Array, Reader(primary_host=alone.primary_host)),
+        (jax.Array, Reader()),
     )
     # Uncompressed: trained weights shrink little, and a stream should start fast.
-    return ocp.PyTreeCheckpointHandler(
-        use_compression=False, multiprocessing_options=alone, type_handler_registry=registry
-    )
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 @contextlib.contextmanager
