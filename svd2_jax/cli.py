@@ -354,13 +354,17 @@ def _run(args: argparse.Namespace) -> int:
         if cfg.task == "t2v":
             writer = _writer(args, T2V_FPS, cfg, meshes, group)
             with _open(args, spec, meshes, options) as session:
-                frames = session.run(count=args.frames, prompts=prompts, blend_chunks=args.blend)
+                group.meet()
+                frames = session.run(
+                    count=args.frames, prompts=prompts, blend_chunks=args.blend, on_step=group.step
+                )
                 _write(frames, writer, args.frames)
         else:
             with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
                 writer = _writer(args, reader.fps, cfg, meshes, group)
                 with _open(args, spec, meshes, options) as session:
-                    frames = session.run(reader, prompts=prompts, blend_chunks=args.blend)
+                    group.meet()
+                    frames = session.run(reader, prompts=prompts, blend_chunks=args.blend, on_step=group.step)
                     _write(frames, writer, reader.frame_count)
     for frame in sorted(prompts):
         if writer and frame >= writer.frames_written:
@@ -391,7 +395,8 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
         "--no-rebalance": str(args.no_rebalance),
         "--share-vae": str(args.share_vae),
     }
-    return cluster.join(args.coordinator, args.process_id, args.num_processes, same=same)
+    say = functools.partial(tqdm.write, file=sys.stderr)  # beside a progress bar
+    return cluster.join(args.coordinator, args.process_id, args.num_processes, same=same, say=say)
 
 
 def _digest(start: bytes, file: Path | None = None) -> str:

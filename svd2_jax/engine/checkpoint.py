@@ -117,8 +117,15 @@ class CheckpointWriter:
     """
 
     def __init__(self, path: str | Path):
-        """Checks the place; raises CheckpointError if it is taken or nothing can be made in its parent folder."""
+        """Checks the place; raises CheckpointError if it is taken or nothing can be made in its parent folder.
+
+        Also in one of several processes: there Orbax writes NumPy arrays in process 0 only.
+        """
         self.path = Path(path)
+        if jax.distributed.is_initialized():
+            raise CheckpointError(
+                f"{self.path}: one process writes a checkpoint; start it without the others"
+            )
         parent = self.path.parent
         with _readable_errors(self.path):
             if self.path.exists() or self.path.is_symlink():
@@ -277,14 +284,17 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[Any]:
-    """Yields an Orbax checkpointer that neither copies what it writes nor logs."""
+    """Yields an Orbax checkpointer that neither copies what it writes, nor logs, nor waits for other processes."""
     import orbax.checkpoint as ocp
 
+    # Else every restore ends in a barrier of all processes, but each process reads items of its own.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # what fails is raised as well
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with ocp.Checkpointer(_handler(), multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
         logger.setLevel(level)

@@ -184,9 +184,13 @@ def kept_program(
     """
     store = _store if writable else None
     not_by_jax = persistent_cache_min_compile_time_secs(math.inf)
-    # A program over several processes has parts in each of them: those may not find it all or none at all.
-    if store is None or any(d.process_index != jax.process_index() for d in devices):
-        with working(f"compiling {name}"), contextlib.nullcontext() if writable else not_by_jax:
+    # A program over several processes has parts in each of them: those may not find it all or none at all. Into JAX's
+    # cache process 0 alone writes. On GPUs it must not: XLA tunes such a program in all processes at once, and one that
+    # compiles it would wait, for up to 24 h, for one that has found it.
+    over_processes = any(d.process_index != jax.process_index() for d in devices)
+    if store is None or over_processes:
+        by_jax = writable and not (over_processes and devices[0].platform == "gpu")
+        with working(f"compiling {name}"), contextlib.nullcontext() if by_jax else not_by_jax:
             _, lowered = trace()
             return lowered.compile(dict(options)), _results(lowered)
     structure = jax.tree.structure((args, {}))

@@ -249,6 +249,7 @@ class DeviceSession:
         count: int | None = None,
         prompts: Mapping[int, str] | None = None,
         blend_chunks: int = 0,
+        on_step: Callable[[], object] = lambda: None,
     ) -> Iterator[np.ndarray]:
         """Streams a clip and yields finished frames [T, H, W, 3], one chunk behind the device.
 
@@ -260,6 +261,7 @@ class DeviceSession:
           prompts: prompt changes by frame: the chunk that holds this input (or output) frame is the first to
             be drawn to the new prompt.
           blend_chunks: see `set_prompt`.
+          on_step: called whenever a chunk was handed to the device, and whenever one was waited for.
 
         Raises:
           SessionError: the session cannot be run like this; see also `push`.
@@ -287,15 +289,16 @@ class DeviceSession:
         changes = sorted((prompts or {}).items())
         for _, prompt in changes:  # now, so that no change makes the stream wait for the text encoder
             self._prompts.encode(prompt)
-        return self._run_frames(frames, count, changes, blend_chunks)
+        return self._run_frames(frames, count, changes, blend_chunks, on_step)
 
-    def _run_frames(self, frames, count, changes, blend_chunks) -> Iterator[np.ndarray]:
+    def _run_frames(self, frames, count, changes, blend_chunks, on_step) -> Iterator[np.ndarray]:
         held: list[DeviceChunk] = []
         for done in self._run_chunks(frames, count, changes, blend_chunks):
+            on_step()
             # Reading waits for the device: read a chunk only once the next one is under way.
-            yield from _read(held)
+            yield from _read(held, on_step)
             held = done
-        yield from _read(held)
+        yield from _read(held, on_step)
 
     @_one_at_a_time
     def close(self) -> None:
@@ -488,13 +491,14 @@ def _tick_batch(
     return [session._bring_out(done) for (session, _, _), done in zip(parts, finished, strict=True)]
 
 
-def _read(chunks: Iterable[DeviceChunk]) -> Iterator[np.ndarray]:
+def _read(chunks: Iterable[DeviceChunk], on_step: Callable[[], object]) -> Iterator[np.ndarray]:
     """Waits for chunks and yields the frames of those that are in this process."""
     for chunk in chunks:
         if not chunk.is_here:
             chunk.wait()
         elif chunk.frame_count:
             yield chunk.frames()
+        on_step()
 
 
 def _cut(chunk: DeviceChunk, limit: int) -> DeviceChunk:

@@ -1,6 +1,6 @@
 """Run by test_processes.py: one of two processes that draw one stream; the one with its end saves the frames.
 
-python one_of_two.py PORT PROCESS_ID RESULT.npy
+python one_of_two.py PORT PROCESS_ID CHECKPOINT RESULT.npy
 """
 
 import os
@@ -20,9 +20,10 @@ FRAMES = 49
 MOVES = {4: (2, 1, 1), 5: (1, 1, 2), 6: (1, 2, 1)}  # blocks that change processes, back and forth
 
 
-def draw(engine, moves=None):
+def draw(engine, moves=None, ready=lambda: None):
     """Returns the frames, as far as they are here."""
     with engine.open(SPEC) as session:
+        ready()
         done = []
         for number, frame in enumerate(media.synthetic_clip(FRAMES, 32, 48)):
             if moves and number % 4 == 0 and number // 4 in moves:
@@ -35,11 +36,11 @@ def draw(engine, moves=None):
 
 
 def main():
-    port, process, result = sys.argv[1:]
-    with cluster.join(f"localhost:{port}", int(process), 2):
+    port, process, checkpoint, result = sys.argv[1:]
+    with cluster.join(f"localhost:{port}", int(process), 2) as group:
         # Three stages: the second process drives one of them.
-        engine = DeviceEngine.random("golden", meshes=stage_meshes(1, 3))
-        if frames := draw(engine, MOVES):
+        engine = DeviceEngine.from_checkpoint(checkpoint, meshes=stage_meshes(1, 3))
+        if frames := draw(engine, MOVES, group.meet):
             np.save(result, np.concatenate(frames))
 
 

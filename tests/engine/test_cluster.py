@@ -1,6 +1,7 @@
 """Processes on this host, joined by loopback: what each of them prints and how it ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ LIMIT_S = 45.0  # a process that runs so long is killed, and its test fails
 MISSING_S = 1.0  # how long those wait whom nobody joins
 ARRIVAL_S = 30.0  # the others: Python starts slowly on a busy machine
 PEER_TIMEOUT_S = 2.0
+NEVER_S = 3600.0
 SLACK_S = 4.0  # two cores shared with other tests
 
 WORKER = """
@@ -27,13 +29,15 @@ from pathlib import Path
 from svd2_jax.engine import cluster
 from svd2_jax.errors import EngineError, Svd2Error
 
-place, me, count, mode, arrival_s, peer_timeout_s, file = sys.argv[1:]
+place, me, count, mode, arrival_s, peer_timeout_s, wait_timeout_s, say_s, file = sys.argv[1:]
 victim = int(mode[-1]) if mode[-1].isdigit() else None
 mode, me = mode.rstrip("0123456789"), int(me)
 
 def work():
     same = {"--steps": "4" if mode == "differ" and me == victim else "2"}
-    with cluster.join(place, me, int(count), float(arrival_s), float(peer_timeout_s), same) as group:
+    with cluster.join(
+        place, me, int(count), float(arrival_s), float(peer_timeout_s), same, float(wait_timeout_s), float(say_s)
+    ) as group:
         Path(file).touch()
         group.on_loss(Path(file).unlink)
         import jax, numpy as np
@@ -45,8 +49,14 @@ def work():
         x = jax.make_array_from_callback(
             (n,), jax.NamedSharding(mesh, jax.P("d")), lambda i: np.arange(n, dtype=np.float32)[i]
         )
+        if me == victim and mode == "absent":
+            time.sleep(10**6)
+        group.meet()
         y = None
         for step in range(10**6):
+            if me == victim and mode == "stuck" and step == 3:
+                time.sleep(10**6)
+            group.step()
             y = total(x).block_until_ready()
             if step == 3:
                 print("looping", flush=True)
@@ -82,7 +92,15 @@ class Processes:
         self.all: dict[int, subprocess.Popen[bytes]] = {}
         (folder / "worker.py").write_text(WORKER)
 
-    def start(self, mode: str, count: int, *ids: int, arrival_s: float = ARRIVAL_S) -> None:
+    def start(
+        self,
+        mode: str,
+        count: int,
+        *ids: int,
+        arrival_s: float = ARRIVAL_S,
+        wait_timeout_s: float = NEVER_S,
+        say_s: float = NEVER_S,
+    ) -> None:
         place = f"127.0.0.1:{free_port()}"
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -100,6 +118,8 @@ class Processes:
                     mode,
                     str(arrival_s),
                     str(PEER_TIMEOUT_S),
+                    str(wait_timeout_s),
+                    str(say_s),
                     str(self.file(i)),
                 ]
                 self.all[i] = subprocess.Popen(
@@ -169,9 +189,48 @@ def test_two_processes_sum_over_all_devices_and_end_well(processes: Processes) -
 
 @pytest.mark.slow
 def test_who_is_done_waits_for_those_who_still_work(processes: Processes) -> None:
-    processes.start("late0", 2)
-    for i in range(2):
-        assert processes.end(i) == (0, [])
+    processes.start("late0", 2, say_s=PEER_TIMEOUT_S / 2)
+    code, lines = processes.end(1)
+    assert code == 0
+    text = f"waiting for process 0 ({socket.gethostname()}): still at work (1 s; gives up after 3600 s)"
+    assert text in lines
+    assert processes.end(0)[0] == 0
+
+
+# --- a peer that is not as far
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "victim", "late", "alone"),
+    [
+        ("absent", 1, "still loading or compiling", "; look at its output"),
+        ("stuck", 0, "behind in the stream", ""),
+    ],
+)
+def test_a_process_that_waits_says_for_whom_and_gives_up(
+    processes: Processes, mode: str, victim: int, late: str, alone: str
+) -> None:
+    processes.start(f"{mode}{victim}", 2, wait_timeout_s=6, say_s=4)
+    name, waits = socket.gethostname(), 1 - victim
+    code, lines = processes.end(waits)
+    assert code == 2
+    *_, told, error = lines
+    assert re.sub(r"4[\d.]* s; gives", "4 s; gives", told) == (
+        f"waiting for process {victim} ({name}): {late} (4 s; gives up after 6 s)"
+    )
+    reason = f"gave up after 6 s waiting for process {victim} ({name}): {late}{alone}"
+    assert error == f"error: {reason}"
+    code, lines = processes.end(victim, SLACK_S)
+    assert (code, lines[-1]) == (2, f"error: process {waits} ({name}) stopped: {reason}")
+
+
+def test_a_process_says_who_has_not_arrived_whenever_the_wait_has_doubled() -> None:
+    said: list[str] = []
+    with pytest.raises(EngineError):
+        cluster.join(f"127.0.0.1:{free_port()}", 0, 2, timeout_s=1, say_s=0.2, say=said.append)
+    who = "waiting for process 1 of 0 to 1 to arrive"
+    assert said == [f"{who} ({s} s; gives up after 1 s)" for s in ("0.2", "0.4", "0.8")]
 
 
 # --- a peer that is not there

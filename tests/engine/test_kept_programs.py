@@ -1,6 +1,7 @@
 """Compiled programs kept on disk."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.config import persistent_cache_min_compile_time_secs
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import svd2_jax
@@ -159,7 +162,7 @@ class Kept:
 
         self.sharding = sharding
         self.program, self.results = kept_program(
-            (double, scale, *what), (x, x), devices, trace, options or {}, writable
+            "double", (double, scale, *what), (x, x), devices, trace, options or {}, writable
         )
         return self
 
@@ -367,3 +370,18 @@ def test_a_restarted_pipeline_traces_no_program_and_draws_the_same_frames(tmp_pa
     assert set(traced) >= PROGRAMS
     assert not KEPT & set(traced_again)
     assert restart == cold
+
+
+@pytest.mark.parametrize(("platform", "kept"), [("gpu", False), ("cpu", True)])
+def test_jax_keeps_no_program_over_the_gpus_of_several_processes(platform, kept):
+    least_s = []
+
+    class Lowered:
+        out_info = ()
+
+        def compile(self, options):
+            least_s.append(persistent_cache_min_compile_time_secs.value)
+
+    devices = [SimpleNamespace(platform=platform, process_index=i) for i in range(2)]
+    kept_program("tick", (), (), devices, lambda: (None, Lowered()), {})
+    assert (least_s[0] < math.inf) == kept
