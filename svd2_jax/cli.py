@@ -204,7 +204,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="change the prompt with the chunk that holds this frame; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--blend", type=int, default=0, metavar="CHUNKS", help="spread a prompt change over so many chunks"
+        "--blend", type=int, default=0, metavar="CHUNKS", help="number of chunks over which a prompt changes"
     )
     _add_noise(parser)
     parser.add_argument("--fps", type=float, help="of the output (default: the input's, or 16)")
@@ -219,8 +219,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     pipeline = parser.add_argument_group("several devices")
     pipeline.add_argument(
         "--stages", type=int, metavar="N",
-        help="cut the transformer into so many stages, one device each: N times as many chunks are under way at "
-        "once. `svd2 plan` says what to expect (default 1, or as many as --split has)",
+        help="number of stages, one device each, that the transformer is cut into: N times as many chunks are in "
+        "flight. `svd2 plan` says what to expect (default 1, or as many as --split has)",
     )  # fmt: skip
     pipeline.add_argument(
         "--split", metavar="N,N,...",
@@ -237,7 +237,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument(
         "--process-id", type=int, metavar="I", help="of this process, 0 to one below their number"
     )
-    pipeline.add_argument("--num-processes", type=int, metavar="N", help="how many run this command together")
+    pipeline.add_argument(
+        "--num-processes", type=int, metavar="N", help="number of processes that run this command together"
+    )
 
 
 def _add_share_vae(parser: argparse._ActionsContainer) -> None:
@@ -259,9 +261,12 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
-        help="above 0, up to 1: the higher, the freer the re-drawing (default %(default)s)",
+        help="above 0, up to 1: the higher, the freer the re-drawing; lower stays closer to the input. The small model was "
+        "trained for 0.3 to 1 (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same video (default %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same video (default %(default)s)"
+    )
 
 
 def _add_shape(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
@@ -276,7 +281,7 @@ def _add_shape(parser: argparse.ArgumentParser, title: str) -> argparse._Argumen
     )
     shape.add_argument("--width", type=int, help="the same")
     shape.add_argument(
-        "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan)"
+        "--decoder", choices=("wan", "taehv"), help="taehv is smaller and faster (default wan, or --config's)"
     )
     shape.add_argument("--cache-frames", type=int, metavar="N", help="latent frames remembered")
     shape.add_argument(
@@ -294,7 +299,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="to compute in (default: the checkpoint's; float32 for a small one on a CPU)",
+        help="to compute in (default: the checkpoint's; float32 for a small one on a CPU and for random weights)",
     )
     _add_weight_dtype(machine)
     machine.add_argument(
@@ -368,7 +373,9 @@ def _run(args: argparse.Namespace) -> int:
                     _write(frames, writer, reader.frame_count)
     for frame in sorted(prompts):
         if writer and frame >= writer.frames_written:
-            _say(f"note: --prompt-at {frame} lies behind the last frame, {writer.frames_written - 1}; unused")
+            _say(
+                f"note: --prompt-at {frame} is past the end (last frame {writer.frames_written - 1}): ignored"
+            )
     return 0
 
 
@@ -531,9 +538,6 @@ def _open(
 ) -> DeviceSession:
     """Loads the model, compiles its programs and opens the session."""
     started = time.monotonic()
-    if args.verbose:
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("svd2_jax").setLevel(logging.INFO)
     engine = _engine(args, meshes, options)
     cfg, stages = spec.config, len(meshes[0].devices)
     _say(
@@ -558,6 +562,9 @@ def _prepare_devices(keep: bool = True) -> None:
 def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: PipelineOptions) -> DeviceEngine:
     from svd2_jax.engine.engine import DeviceEngine
 
+    if args.verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("svd2_jax").setLevel(logging.INFO)
     if shipped.random_preset(args.checkpoint) is not None:
         model = _model(args)
         _say(f"random weights in the sizes of {model.name}: the pictures will mean nothing")
@@ -769,7 +776,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--stages", type=int, default=1, metavar="N",
-        help="run the streams on a pipeline of so many devices (default %(default)s)",
+        help="number of devices of the pipeline that the streams run on (default %(default)s)",
     )  # fmt: skip
     _add_weight_dtype(parser)
     parser.add_argument(

@@ -49,15 +49,17 @@ def shown(
     """
     terminal = stream or sys.stderr
     follower = _Follower(title, say)
-    level = _log.level
+    before = _log.level, _log.propagate
     _log.addHandler(follower)
     _log.setLevel(logging.INFO)
+    _log.propagate = False  # told once
     try:
         with _live_line(follower.line, terminal) if terminal.isatty() else _spoken(follower, quiet_s):
             yield
     finally:
         _log.removeHandler(follower)
-        _log.setLevel(level)
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
 
 
 class _Follower(logging.Handler):

@@ -129,7 +129,7 @@ def test_a_prompt_change_behind_the_end_is_pointed_out(svd2, tmp_path, clip):
         *SIZE,
     )
     assert code == 0
-    assert "note: --prompt-at 400 lies behind the last frame, 10; unused" in err
+    assert "note: --prompt-at 400 is past the end (last frame 10): ignored" in err
 
 
 @pytest.mark.parametrize("frames", [1, 4, 8])

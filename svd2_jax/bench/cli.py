@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples of each part, behind a warm-up (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--blocks", type=int, metavar="N", help="take only so many of the transformer's blocks (default: all)"
+        "--blocks", type=int, metavar="N", help="take only the transformer's first N blocks (default: all)"
     )
     parser.add_argument(
         "--restart", action="store_true",

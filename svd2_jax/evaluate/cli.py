@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--look", action="append", default=[], metavar="NAME",
         help="of clips with targets, take only this look; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--frames", type=int, metavar="N", help="take so many of each clip (default: all)")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames to take of each clip (default: all)")
     parser.add_argument(
         "--minutes", type=int, default=0, metavar="N",
-        help="also play the first clip forwards and backwards for so long, and tell what drifts (default: no)",
+        help="also play the first clip forwards and backwards for N minutes, and tell what drifts (default: no)",
     )  # fmt: skip
     parser.add_argument(
         "--fps", type=float, default=DEFAULT_RATE_HZ, metavar="X",
