@@ -261,8 +261,8 @@ def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
-        help="above 0, up to 1: the higher, the freer the re-drawing; lower stays closer to the input. The small model was "
-        "trained for 0.3 to 1 (default %(default)s)",
+        help="above 0, up to 1: the higher, the freer the re-drawing; lower stays closer to the input. The small model "
+        "was trained for 0.3 to 1 (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same video (default %(default)s)"
