@@ -1,6 +1,6 @@
 """How the small model does over the noise scales and the denoising steps that the options offer.
 
-python scripts/make_eval_clips.py --out clips --clips 3 --frames 17
+python scripts/make_eval_clips.py --out clips --clips 2 --frames 17
 python benchmarks/tiny_noise.py --clips clips
 
 Runs `svd2 eval` for each pair, and writes OUT.md and OUT.json. Needs pip install "svd2-jax[train]".
@@ -20,12 +20,12 @@ from tqdm import tqdm
 from svd2_jax import cli, files, shipped
 from svd2_jax.errors import EngineError, exit_code
 
-NOISE_SCALES = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)
+NOISE_SCALES = (0.3, 0.6, 0.8, 0.9, 1.0)
 DEFAULT_STEPS, DEFAULT_SCALE = 2, 0.8
-# Every noise scale at the default steps, every number of steps at the default and at both ends.
+# Every noise scale at the default steps, every number of steps at the lowest noise scale and at the default.
 PAIRS = (
     *((scale, DEFAULT_STEPS) for scale in NOISE_SCALES),
-    *((scale, steps) for steps in (1, 3, 4) for scale in (NOISE_SCALES[0], DEFAULT_SCALE, NOISE_SCALES[-1])),
+    *((scale, steps) for steps in (1, 3, 4) for scale in (NOISE_SCALES[0], DEFAULT_SCALE)),
 )
 
 
@@ -70,10 +70,10 @@ def table(rows: list[dict[str, float]]) -> str:
     lines = [
         "# The small model over noise scales and steps",
         "",
-        "Three held-out scenes of 17 frames in all looks, against what the look's own image processing gives:",
+        "Two held-out scenes of 17 frames in all looks, against what the look's own image processing gives:",
         "",
         "```",
-        "python scripts/make_eval_clips.py --out clips --clips 3 --frames 17",
+        "python scripts/make_eval_clips.py --out clips --clips 2 --frames 17",
         "python benchmarks/tiny_noise.py --clips clips",
         "```",
         "",

@@ -543,7 +543,7 @@ def _open(
     _say(
         f"compiling for {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}"
         + (f", {stages} stages" if stages > 1 else "")
-        + ", the first time only"
+        + " (the first time only)"
     )
     with progress.shown("getting ready", _say):
         session = _device_errors(engine.open, spec)

@@ -147,7 +147,7 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
     with _Interrupts() as interrupts:
         try:
             outputs.open()
-            say("compiling, the first time only, and measuring what a tick takes")
+            say("compiling (the first time only), and measuring what a tick takes")
             steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
             with progress.shown("getting ready", say):
                 samples = measure(engine, plan.specs[0], steps)
@@ -371,7 +371,7 @@ def _addressed(line: str, streams: Iterable[int]) -> tuple[list[int], str]:
     """Returns which streams a typed line is for, and its prompt.
 
     `2: prompt` is for stream 2, anything else for all. A number that is no stream makes a line a prompt only where
-    the colon has text right behind it, as a time of day has.
+    the colon has a digit right behind it, as a time of day has.
 
     Raises:
       ConfigError: there is no such stream, or no prompt behind its number.
@@ -385,7 +385,7 @@ def _addressed(line: str, streams: Iterable[int]) -> tuple[list[int], str]:
         if not text.strip():
             raise ConfigError(f"no prompt behind '{number}:'; type for example `{number}: a pencil sketch`")
         return [number], text.strip()
-    if text and not text[0].isspace():
+    if text[:1].isdigit():
         return streams, line.strip()
     names = f"stream{'s'[: len(streams) - 1]} {', '.join(map(str, streams))}"
     raise ConfigError(f"no stream {number}: this run has {names}; a prompt alone is for all of them")

@@ -194,6 +194,10 @@ def test_a_line_that_only_looks_as_if_it_began_with_a_stream_is_a_prompt(line):
             "5: winter",
             "not taken: no stream 5: this run has streams 0, 1, 2; a prompt alone is for all of them",
         ),
+        (
+            "5:winter",
+            "not taken: no stream 5: this run has streams 0, 1, 2; a prompt alone is for all of them",
+        ),
         ("-1: x", "not taken: no stream -1: this run has streams 0, 1, 2; a prompt alone is for all of them"),
         ("7:", "not taken: no stream 7: this run has streams 0, 1, 2; a prompt alone is for all of them"),
         ("0:", "not taken: no prompt behind '0:'; type for example `0: a pencil sketch`"),
