@@ -94,6 +94,15 @@ def filled(tmp_path_factory):
     return folder
 
 
+def test_python_keeps_programs_unless_told_otherwise(tmp_path):
+    """Loading is enough to tell: it makes the folder."""
+    load = "import svd2_jax; svd2_jax.load('random:golden'{})"
+    run_new(load.format(", keep_programs=False"), SVD2_CACHE=str(tmp_path / "none"))
+    run_new(load.format(""), SVD2_CACHE=str(tmp_path / "kept"))
+    assert not (tmp_path / "none").exists()
+    assert (tmp_path / "kept").is_dir()
+
+
 def test_next_process_compiles_nothing(filled):
     folder, hits, misses, _ = run(SVD2_CACHE=str(filled))
     assert folder == str(filled)

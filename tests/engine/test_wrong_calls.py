@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import svd2_jax
-from svd2_jax import ConfigError, SessionError, SessionSpec, StreamConfig, Svd2Error
+from svd2_jax import CheckpointError, ConfigError, SessionError, SessionSpec, StreamConfig, Svd2Error
 from svd2_jax.api import Work
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import stage_meshes
@@ -212,3 +212,12 @@ def test_steps_are_not_prepared_where_blocks_may_move(golden_checkpoint):
         golden_checkpoint, meshes=stage_meshes(1, 2), options=PipelineOptions(rebalance=None)
     )
     fixed.prepare(SessionSpec("a dog", STREAM), (1,))
+
+
+@pytest.mark.parametrize("ask", [lambda e, spec: e.open(spec), lambda e, spec: e.prepare(spec, (1,))])
+def test_a_missing_decoder_is_said_before_anything_is_read_or_compiled(golden_checkpoint, caplog, ask):
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint)
+    cfg = StreamConfig(height=HEIGHT, width=WIDTH, decoder="taehv")
+    with caplog.at_level("INFO", "svd2_jax.progress"), pytest.raises(CheckpointError, match="--taehv"):
+        ask(engine, SessionSpec("a dog", cfg))
+    assert not caplog.records
