@@ -147,7 +147,7 @@ def run(engine: Engine, plan: LiveRun, policy: PolicyConfig, say: Callable[[str]
     with _Interrupts() as interrupts:
         try:
             outputs.open()
-            say("compiling (the first time only), and measuring what a tick takes")
+            say("measuring what a tick takes; programs are compiled the first time only")
             steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
             with progress.shown("getting ready", say):
                 samples = measure(engine, plan.specs[0], steps)

@@ -84,7 +84,7 @@ class _Follower(logging.Handler):
     def line(self) -> str:
         """Returns what is not over yet, and for how long all of it has gone on."""
         whats = dict.fromkeys(what for what, _ in list(self._now.values()))
-        return f"{self._title}, {time.monotonic() - self._started:.0f} s: {', '.join(whats) or '...'}"
+        return f"{self._title}, {time.monotonic() - self._started:.0f} s: {', '.join(whats) or 'starting'}"
 
     def tell(self, text: str) -> None:
         """Says a line."""

@@ -163,7 +163,7 @@ def test_options_win_over_the_config_file(svd2, tmp_path, clip):
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix bfloat16 with float32
         code, _, err = svd2("run", *RANDOM, *args, "--decoder", "taehv", "--dtype", "bfloat16", "--verbose")
     assert code == 0, err
-    assert f"compiling for {W}x{H}, 1 step, sequential" in err
+    assert f"opening {W}x{H}, 1 step, sequential" in err
     assert "million parameters" in err
     assert "bfloat16" in err
     assert len(load_clip(out)) == 11
@@ -516,3 +516,9 @@ def test_every_config_names_its_task_by_being_usable(svd2, tmp_path):
             "run", *RANDOM, "--prompt", "x", *source, "--config", path, "--output", tmp_path / "o.mp4"
         )
         check_refused(result, "no such file" if task == "v2v" else "text-to-video needs --frames")
+
+
+def test_a_second_prompt_of_a_run_is_an_error(svd2):
+    code, _, err = svd2("run", "--input", "x.mp4", "--output", "y.mp4", "--prompt", "a", "--prompt", "b")
+    assert code == 2
+    assert "error: --prompt was given twice; to change the prompt on the way: --prompt-at FRAME=TEXT" in err

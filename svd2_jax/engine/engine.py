@@ -422,7 +422,13 @@ class DeviceEngine:
         return default_split(self.model, cfg, self._dtype, self.stages, kind, vae_devices)
 
     def describe(self, cfg: StreamConfig) -> str:
-        """Returns what the model is, where it runs, and the bytes of parameters on each device of this process."""
+        """Returns what the model is, where it runs, and the bytes of parameters on each device of this process.
+
+        Raises:
+          ConfigError: `cfg` is no StreamConfig.
+        """
+        if not isinstance(cfg, StreamConfig):
+            raise ConfigError(f"expected a StreamConfig, got {type(cfg).__name__}; as session.spec.config")
         used = ("dit.", "vae.", params_lib.decoder_item(cfg.decoder))
 
         def leaves(items: dict[str, Any]) -> list[Any]:

@@ -209,8 +209,11 @@ def kept_program(
             return None
 
     made_from = _key(*parts, _sources())
-    if made_from is not None and (found := load(store.read(made_from))) is not None:
-        return found
+    if made_from is not None:
+        with working(f"loading {name}"):
+            found = load(store.read(made_from))
+        if found is not None:
+            return found
     with working(f"compiling {name}"):
         traced, lowered = trace()
         # The lowered form alone does not tell which arguments it leaves out.

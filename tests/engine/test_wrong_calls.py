@@ -74,6 +74,7 @@ def test_what_cannot_be_loaded_or_made_is_refused_in_one_line(make, message):
         (lambda e: e.open(SessionSpec("x", STREAM), steps=("2",)), "steps must be a whole number"),
         (lambda e: e.open(SessionSpec("x", STREAM), steps=(5,)), "steps must be 1 to 4, got 5"),
         (lambda e: e.prepare(STREAM, (1,)), "expected a SessionSpec, got StreamConfig"),
+        (lambda e: e.describe("x"), "expected a StreamConfig, got str"),
         (lambda e: e.prepare_prompt(None), "the prompt must be text, got NoneType"),
         (lambda e: e.stream_config(hight=32), "unknown keys .'hight'.; known keys are"),
         (lambda e: e.stream_config(task="v2x"), "task must be one of"),
