@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -107,8 +108,8 @@ class DeviceSession:
         pipeline: Callable[[jax.Array], Pipeline],
         device: Device,
         noise: NoiseSource,
-        lock: AbstractContextManager[Any],
-        is_prepared: Callable[[int], bool],
+        lock: AbstractContextManager[Any] | None = None,
+        is_prepared: Callable[[int], bool] = lambda _: True,
         on_close: Callable[[DeviceSession], None] = lambda _: None,
     ):
         """Opens the session.
@@ -121,13 +122,14 @@ class DeviceSession:
           pipeline: makes the denoiser for a text embedding on `device`.
           device: where inputs go.
           noise: where Gaussians come from.
-          lock: held while work is handed to the devices; the same thread may take it again.
+          lock: held while work is handed to the devices, by all sessions on them; one thread may take it several times.
+            None: a lock of its own.
           is_prepared: whether these denoising steps compile nothing.
           on_close: is told of the end.
         """
         self.spec = spec
         self._cfg = spec.config
-        self._lock, self._is_prepared = lock, is_prepared
+        self._lock, self._is_prepared = lock or threading.RLock(), is_prepared
         self._params, self._programs, self._prompts, self._device = params, programs, prompts, device
         self._noise = noise
         self._embedding = self._target = self._embed(spec.prompt)
