@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from svd2_jax.config import StreamConfig, check_whole, is_number
+from svd2_jax.config import StreamConfig, is_number
 from svd2_jax.errors import ConfigError
 
 DEFAULT_NOISE_SCALE = 0.8
@@ -47,7 +48,10 @@ class SessionSpec:
             raise ConfigError(
                 f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default"
             )
-        check_whole("seed", self.seed, 0, 2**32 - 1)
+        if not is_number(self.seed, numbers.Integral):
+            raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.pixels not in ("uint8", "float32"):
             raise ConfigError(f"pixels must be 'uint8' or 'float32', got {self.pixels!r}")
 

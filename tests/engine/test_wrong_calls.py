@@ -48,7 +48,7 @@ def session(engine):
         (lambda: SessionSpec("x", noise_scale=float("nan")), r"noise_scale must be in \(0, 1\]"),
         (lambda: SessionSpec("x", noise_scale=True), "noise_scale must be a number, got True"),
         (lambda: SessionSpec("x", seed=1.5), "seed must be a whole number"),
-        (lambda: SessionSpec("x", seed=-1), "seed must be 0 to 4294967295, got -1"),
+        (lambda: SessionSpec("x", seed=-1), r"seed must be in \[0, 2\*\*32\), got -1"),
         (lambda: SessionSpec("x", pixels="bgr"), "pixels must be 'uint8' or 'float32'"),
         (lambda: StreamConfig(height="480"), "height takes a value like 480, got '480'"),
         (lambda: StreamConfig(timesteps=700), "timesteps takes a value like"),

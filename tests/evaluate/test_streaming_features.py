@@ -169,7 +169,7 @@ BAD = {
     "frames": (["--frames", "24"], "--frames must be at least 25, got 24"),
     "minutes": (["--minutes", "0"], "--minutes must be at least 1 and --fps above 0, got 0"),
     "rate": (["--fps", "nan"], "--fps above 0, got 10 and nan"),
-    "seed": (["--seed", "-1"], "seed must be 0 to 4294967295, got -1"),
+    "seed": (["--seed", "-1"], "seed must be in [0, 2**32), got -1"),
     "checkpoint": (["--checkpoint", "nowhere"], "nowhere: is no folder"),
     "out": (["--out", "nowhere/a"], "the folder nowhere does not exist; create it first"),
 }
