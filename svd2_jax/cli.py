@@ -192,10 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument(
-        "--prompt",
-        required=True,
-        action=_Once,
-        help="what the video should look like; --prompt-at changes it",
+        "--prompt", required=True, help="what the video should look like; --prompt-at changes it"
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="video file to write; replaced if it exists"
@@ -245,17 +242,6 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument(
         "--num-processes", type=int, metavar="N", help="number of processes that run this command together"
     )
-
-
-class _Once(argparse.Action):
-    """Takes an option that may be given once, where argparse would drop all but the last in silence."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
-    ) -> None:
-        if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option} was given twice; to change the prompt on the way: --prompt-at FRAME=TEXT")
-        setattr(namespace, self.dest, values)
 
 
 def _add_share_vae(parser: argparse._ActionsContainer) -> None:

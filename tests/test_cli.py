@@ -516,9 +516,3 @@ def test_every_config_names_its_task_by_being_usable(svd2, tmp_path):
             "run", *RANDOM, "--prompt", "x", *source, "--config", path, "--output", tmp_path / "o.mp4"
         )
         check_refused(result, "no such file" if task == "v2v" else "text-to-video needs --frames")
-
-
-def test_a_second_prompt_of_a_run_is_an_error(svd2):
-    code, _, err = svd2("run", "--input", "x.mp4", "--output", "y.mp4", "--prompt", "a", "--prompt", "b")
-    assert code == 2
-    assert "error: --prompt was given twice; to change the prompt on the way: --prompt-at FRAME=TEXT" in err
