@@ -361,7 +361,7 @@ class FakeSession:
     def __exit__(self, *_):
         pass
 
-    def run(self, frames=None, count=None, prompts=None, blend_chunks=0):
+    def run(self, frames=None, count=None, prompts=None, blend_chunks=0, on_step=None):
         rng = np.random.default_rng(0)
         for _ in range(self.chunks):
             yield rng.integers(0, 256, (4, H, W, 3), np.uint8)
