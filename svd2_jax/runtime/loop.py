@@ -1,22 +1,22 @@
 """The live loop: frames of several streams in, through one device, and out at their time.
 
-`LiveLoop` is the shell around `Scheduler`: it owns the threads, the pixels and the sessions, and decides nothing.
+One thread owns the scheduler, the streams and the time. It waits for messages in its inbox, and everybody else only
+puts messages there:
 
-    ingest, one a stream   pulls the source and offers its frames
-    device                 asks the scheduler for a tick, hands it to the engine and waits until its stages are through
-    finisher               waits until the frames of a tick are finished, while the device thread runs the next one
-    reader                 brings finished frames to the host
-    delivery               asks the scheduler which frames are due, and passes them on at their time
-    outlet, one a stream   calls the stream's sink, so that a slow one stalls nobody else
-    report                 calls the observers of events, so that a slow disk stalls nobody
-    watchdog               notices a device that hangs
+    loop           decides, keeps the books, and notices a device that hangs
+    device         hands ticks and changes of sessions to the engine, in order
+    reader         waits for ticks, in order: until the stages are through, until frames are finished, for their pixels
+    encoder        encodes prompts
+    sink, for each stream    calls the stream's sink, so that a slow one stalls nobody else
+    report         calls the observers of events, so that a slow disk stalls nobody
 
-All but the outlets share one lock, held for microseconds: never during device work, copies of pixels, or a call of
-somebody else's code (source, sink, engine, observer).
+So there is no lock but those inside mailboxes. Methods may be called from any thread, also from asyncio's: none but
+`LiveLoop.open`, `LiveLoop.wait`, `LiveLoop.stop` and `Stream.result` waits for anything.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -25,22 +25,26 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_futures
+from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from types import TracebackType
-from typing import NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 
-from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Ticket, Work, check_prompt
+from svd2_jax.api import Engine, Session, SessionSpec, Ticket, Work, check_prompt
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
+from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.mailbox import Mailbox, Message, Then, Worker
 from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
-from svd2_jax.runtime.outlet import Outlet, Sink
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
 from svd2_jax.runtime.work import (
     SECOND,
@@ -49,6 +53,7 @@ from svd2_jax.runtime.work import (
     FrameRecord,
     Part,
     PromptRecord,
+    Reason,
     StreamId,
     StreamSettings,
     Tick,
@@ -57,10 +62,31 @@ from svd2_jax.runtime.work import (
 T = TypeVar("T")
 
 HANG_EXIT_CODE = 3
-KEPT_RESULTS = 1000  # how streams ended; beyond, the oldest are forgotten
+WAITING_OFFERS = (
+    256  # messages that may wait for the loop's thread when a frame is offered; it takes microseconds each
+)
 
-Source: TypeAlias = Iterable[tuple[int | None, np.ndarray]]
-"""Gives (timestamp in ns, frame uint8 [H, W, 3]) when there is one: whoever iterates waits for the camera."""
+Sink: TypeAlias = Callable[[np.ndarray, FrameRecord], object]
+"""Takes a frame, uint8 [H, W, 3], when it is due, and its record. Called in a thread of the stream's own.
+
+A sink may have an attribute `when_slow`, see `WhenSlow`; a function without it ends its stream.
+"""
+
+
+class WhenSlow(Enum):
+    """What happens when more frames wait for a sink than the loop keeps."""
+
+    END = "end"  # a file: every frame matters, so its stream ends with the reason
+    DROP_OLDEST = "drop-oldest"  # a viewer: only what is newest matters
+
+
+class Life(Enum):
+    """Where a stream is."""
+
+    OPENING = auto()  # its programs are compiled
+    LIVE = auto()  # takes frames
+    DRAINING = auto()  # takes no more frames; those that are there are finished and shown
+    CLOSED = auto()  # the scheduler is through with it
 
 
 @dataclass(frozen=True)
@@ -95,7 +121,7 @@ class LoopConfig:
     Attributes:
       hang_s: a call of the device that takes longer than this, and than `hang_factor` times what was predicted, hangs.
       hang_factor: see `hang_s`.
-      sink_frames: due frames that may wait for a stream's sink; one more ends the stream.
+      sink_frames: due frames that may wait for a stream's sink; for more, see `WhenSlow`.
       waiting_events: events that may wait for the observers; beyond, they are lost to them (and counted).
       failed_ticks: so many ticks that fail one after another end the loop, not only their streams.
       stop_s: how long `stop` waits for the threads.
@@ -109,80 +135,212 @@ class LoopConfig:
     stop_s: float = 10.0
 
 
+class Stream:
+    """A live stream: what `LiveLoop.open` gives. Every method may be called from any thread."""
+
+    def __init__(
+        self, loop: LiveLoop, id: StreamId, spec: SessionSpec, settings: StreamSettings, prepared: set[int]
+    ):
+        """Is called by the loop. `prepared` are the numbers of steps that programs are there for."""
+        self.id, self.spec = id, spec
+        self.ended: Future[None] = Future()
+        """Is done when nothing is left of the stream; has the error that ended it before its time."""
+        self.settings = settings
+        """What it asks for now; `update` changes it."""
+        self.life = Life.OPENING
+        self.error: BaseException | None = None
+        """Why it ended, or is ending, before its time."""
+        self._loop, self._prepared = loop, prepared
+        self._takes_frames = True
+
+    def __repr__(self) -> str:
+        return f"<Stream {self.id}, {self.life.name.lower()}>"
+
+    def offer(self, frame: np.ndarray, timestamp_ns: int | None = None) -> None:
+        """Hands in a frame that is there now. It is copied; does not wait.
+
+        Args:
+          frame: uint8 [H, W, 3] of the spec's size.
+          timestamp_ns: when it was taken, by the source's own clock.
+
+        Raises:
+          SessionError: the stream takes no more frames; this is not such a frame, and the stream ends with this error;
+            or so many frames wait for the loop's thread that this one is not taken.
+        """
+        self._check_open()
+        try:
+            pixels = _checked_frame(frame, self.spec.config)
+        except SessionError as e:
+            self.close(e)
+            raise
+        loop, arrive = self._loop, functools.partial(self._loop._arrive, self.id, pixels, timestamp_ns)
+        if not loop._inbox.put(arrive, WAITING_OFFERS) and not loop._inbox.is_closed:
+            raise SessionError(
+                f"{WAITING_OFFERS} messages wait for the loop already; offer frames as they are taken, "
+                f"{self.settings.rate_hz:g} a second"
+            )
+
+    def update(
+        self,
+        prompt: str | None = None,
+        blend_chunks: int = 0,
+        noise_scale: float | None = None,
+        steps: int | None = None,
+        min_steps: int | None = None,
+    ) -> Future[None]:
+        """Changes what is not None, from the next chunk on; the stream goes on meanwhile. Does not wait.
+
+        Args:
+          prompt: what to re-draw to.
+          blend_chunks: chunks over which a new prompt comes in.
+          noise_scale: share of noise in (0, 1].
+          steps: denoising steps when there is time enough. The stream must have been opened for them.
+          min_steps: steps that overload may bring it down to.
+
+        Returns:
+          Is done when the change is in place. Where it raises, the stream has ended with that error.
+
+        Raises:
+          ConfigError: a value that cannot be; nothing was changed.
+          SessionError: the stream takes nothing more.
+        """
+        if prompt is not None:
+            check_prompt(prompt)
+        if blend_chunks < 0:
+            raise ConfigError(f"blend_chunks must be at least 0, got {blend_chunks}")
+        spec = self.spec
+        if noise_scale is not None:
+            spec = dataclasses.replace(spec, noise_scale=noise_scale)  # checks it
+        settings = dataclasses.replace(
+            self.settings,
+            steps=self.settings.steps if steps is None else steps,
+            floor_steps=self.settings.floor_steps if min_steps is None else min_steps,
+        )
+        if not set(range(settings.floor_steps, settings.steps + 1)) <= self._prepared:
+            there = ", ".join(map(str, sorted(self._prepared)))
+            raise ConfigError(
+                f"stream {self.id} was opened for {there} denoising steps, and {settings.floor_steps} to "
+                f"{settings.steps} are asked for: name them when you open it, as in open(..., steps=(1, 2, 4))"
+            )
+        self._check_open()
+        self.spec, self.settings = spec, settings
+        done: Future[None] = Future()
+        change = functools.partial(
+            self._loop._change, self.id, settings, prompt, blend_chunks, noise_scale, done
+        )
+        if not self._loop._inbox.put(change):
+            raise self._loop._not_running()
+        return done
+
+    def end(self) -> None:
+        """Says that no more frames come; those that are there are still finished and shown."""
+        self._takes_frames = False
+        self._loop._inbox.put(functools.partial(self._loop._end, self))
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the stream at once: frames that are not due yet are dropped. `error` says why, if that is one."""
+        if self.is_open and error is not None:
+            self.error = error
+        self._takes_frames = False
+        self._loop._inbox.put(functools.partial(self._loop._close_stream, self, error))
+
+    def result(self, timeout_s: float | None = None) -> None:
+        """Waits until nothing is left of the stream.
+
+        Raises:
+          BaseException: what ended it before its time.
+          TimeoutError: it is not over yet.
+        """
+        self.ended.result(timeout_s)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes frames and changes."""
+        return self._takes_frames and self.life in (Life.OPENING, Life.LIVE)
+
+    def _check_open(self) -> None:
+        if not self.is_open:
+            why = f"it ended with: {self.error}" if self.error is not None else "it is over"
+            raise SessionError(f"stream {self.id} takes nothing more: {why}")
+
+
 @dataclass(eq=False)
-class _Live:
-    """A stream from opening until nothing is left of it.
+class _StreamState:
+    """What the loop's thread keeps of a stream.
 
     Attributes:
-      id: its number.
-      spec: what it computes.
-      outlet: its way out.
-      session: its device side; None until it is open, and again once it was closed.
+      stream: its handle.
+      sink: takes its frames.
+      sinker: the thread that calls it.
+      settings: that the scheduler knows of.
+      session: its device side; None until it is open, and again once its closing began.
       inputs: pixels of the frames that have not entered a tick, by number.
       flight: numbers of the frames of each chunk on the device, oldest first.
+      finished: pixels of finished frames that were not passed on, by number.
+      due: frames to pass on, oldest first.
+      changes: updates that are not in place yet.
       arrived: frames offered so far.
-      next_frame: number of the first frame that the next chunk to enter a tick can begin with.
-      opening: whether `open` still works on its device side.
-      ended: whether somebody said that no more frames come.
-      gone: whether it was closed or has failed: nothing more enters, and what is not due is dropped.
-      over: whether the scheduler is through with it.
-      drained: whether its sink is called no more.
-      error: why it ended before its time.
+      next_frame: number of the first frame that the next chunk can begin with.
+      pending: calls that somebody has to come back from before nothing is left: opening, closing, the sink.
+      is_passing: whether the sink has a frame.
     """
 
-    id: StreamId
-    spec: SessionSpec
-    outlet: Outlet
+    stream: Stream
+    sink: Sink
+    sinker: Worker
+    settings: StreamSettings
     session: Session | None = None
     inputs: dict[int, np.ndarray] = field(default_factory=dict)
     flight: deque[tuple[int, ...]] = field(default_factory=deque)
+    finished: dict[int, np.ndarray] = field(default_factory=dict)
+    due: deque[FrameRecord] = field(default_factory=deque)
+    changes: set[Future[None]] = field(default_factory=set)
     arrived: int = 0
     next_frame: int = 0
-    opening: bool = True
-    ended: bool = False
-    gone: bool = False
-    over: bool = False
-    drained: bool = False
-    error: BaseException | None = None
+    pending: int = 1  # it is opening
+    is_passing: bool = False
 
 
-class _Call(NamedTuple):
-    """What a thread wants of the device, for the watchdog."""
-
-    what: str
-    started_ns: int
-    limit_ns: int
-
-
-class _Entry(NamedTuple):
-    """A stream's part of a tick that is about to start, with its frames."""
-
-    live: _Live
-    session: Session
-    part: Part
-    frames: list[np.ndarray]
-
-
-class _Passed(NamedTuple):
-    """A tick that the stages are through with, and whose frames are still being finished.
+@dataclass(eq=False)
+class _InFlight:
+    """A tick from its start until its frames are finished.
 
     Attributes:
-      tick: what ran.
-      taken: the streams that took part.
-      ticket: to wait for; None: there is nothing, as the tick has failed or no stream of it was left.
-      error: why it failed, if it did.
-      is_new: whether that ended any stream. If not, it went the way of the tick before it.
+      tick: what runs.
+      states: the streams that were to take part; of those that do, their chunks come out of the ticket in this order.
+      ticket: to wait for; None while it is handed over, and if it failed.
+      error: why it failed.
+      is_new: whether that ended any stream. If not, it failed with the tick before it.
     """
 
     tick: Tick
-    taken: Sequence[_Live]
-    ticket: Ticket | None
+    states: list[_StreamState]
+    ticket: Ticket | None = None
     error: Exception | None = None
     is_new: bool = False
 
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return f"tick {self.tick.number} (stream {', '.join(str(part.stream) for part in self.tick.parts)})"
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """A message whose sender waits for what it returns."""
+
+    function: Callable[[], Any]
+    answer: Future[Any]
+
+    def __call__(self) -> None:
+        try:
+            self.answer.set_result(self.function())
+        except BaseException as e:
+            self.answer.set_exception(e)
+
 
 class LiveLoop:
-    """Runs live streams on an engine. Every method may be called from any thread; use it as a context manager."""
+    """Runs live streams on an engine. Use it as a context manager."""
 
     def __init__(
         self,
@@ -207,81 +365,70 @@ class LiveLoop:
           clock: where time comes from.
         """
         self.metrics = metrics or Metrics()
+        self.error: BaseException | None = None
+        """What ended the loop itself, if anything did."""
         self.observer_errors: list[BaseException] = []
         self.lost_events = 0
         self._engine, self._on_hang = engine, on_hang
         self._config, self._clock = config or LoopConfig(), clock or MonotonicClock()
-        self._lock = threading.Lock()
-        # One condition for each kind of thread, so that nothing wakes those that it does not concern.
-        (
-            self._device_work,
-            self._finisher_work,
-            self._delivery_work,
-            self._reader_work,
-            self._report_work,
-            self._watch,
-            self._state,
-        ) = (threading.Condition(self._lock) for _ in range(7))
-        self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event)
+        self._inbox: Mailbox[Message] = Mailbox(self._clock)
+        self._events: Mailbox[Event] = Mailbox(self._clock)
         self._observers = list(observers)
-        self._events: deque[Event] = deque()
-        self._due: list[FrameRecord] = []  # shown by the call of the scheduler that is in progress
-        self._streams: dict[StreamId, _Live] = {}
-        self._results: dict[StreamId, BaseException | None] = {}
-        self._orders: deque[Callable[[], None]] = deque()  # for the device thread, between ticks
-        self._passed: deque[_Passed] = deque()  # for the finisher
-        self._finished: deque[tuple[_Live, tuple[int, ...], Chunk]] = deque()  # for the reader
-        self._calls: dict[str, _Call] = {}  # by thread
+        self._driver = Driver(
+            self._inbox,
+            self._clock.now_ns,
+            self._start_tick,
+            lambda _: self._pass_all_on(),
+            self._look_for_hangs,
+        )
+        self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event)
+        self._driver.policy = self._scheduler
+        self._sinkers: set[Worker] = set()
+        self._states: dict[StreamId, _StreamState] = {}
         self._failed_ticks = 0
-        self._threads: list[threading.Thread] = []
-        self._stream_threads: set[threading.Thread] = set()
-        self._started = self._closing = self._stopping = self._driven = self._silent = False
-        self._error: BaseException | None = None
+        self._is_stopping = self._has_hung = False
+        self._thread: threading.Thread | None = None
+        self._observer_thread: threading.Thread | None = None
+        self._device: Worker
+        self._reader: Worker
+        self._encoder: Worker
 
-    # --- start and end
+    # --- for any thread
 
     def start(self) -> None:
         """Starts the threads."""
-        if self._started:
+        if self._thread is not None:
             raise SessionError("the loop was started already; make a new one")
-        self._started = True
-        bodies = {
-            "device": self._drive,
-            "finisher": self._finish,
-            "reader": self._read,
-            "delivery": self._deliver,
-            "report": self._observe,
-            "watchdog": self._watch_device,
-        }
-        self._threads = [_thread(name, self._guarded, name, body) for name, body in bodies.items()]
-        for thread in self._threads:
-            thread.start()
+        self._device, self._reader, self._encoder = (
+            Worker(name, self._inbox, self._clock) for name in ("device", "reader", "encoder")
+        )
+        self._thread = threading.Thread(target=self._run, name="svd2-loop", daemon=True)
+        self._observer_thread = threading.Thread(target=self._observe, name="svd2-report", daemon=True)
+        self._thread.start()
+        self._observer_thread.start()
 
     def stop(self) -> tuple[str, ...]:
         """Closes all streams and ends all threads; waits for them for at most `stop_s` in all.
 
         Returns:
-          The names of the threads that did not end: they are stuck in a source, a sink, an observer or the device.
+          The names of the threads that did not end: they are stuck in a sink, an observer or the device.
         """
+        if self._thread is None:
+            return ()
         deadline = time.monotonic() + self._config.stop_s
-        with self._lock:
-            self._closing = True
-            for live in list(self._streams.values()):
-                self._close(live)
-            self._stopping = True
-            self._wake_all()
-            threads = [*self._threads, *self._stream_threads]
-        last = [thread for thread in threads if thread.name.endswith("-report")]
-        for thread in [thread for thread in threads if thread not in last]:
-            _join(thread, deadline)
-        with self._lock:
-            self._silent = True
-            for live in self._streams.values():
-                live.outlet.end(at_once=True)
-            self._wake_all()
-        for thread in last:
-            _join(thread, max(deadline, time.monotonic() + 0.2))
-        return tuple(thread.name for thread in threads if thread.is_alive())
+        self._inbox.put(self._end_all)
+        self._thread.join(self._config.stop_s)
+        self._inbox.close()  # what is stuck by now is given up
+        workers = [self._device, self._reader, self._encoder, *self._sinkers]
+        for worker in workers:
+            worker.close(drop=worker in self._sinkers)
+        threads = [self._thread, *(worker.thread for worker in workers)]
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._events.close()
+        assert self._observer_thread is not None
+        self._observer_thread.join(max(deadline - time.monotonic(), 0.2))
+        return tuple(thread.name for thread in [*threads, self._observer_thread] if thread.is_alive())
 
     def __enter__(self) -> Self:
         self.start()
@@ -293,37 +440,34 @@ class LiveLoop:
         self.stop()
 
     @property
-    def error(self) -> BaseException | None:
-        """What ended the loop itself, if anything did."""
-        return self._error
-
-    # --- streams
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams that are not over."""
+        return tuple(state.stream for state in tuple(self._states.values()))
 
     def warm_up(self, samples: Iterable[LatencySample]) -> None:
         """Tells the scheduler what ticks take, see `measure.measure`; without, it finds out with the first frames.
 
-        The watchdog needs it, too, where a tick may take longer than its `hang_s`.
+        Where a tick may take longer than `hang_s`, the loop needs it to tell a slow device from one that hangs.
         """
-        with self._lock:
-            for sample in samples:
-                self._scheduler.warm_up(sample)
+        samples = list(samples)
+        self._ask(lambda: [self._scheduler.warm_up(sample) for sample in samples])
 
     def open(
         self,
         spec: SessionSpec,
         settings: StreamSettings,
         sink: Sink,
-        source: Source | None = None,
         name: str | None = None,
-    ) -> StreamId:
-        """Lets a stream join; compiles what it needs, if nobody did.
+        steps: Iterable[int] = (),
+    ) -> Stream:
+        """Lets a stream join. Waits: compiles what it needs, if nobody did.
 
         Args:
           spec: what to compute. Its steps are those of the settings.
           settings: what it asks for; sizes of groups and the shape are taken from the spec, see `settings_for`.
-          sink: takes the finished frames. Once `wait` says that the stream is over, it is called no more.
-          source: gives the frames; None: they come through `offer`.
+          sink: takes the finished frames. Once the stream is over, it is called no more.
           name: what to call it in reports.
+          steps: numbers of denoising steps that `Stream.update` may ask for, besides those of the settings.
 
         Raises:
           Refused: the device cannot take it on.
@@ -333,327 +477,434 @@ class LiveLoop:
         spec = self._engine.resolved(spec)
         settings = settings_for(spec, settings)
         spec = with_steps(spec, settings.steps)
-        live = self._admit(spec, settings, sink)
+        prepared = {*steps, *range(settings.floor_steps, settings.steps + 1)}
+        state = self._ask(functools.partial(self._admit, spec, settings, sink, prepared))
+        session = None
         try:
-            self._engine.prepare(spec, range(settings.floor_steps, settings.steps + 1))
-            self._begin(live, self._engine.open(spec))
-            self.metrics.opened(live.id, settings, name, spec.prompt)
+            self._engine.prepare(spec, sorted(prepared))
+            session = self._engine.open(spec)
+            self.metrics.opened(state.stream.id, settings, name, spec.prompt)
+            self._ask(functools.partial(self._begin, state, session))
         except BaseException as e:
-            self._fail(live, e)
-            with self._lock:
-                live.opening = False
-                self._forget_if_done(live)
+            if session is not None:
+                session.close()
+            self._inbox.put(functools.partial(self._opened, state, e))
             raise
-        if source is not None:
-            self._start_own("ingest", live, self._ingest, live, source)
-        return live.id
+        return state.stream
 
-    def offer(self, stream: StreamId, frame: np.ndarray, timestamp_ns: int | None = None) -> int:
-        """Hands in a frame, uint8 [H, W, 3], that is there now; returns its number. The frame is copied.
-
-        Raises:
-          SessionError: the stream takes no more frames; or not such a frame, and it ends with this error.
-        """
-        with self._lock:
-            live = self._find(stream)
-        try:
-            pixels = _checked_frame(frame, live.spec.config)
-        except SessionError as e:
-            self._fail(live, e)
-            raise
-        with self._lock:
-            live, number = self._find(stream), live.arrived
-            # Before the scheduler knows of it, as it may report its fate at once.
-            live.inputs[number] = pixels
-            try:
-                # The time is taken with the lock held, as the scheduler's must not go back.
-                self._scheduler.arrive(stream, self._clock.now_ns(), timestamp_ns)
-            except SessionError:
-                del live.inputs[number]
-                raise
-            live.arrived += 1
-            self.metrics.arrived(stream, number)
-            self._device_work.notify()
-            return number
-
-    def set_prompt(self, stream: StreamId, text: str, blend_chunks: int = 0) -> None:
-        """Changes a stream's prompt from its next chunk on. Waits for the text encoder; the stream does not.
-
-        Raises:
-          ConfigError: there is no such prompt.
-          SessionError: the stream is over.
-          Exception: what the text encoder raises; the stream ends with it.
-        """
-        check_prompt(text)
-        if blend_chunks < 0:
-            raise ConfigError(f"blend_chunks must be at least 0, got {blend_chunks}")
-        with self._lock:
-            live = self._find(stream)
-        try:
-            self._engine.prepare_prompt(text)
-        except Exception as e:
-            self._fail(live, e)
-            raise
-        with self._lock:
-            self._order(self._change_prompt, live, text, blend_chunks)
-
-    def end(self, stream: StreamId) -> None:
-        """Says that no more frames come; those that are there are still finished and shown."""
-        with self._lock:
-            if (live := self._streams.get(stream)) is not None and not live.gone:
-                live.ended = True
-                self._scheduler.end(stream, self._clock.now_ns())
-                self._look_for_ends()
-                self._device_work.notify()
-
-    def close(self, stream: StreamId) -> None:
-        """Ends a stream at once: frames that are not due yet are dropped."""
-        with self._lock:
-            if (live := self._streams.get(stream)) is not None:
-                self._close(live)
-
-    def wait(self, stream: StreamId | None = None, timeout_s: float | None = None) -> bool:
-        """Waits until a stream, or every stream, is over; returns whether that is so.
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until every stream is over; returns whether that is so.
 
         Raises:
           EngineError: the loop itself failed.
         """
-        with self._lock:
-            until_ns = None if timeout_s is None else self._clock.now_ns() + round(timeout_s * SECOND)
-            while self._error is None and (self._streams if stream is None else stream in self._streams):
-                if until_ns is not None and self._clock.now_ns() >= until_ns:
-                    return False
-                self._clock.wait(self._state, until_ns)
-            if self._error is not None:
-                raise EngineError(str(self._error)) from self._error
-            return True
+        left = wait_futures([stream.ended for stream in self.streams], timeout_s).not_done
+        if self.error is not None:
+            raise EngineError(str(self.error)) from self.error
+        return not left
 
-    def stream_result(self, stream: StreamId) -> BaseException | None:
-        """Returns why a stream ended before its time; None if it did not, or has not yet.
+    def _ask(self, function: Callable[[], T]) -> T:
+        """Has a function called on the loop's thread and returns its result."""
+        ask = _Ask(function, Future())
+        if self._thread is None or not self._inbox.put(ask):
+            raise self._not_running()
+        return ask.answer.result()
 
-        Raises:
-          SessionError: there was no such stream, or it is long forgotten.
-        """
-        with self._lock:
-            if stream in self._streams:
-                return self._streams[stream].error
-            if stream not in self._results:
-                raise SessionError(f"there is no stream {stream}")
-            return self._results[stream]
+    def _not_running(self) -> EngineError:
+        why = str(self.error) if self.error else "stopped" if self._thread else "not started"
+        return EngineError(f"the loop does not run: {why}")
 
-    @property
-    def streams(self) -> tuple[StreamId, ...]:
-        """The streams that are not over."""
-        with self._lock:
-            return tuple(self._streams)
+    # --- the loop's thread, and what only it calls
 
-    # --- the threads
-
-    def _drive(self) -> None:
-        """Device thread: one tick after another, and orders in between."""
+    def _run(self) -> None:
         try:
-            while True:
-                try:
-                    todo = self._next_work()
-                    if todo is None:
-                        return
-                    todo()
-                except Exception as e:
-                    self._end_loop(e)  # which leaves orders: sessions to close
-                todo = None  # nothing is held while this waits
+            self._driver.run()
+        except BaseException as e:
+            error = EngineError(f"the loop's thread failed: {type(e).__name__}: {e}")
+            error.__cause__ = e
+            self._fail(error)
         finally:
-            with self._lock:
-                self._driven = True
-                self._finisher_work.notify()
+            self._inbox.close()
+            for message in self._inbox.take() or ():
+                if isinstance(message, _Ask):
+                    message.answer.set_exception(self._not_running())
+            for worker in (self._device, self._reader, self._encoder):
+                worker.close()
 
-    def _next_work(self) -> Callable[[], None] | None:
-        """Waits for the next thing to do; None: there will be nothing."""
-        with self._lock:
-            while True:
-                if self._orders:
-                    return self._orders.popleft()
-                if self._stopping:
-                    return None
-                work = self._scheduler.next(self._clock.now_ns())
-                self._look_for_ends()
-                if isinstance(work, Tick):
-                    return functools.partial(self._run_tick, work, [self._enter(part) for part in work.parts])
-                if not self._orders:
-                    self._clock.wait(self._device_work, work.until_ns)
+    def _admit(
+        self, spec: SessionSpec, settings: StreamSettings, sink: Sink, steps: set[int]
+    ) -> _StreamState:
+        if self._is_stopping:
+            raise self._not_running()
+        stream = Stream(self, self._scheduler.open(settings, self._driver.now_ns), spec, settings, steps)
+        self._sinkers = {sinker for sinker in self._sinkers if sinker.thread.is_alive()}
+        sinker = Worker(f"sink-{stream.id}", self._inbox, self._clock)
+        self._sinkers.add(sinker)
+        state = _StreamState(stream, sink, sinker, settings)
+        self._states[stream.id] = state
+        return state
 
-    def _enter(self, part: Part) -> _Entry:
-        """Takes the pixels of a part out of the store."""
-        live = self._streams[part.stream]
-        assert live.session is not None, f"stream {part.stream} has frames before its session is open"
-        if part.frames:
-            live.flight.append(part.frames)
-            live.next_frame = part.frames[-1] + 1
-        return _Entry(live, live.session, part, [live.inputs.pop(number) for number in part.frames])
+    def _begin(self, state: _StreamState, session: Session) -> None:
+        """Gives an admitted stream its device side."""
+        if state.stream.life is Life.CLOSED:
+            raise SessionError(f"stream {state.stream.id} was closed while it opened")
+        state.session, state.stream.life = session, Life.LIVE
+        state.pending -= 1
 
-    def _run_tick(self, tick: Tick, entries: Sequence[_Entry]) -> None:
-        """Takes a tick through the stages; the streams of one that fails end."""
-        taken: list[_Live] = []
-        ticket, error = None, None
-        try:
-            with self._watched(_name(tick), tick.predicted_ns):
-                work = []
-                for live, session, part, frames in entries:
-                    try:
-                        if session.steps != part.steps:
-                            session.set_steps(part.steps)
-                    except Exception as e:
-                        self._fail(live, e)
-                        continue
-                    taken.append(live)
-                    work.append(Work(session, _stacked(frames, part.fill)))
-                if work:
-                    ticket = self._engine.tick(work)
-                    ticket.wait_stages()
-        except Exception as e:
-            ticket, error = None, e
-        with self._lock:
-            is_new = error is not None and self._end_streams(taken, error)
-            self._scheduler.free(self._clock.now_ns())
-            self._passed.append(_Passed(tick, taken, ticket, error, is_new))
-            self._finisher_work.notify()
+    def _opened(self, state: _StreamState, error: BaseException) -> None:
+        """Takes note of a stream that could not be opened."""
+        state.pending -= 1
+        self._close(state, error)
+        self._forget_if_over(state)
 
-    def _finish(self) -> None:
-        """Finisher thread: one tick after another, in the order in which they ran."""
-        while (passed := self._take(self._passed, self._finisher_work, lambda: self._driven)) is not None:
-            self._finish_tick(passed)
-            passed = None  # nothing is held while this waits
+    def _arrive(self, stream: StreamId, pixels: np.ndarray, timestamp_ns: int | None) -> None:
+        state = self._states.get(stream)
+        if state is None or state.stream.life is not Life.LIVE:
+            return  # it ended while the frame was on its way here
+        number = state.arrived
+        state.inputs[number] = pixels  # before the scheduler knows of it, as it may report its fate at once
+        state.arrived += 1
+        self.metrics.arrived(stream, number)
+        self._scheduler.arrive(stream, self._driver.now_ns, timestamp_ns)
 
-    def _finish_tick(self, passed: _Passed) -> None:
-        """Waits for the frames of a tick and tells the scheduler; the streams of one that fails end."""
-        tick, taken, ticket, error, is_new = passed
-        chunks: Sequence[Sequence[Chunk]] = ()
-        if ticket is not None:
-            try:
-                with self._watched(f"finishing the frames of {_name(tick)}", tick.predicted_ns):
-                    ticket.wait()
-                chunks = ticket.chunks
-            except Exception as e:
-                error = e
-        with self._lock:
-            if ticket is not None and error is not None:
-                is_new = self._end_streams(taken, error)
-            finished: dict[StreamId, int] = {}
-            for live, done in zip(taken, chunks, strict=error is None):
-                if live.gone:  # if an earlier tick of it failed, nobody knows whose frames these are
-                    continue
-                finished[live.id] = len(done)
-                self._finished.extend((live, live.flight.popleft(), chunk) for chunk in done)
-            # Their pixels follow within the time of a copy: the reader fetches them while the next tick runs.
-            self._scheduler.done(finished, self._clock.now_ns())
+    def _end(self, stream: Stream) -> None:
+        if stream.life is Life.LIVE:
+            stream.life = Life.DRAINING
+            self._scheduler.end(stream.id, self._driver.now_ns)
             self._look_for_ends()
-            self._device_work.notify()
-            self._reader_work.notify()
-            self._delivery_work.notify()
-            if error is None:
-                self._failed_ticks = 0
-            elif is_new:
-                self._failed_ticks += 1
-            is_last = is_new and self._failed_ticks >= self._config.failed_ticks
-        if is_last:
-            failed = EngineError(f"{self._failed_ticks} ticks failed one after another: {error}")
-            self._end_loop(failed, error)
 
-    def _end_streams(self, taken: Iterable[_Live], error: Exception) -> bool:
-        """Ends the streams of a tick that failed; returns whether any of them was left. The lock is held."""
-        left = [live for live in taken if not live.gone]
-        for live in left:
-            self._close(live, error)
-        return bool(left)
+    def _close_stream(self, stream: Stream, error: BaseException | None) -> None:
+        if (state := self._states.get(stream.id)) is not None:
+            self._close(state, error)
 
-    def _change_prompt(self, live: _Live, text: str, blend_chunks: int) -> None:
-        """Device thread, between ticks."""
-        if live.session is not None and not live.gone:
-            try:
-                with self._watched(f"the change of a prompt (stream {live.id})"):
-                    live.session.set_prompt(text, blend_chunks)
-            except Exception as e:
-                self._fail(live, e)
+    def _close(self, state: _StreamState, error: BaseException | None = None) -> None:
+        """Ends a stream at once; what is due already is still passed on. A second time changes nothing."""
+        stream = state.stream
+        if stream.life is Life.CLOSED:
+            return
+        stream.error = stream.error or error
+        self._scheduler.close(stream.id, self._driver.now_ns)
+        self._look_for_ends()
+
+    def _change(
+        self,
+        stream: StreamId,
+        settings: StreamSettings,
+        prompt: str | None,
+        blend_chunks: int,
+        noise_scale: float | None,
+        done: Future[None],
+    ) -> None:
+        """Changes a stream: encodes its prompt, changes its session between two ticks, and says when it is done."""
+        state = self._states.get(stream)
+        if state is None or state.stream.life is Life.CLOSED:
+            _settle(done, SessionError(f"stream {stream} ended before the change"))
+            return
+        state.changes.add(done)
+        if settings != state.settings:
+            state.settings = settings
+            self._scheduler.update(stream, settings, self._driver.now_ns)
+
+        def change(session: Session) -> None:
+            if prompt is not None:
+                session.set_prompt(prompt, blend_chunks)
+            if noise_scale is not None:
+                session.set_noise_scale(noise_scale)
+
+        def encoded(_: object, error: Exception | None) -> None:
+            if error is not None or state.session is None:
+                changed(0, None, error)
                 return
-            with self._lock:
-                self._take_event(PromptRecord(live.id, self._clock.now_ns(), text, live.next_frame))
+            then = functools.partial(changed, state.next_frame)
+            what = f"a change of stream {stream}"
+            self._call(self._device, functools.partial(change, state.session), then, what)
 
-    def _close_session(self, live: _Live) -> None:
-        """Device thread, between ticks."""
-        try:
-            if live.session is not None:
-                with self._watched(f"closing a session (stream {live.id})"):
-                    live.session.close()
-        except Exception as e:
-            self._fail(live, e)
-        with self._lock:
-            live.session = None
-            self._forget_if_done(live)
+        def changed(frame: int, _: object, error: Exception | None) -> None:
+            if error is not None:
+                self._close(state, error)
+            elif prompt is not None and state.session is not None:
+                self._report(PromptRecord(stream, self._driver.now_ns, prompt, frame))
+            if done in state.changes:  # else the stream is over, and it was told so
+                state.changes.remove(done)
+                _settle(done, error)
 
-    @contextmanager
-    def _watched(self, what: str, predicted_ns: int = 0) -> Iterator[None]:
-        """Lets the watchdog know of a call that the device may not come back from."""
-        limit_ns = max(round(self._config.hang_s * SECOND), round(self._config.hang_factor * predicted_ns))
-        thread = threading.current_thread().name
-        self._calls[thread] = _Call(what, self._clock.now_ns(), limit_ns)
-        try:
-            yield
-        finally:
-            with self._lock:
-                del self._calls[thread]
-                if self._stopping:
-                    self._watch.notify()
+        if prompt is None:
+            encoded(None, None)
+        else:
+            self._encoder.do(functools.partial(self._engine.prepare_prompt, prompt), encoded)
 
-    def _read(self) -> None:
-        """Reader thread: brings finished frames to the host."""
-        while (found := self._take(self._finished, self._reader_work, lambda: self._stopping)) is not None:
-            live, numbers, chunk = found
+    def _start_tick(self, tick: Tick) -> None:
+        """Hands a tick to the device's thread."""
+        flight = _InFlight(tick, [self._states[part.stream] for part in tick.parts])
+        work = []
+        for state, part in zip(flight.states, tick.parts, strict=True):
+            assert state.session is not None, f"stream {part.stream} has frames before its session is open"
+            state.pending += 1
+            if part.frames:
+                state.flight.append(part.frames)
+                state.next_frame = part.frames[-1] + 1
+            frames = [state.inputs.pop(number) for number in part.frames]
+            work.append((state.session, part, frames))
+        hand_over = functools.partial(self._hand_over, work)
+        self._call(self._device, hand_over, functools.partial(self._handed, flight), flight.name, tick)
+
+    def _hand_over(
+        self, work: Sequence[tuple[Session, Part, list[np.ndarray]]]
+    ) -> tuple[Ticket | None, list[Exception | None]]:
+        """Device thread: changes steps and hands the tick to the engine; returns also why parts could not take part."""
+        taken, problems = [], []
+        for session, part, frames in work:
             try:
-                # One by one they are shown and freed, so each has its memory. What only fills a chunk is left out.
-                with self._watched(f"reading frames (stream {live.id})"):
-                    pixels = chunk.frames()
-                live.outlet.fill({number: pixels[i].copy() for i, number in enumerate(numbers)})
+                if session.steps != part.steps:
+                    session.set_steps(part.steps)
+                taken.append(Work(session, _stacked(frames, part.fill)))
+                problems.append(None)
             except Exception as e:
-                live.outlet.end(at_once=True)
-                self._fail(live, e)
-            found = live = chunk = pixels = None  # nothing is held while this waits
+                problems.append(e)
+        return self._engine.tick(taken) if taken else None, problems
 
-    def _take(self, waiting: deque[T], work: threading.Condition, is_over: Callable[[], bool]) -> T | None:
-        """Waits for the next of what waits for a thread; None: there will be nothing. Takes the lock itself."""
-        with self._lock:
-            while not waiting:
-                if is_over():
-                    return None
-                self._clock.wait(work, None)
-            return waiting.popleft()
+    def _handed(
+        self,
+        flight: _InFlight,
+        handed: tuple[Ticket | None, list[Exception | None]] | None,
+        error: Exception | None,
+    ) -> None:
+        """Has the reader wait for the tick's stages."""
+        if handed is None:
+            self._fail_tick(flight, error)
+        else:
+            flight.ticket, problems = handed
+            for state, problem in zip(tuple(flight.states), problems, strict=True):
+                if problem is not None:
+                    flight.states.remove(state)
+                    state.pending -= 1
+                    self._close(state, problem)
+        wait = _nothing if flight.ticket is None else flight.ticket.wait_stages
+        self._call(self._reader, wait, functools.partial(self._passed, flight), flight.name, flight.tick)
 
-    def _deliver(self) -> None:
-        """Delivery thread: passes frames on when they are due."""
-        with self._lock:
-            while not self._stopping:
-                _, again_ns = self._scheduler.shows(self._clock.now_ns())
-                due, self._due = self._due, []
-                behind = [live for live, record in self._with_streams(due) if not live.outlet.show(record)]
-                for live in behind:  # last, as this lets outlets end
-                    live.outlet.end(at_once=True)
-                    live.drained = True  # nobody waits for a sink that is stuck
-                    waiting = self._config.sink_frames
-                    self._close(live, SessionError(f"the sink is too slow: {waiting} frames wait for it"))
-                if due:
-                    self._look_for_ends()
-                    self._device_work.notify()
-                    continue
-                self._clock.wait(self._delivery_work, again_ns)
+    def _passed(self, flight: _InFlight, _: object, error: Exception | None) -> None:
+        """Lets the next tick start, and has the reader wait for this one's frames."""
+        self._fail_tick(flight, error)
+        self._scheduler.free(self._driver.now_ns)
+        wait = _nothing if flight.ticket is None else flight.ticket.wait
+        what = f"finishing the frames of {flight.name}"
+        self._call(self._reader, wait, functools.partial(self._finished, flight), what, flight.tick)
+
+    def _finished(self, flight: _InFlight, _: object, error: Exception | None) -> None:
+        """Tells the scheduler which chunks are finished, and has their pixels read."""
+        self._fail_tick(flight, error)
+        finished: dict[StreamId, int] = {}
+        for state, chunks in zip(flight.states, flight.ticket.chunks if flight.ticket else (), strict=False):
+            if (
+                state.stream.life is Life.CLOSED
+            ):  # if a tick of it failed, nobody knows whose frames these are
+                continue
+            finished[state.stream.id] = len(chunks)
+            for chunk in chunks:
+                then = functools.partial(self._read, state, state.flight.popleft())
+                self._call(self._reader, chunk.frames, then, f"reading frames (stream {state.stream.id})")
+        # Their pixels follow within the time of a copy.
+        self._scheduler.done(finished, self._driver.now_ns)
+        for state in flight.states:
+            state.pending -= 1
+            self._forget_if_over(state)
+        self._look_for_ends()
+        if flight.error is None:
+            self._failed_ticks = 0
+        elif flight.is_new:
+            self._failed_ticks += 1
+            if self._failed_ticks >= self._config.failed_ticks:
+                last = EngineError(f"{self._failed_ticks} ticks failed one after another: {flight.error}")
+                last.__cause__ = flight.error
+                self._fail(last)
+
+    def _fail_tick(self, flight: _InFlight, error: Exception | None) -> None:
+        """Ends the streams of a tick that failed, if it did."""
+        if error is None:
+            return
+        flight.ticket, flight.error = None, error
+        for state in flight.states:
+            if state.stream.life is not Life.CLOSED:
+                flight.is_new = True
+                self._close(state, error)
+
+    def _read(
+        self,
+        state: _StreamState,
+        numbers: tuple[int, ...],
+        pixels: np.ndarray | None,
+        error: Exception | None,
+    ) -> None:
+        """Takes the pixels of a chunk; what only fills it is left out."""
+        if pixels is None:
+            self._drop_due(state, Reason.CLOSED)
+            self._close(state, error)
+            self._forget_if_over(state)
+            return
+        wanted = {record.number for record in state.due}
+        is_closed = state.stream.life is Life.CLOSED
+        for i, number in enumerate(numbers):
+            if number in wanted or not is_closed:
+                state.finished[number] = pixels[i].copy()  # so each can be freed by itself
+        self._pass_on(state)
+
+    def _pass_all_on(self) -> None:
+        """Passes on what has become due."""
+        for state in tuple(self._states.values()):
+            if state.due:
+                self._pass_on(state)
+        self._look_for_ends()
+
+    def _pass_on(self, state: _StreamState) -> None:
+        """Gives the sink its next frame, if it is due and the sink has none; deals with a sink that is slow."""
+        if not state.is_passing and state.due and state.due[0].number in state.finished:
+            record = state.due.popleft()
+            now_ns = self._driver.now_ns
+            fate = Fate.SHOWN if now_ns <= record.deadline_ns else Fate.LATE
+            record = dataclasses.replace(record, shown_ns=now_ns, fate=fate)
+            self._report(record)
+            state.is_passing = True
+            state.pending += 1
+            take = functools.partial(state.sink, state.finished.pop(record.number), record)
+            state.sinker.do(take, functools.partial(self._sunk, state))
+        if (excess := len(state.due) - self._config.sink_frames) <= 0:
+            return
+        if getattr(state.sink, "when_slow", WhenSlow.END) is WhenSlow.DROP_OLDEST:
+            self._drop_due(state, Reason.SINK, excess)
+        else:
+            self._drop_due(state, Reason.SINK)
+            state.pending -= state.is_passing  # nobody waits for a sink that is stuck
+            state.sinker.close(drop=True)
+            slow = SessionError(f"the sink is too slow: {self._config.sink_frames} frames wait for it")
+            self._close(state, slow)
+            self._forget_if_over(state)
+
+    def _drop_due(self, state: _StreamState, reason: Reason, count: int | None = None) -> None:
+        """Drops the oldest frames that were to be passed on, or all of them."""
+        for _ in range(len(state.due) if count is None else count):
+            record = state.due.popleft()
+            state.finished.pop(record.number, None)
+            self._report(dataclasses.replace(record, shown_ns=None, fate=Fate.DROPPED, reason=reason))
+
+    def _sunk(self, state: _StreamState, _: object, error: Exception | None) -> None:
+        """Takes note that the sink came back."""
+        if state.stream.ended.done():
+            return  # it was given up
+        state.is_passing = False
+        state.pending -= 1
+        if error is not None:
+            self._drop_due(state, Reason.CLOSED)
+            self._close(state, error)
+        self._pass_on(state)
+        self._forget_if_over(state)
+
+    def _look_for_ends(self) -> None:
+        """Closes the device side of streams that the scheduler is through with."""
+        for state in tuple(self._states.values()):
+            stream = state.stream
+            if stream.life is Life.CLOSED or not self._scheduler.is_over(stream.id):
+                continue
+            stream.life = Life.CLOSED
+            state.inputs.clear()
+            due = {record.number for record in state.due}
+            state.finished = {number: pixels for number, pixels in state.finished.items() if number in due}
+            if state.session is not None:
+                session, state.session = state.session, None
+                state.pending += 1
+                closed = functools.partial(self._session_closed, state)
+                self._call(self._device, session.close, closed, f"closing a session (stream {stream.id})")
+            self._forget_if_over(state)
+
+    def _session_closed(self, state: _StreamState, _: object, error: Exception | None) -> None:
+        state.pending -= 1
+        state.stream.error = state.stream.error or error
+        self._forget_if_over(state)
+
+    def _forget_if_over(self, state: _StreamState) -> None:
+        """Ends a stream of which nothing is left."""
+        stream = state.stream
+        if stream.life is Life.CLOSED and not state.due and state.pending == 0:
+            self._forget(state)
+
+    def _forget(self, state: _StreamState) -> None:
+        stream = state.stream
+        if self._states.pop(stream.id, None) is None:
+            return
+        state.sinker.close(drop=True)
+        for change in state.changes:
+            _settle(change, SessionError(f"stream {stream.id} ended before the change"))
+        if stream.error is not None:
+            traceback.clear_frames(stream.error.__traceback__)  # they hold pictures
+        _settle(stream.ended, stream.error)
+        if self._is_stopping and not self._states:
+            self._inbox.close()
+
+    def _end_all(self, error: BaseException | None = None) -> None:
+        """Closes every stream, and the loop with the last of them."""
+        self._is_stopping = True
+        for state in tuple(self._states.values()):
+            self._close(state, error)
+        if not self._states:
+            self._inbox.close()
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends every stream, and the loop, with the reason."""
+        if self.error is None:
+            self.error = error
+        for state in tuple(self._states.values()):
+            with suppress(Exception):  # the scheduler may be what is broken
+                self._close(state, self.error)
+            state.stream.error, state.stream.life = state.stream.error or self.error, Life.CLOSED
+            self._drop_due(state, Reason.CLOSED)
+            if state.session is not None:
+                self._device.do(state.session.close, _ignore)
+                state.session = None
+            self._forget(state)
+        self._end_all(self.error)
+
+    def _take_event(self, event: Event) -> None:
+        """Is given every event, most of them by the scheduler within calls of it."""
+        if isinstance(event, FrameRecord) and (state := self._states.get(event.stream)) is not None:
+            if event.fate is not Fate.DROPPED:
+                state.due.append(event)  # its fate is known when the sink has it
+                return
+            state.inputs.pop(event.number, None)
+            state.finished.pop(event.number, None)
+        self._report(event)
+
+    def _report(self, event: Event) -> None:
+        self.metrics(event)
+        if self._observers and not self._events.put(event, self._config.waiting_events):
+            self.lost_events += 1
+
+    def _call(
+        self, worker: Worker, function: Callable[[], object], then: Then, what: str, tick: Tick | None = None
+    ) -> None:
+        """Has a worker call something of the device, for as long as that may take."""
+        predicted_ns = tick.predicted_ns if tick is not None else 0
+        limit_ns = max(round(self._config.hang_s * SECOND), round(self._config.hang_factor * predicted_ns))
+        worker.do(function, then, what, limit_ns)
+
+    def _look_for_hangs(self) -> int | None:
+        """Looks for a call of the device that does not come back; returns when to look again."""
+        calls = [call for call in (self._device.current, self._reader.current) if call is not None]
+        if not calls or self._has_hung:
+            return None
+        call, end_ns = min(calls, key=lambda call: call[1])
+        if self._driver.now_ns <= end_ns:
+            return end_ns + 1
+        self._has_hung = True
+        seconds = (self._driver.now_ns - end_ns + call.limit_ns) / SECOND
+        report = HangReport(call.what, seconds, call.limit_ns / SECOND)
+        self._on_hang(report)
+        self._fail(EngineError(str(report)))
+        return None
+
+    # --- the report thread
 
     def _observe(self) -> None:
-        """Report thread: hands events to the observers."""
-        while True:
-            with self._lock:
-                while not self._events:
-                    if self._silent:
-                        return
-                    self._clock.wait(self._report_work, None)
-                events = list(self._events)
-                self._events.clear()
+        """Hands events to the observers."""
+        while (events := self._events.take()) is not None:
             for event, observer in itertools.product(events, tuple(self._observers)):
                 if observer in self._observers:
                     try:
@@ -661,193 +912,24 @@ class LiveLoop:
                     except Exception as e:
                         self._observers.remove(observer)
                         self.observer_errors.append(e)
+            events = event = None
 
-    def _watch_device(self) -> None:
-        """Watchdog thread: looks at calls of the device, several times within what they are allowed."""
-        every_ns = round(min(1.0, self._config.hang_s / 4) * SECOND)
-        while True:
-            with self._lock:
-                now_ns, calls = self._clock.now_ns(), list(self._calls.values())
-                if self._stopping and not calls:
-                    return
-                call = next((call for call in calls if now_ns - call.started_ns > call.limit_ns), None)
-                if call is None:
-                    self._clock.wait(self._watch, now_ns + every_ns)
-                    continue
-            report = HangReport(call.what, (now_ns - call.started_ns) / SECOND, call.limit_ns / SECOND)
-            self._on_hang(report)
-            self._end_loop(EngineError(str(report)))
-            return
 
-    def _ingest(self, live: _Live, source: Source) -> None:
-        """Ingest thread: offers what the source gives."""
-        frames = None
-        try:
-            frames = iter(source)
-            for timestamp_ns, frame in frames:
-                if live.gone or live.ended:
-                    break
-                self.offer(live.id, frame, timestamp_ns)
-            self.end(live.id)
-        except Exception as e:
-            if not live.ended:  # somebody else's call of `end` is no reason to fail
-                self._fail(live, e)
-        finally:
-            if (close := getattr(frames, "close", None)) is not None:
-                close()
+def _nothing() -> None:
+    pass
 
-    def _hand_over(self, live: _Live) -> None:
-        """Outlet thread."""
-        try:
-            live.outlet.run()
-        except Exception as e:
-            live.outlet.end(at_once=True)
-            self._fail(live, e)
-        with self._lock:
-            live.drained = True
-            self._forget_if_done(live)
 
-    def _start_own(self, kind: str, live: _Live, body: Callable[..., None], *args: object) -> None:
-        """Starts a thread of a stream."""
+def _ignore(_: object, error: Exception | None) -> None:
+    pass
 
-        def run() -> None:
-            try:
-                body(*args)
-            finally:
-                self._stream_threads.discard(threading.current_thread())
 
-        thread = _thread(f"{kind}-{live.id}", run)
-        self._stream_threads.add(thread)
-        thread.start()
-
-    def _guarded(self, name: str, body: Callable[[], None]) -> None:
-        """Runs a thread of the loop; should it end before its time, so does the loop."""
-        try:
-            body()
-            problem = "ended by itself"
-        except BaseException as e:
-            problem = f"failed: {type(e).__name__}: {e}"
-            self._end_loop(EngineError(f"the loop's {name} thread {problem}"), e)
-        if not self._stopping:
-            self._end_loop(EngineError(f"the loop's {name} thread {problem}"))
-
-    def _end_loop(self, error: BaseException, cause: BaseException | None = None) -> None:
-        """Ends every stream with the reason, and the loop."""
-        with self._lock:
-            if self._error is None:
-                error.__cause__ = cause or error.__cause__
-                self._error = error
-            self._closing = True
-            for live in list(self._streams.values()):
-                with suppress(Exception):  # the scheduler may be what is broken
-                    self._close(live, self._error)
-                live.gone = live.over = True
-                live.outlet.end()
-                self._order_close(live)
-            self._stopping = True
-            self._wake_all()
-
-    # --- inner workings; the lock is held where not said otherwise
-
-    def _admit(self, spec: SessionSpec, settings: StreamSettings, sink: Sink) -> _Live:
-        """Asks the scheduler, and prepares the stream's way out. Takes the lock itself."""
-        with self._lock:
-            if not self._started or self._closing:
-                why = str(self._error) if self._error else "stopped" if self._started else "not started"
-                raise EngineError(f"the loop does not run: {why}")
-            stream = self._scheduler.open(settings, self._clock.now_ns())
-            live = _Live(stream, spec, Outlet(sink, self._config.sink_frames, self._clock))
-            self._streams[stream] = live
-        self._start_own("outlet", live, self._hand_over, live)
-        return live
-
-    def _begin(self, live: _Live, session: Session) -> None:
-        """Gives an admitted stream its device side. Takes the lock itself."""
-        with self._lock:
-            if not live.gone:
-                live.session, live.opening = session, False
-                return
-        session.close()
-        raise SessionError(f"stream {live.id} was closed while it opened")
-
-    def _with_streams(self, records: Iterable[FrameRecord]) -> list[tuple[_Live, FrameRecord]]:
-        return [(self._streams[record.stream], record) for record in records]
-
-    def _find(self, stream: StreamId) -> _Live:
-        live = self._streams.get(stream)
-        if live is None or live.gone:
-            error = live.error if live is not None else self._results.get(stream)
-            why = f"it ended with: {error}" if error is not None else "it is over"
-            raise SessionError(f"stream {stream} takes nothing more: {why}")
-        return live
-
-    def _take_event(self, event: Event) -> None:
-        """Is given every event, most of them by the scheduler within calls of it."""
-        self.metrics(event)
-        if isinstance(event, FrameRecord):
-            if event.fate is not Fate.DROPPED:
-                self._due.append(event)
-            elif (live := self._streams.get(event.stream)) is not None:
-                live.inputs.pop(event.number, None)
-                live.outlet.forget(event.number)
-        if self._observers:
-            if len(self._events) < self._config.waiting_events:
-                self._events.append(event)
-                self._report_work.notify()
-            else:
-                self.lost_events += 1
-
-    def _order(self, order: Callable[..., None], *args: object) -> None:
-        self._orders.append(functools.partial(order, *args))
-        self._device_work.notify()
-
-    def _fail(self, live: _Live, error: BaseException) -> None:
-        """Ends a stream with its reason. Takes the lock itself."""
-        with self._lock:
-            self._close(live, error)
-
-    def _close(self, live: _Live, error: BaseException | None = None) -> None:
-        """Ends a stream at once; what is due already is still handed over. A second time changes nothing."""
-        if live.gone:
-            return
-        live.gone, live.error = True, error
-        self._scheduler.close(live.id, self._clock.now_ns())
-        live.inputs.clear()
-        self._look_for_ends()
-        self._device_work.notify()
-        self._delivery_work.notify()
-
-    def _look_for_ends(self) -> None:
-        """Lets the sink and the device side of streams end that the scheduler is through with."""
-        for live in self._streams.values():
-            if not live.over and self._scheduler.is_over(live.id):
-                live.over = True
-                live.outlet.end()
-                self._order_close(live)
-
-    def _order_close(self, live: _Live) -> None:
-        if live.session is not None:
-            self._order(self._close_session, live)
-
-    def _forget_if_done(self, live: _Live) -> None:
-        """Removes a stream of which nothing is left but how it ended."""
-        if not live.over or not live.drained or live.opening or live.session is not None:
-            return
-        if self._streams.pop(live.id, None) is None:
-            return
-        if live.error is not None:
-            traceback.clear_frames(live.error.__traceback__)  # they hold pictures
-        self._results[live.id] = live.error
-        if len(self._results) > KEPT_RESULTS:
-            del self._results[next(iter(self._results))]
-        self._state.notify_all()
-
-    def _wake_all(self) -> None:
-        for condition in (
-            self._device_work, self._finisher_work, self._delivery_work, self._reader_work, self._report_work,
-            self._watch, self._state,
-        ):  # fmt: skip
-            condition.notify_all()
+def _settle(future: Future[None], error: BaseException | None) -> None:
+    """Ends a future, unless somebody cancelled it."""
+    if future.set_running_or_notify_cancel():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
 
 def _checked_frame(frame: np.ndarray, cfg: StreamConfig) -> np.ndarray:
@@ -860,20 +942,6 @@ def _checked_frame(frame: np.ndarray, cfg: StreamConfig) -> np.ndarray:
     return np.array(frame, order="C")
 
 
-def _name(tick: Tick) -> str:
-    """Returns what a tick is called in reports."""
-    return f"tick {tick.number} (stream {', '.join(str(part.stream) for part in tick.parts)})"
-
-
 def _stacked(frames: Sequence[np.ndarray], fill: int) -> np.ndarray | None:
     """Returns frames as one array, the last one repeated `fill` times; None if there are none."""
     return np.stack([*frames, *[frames[-1]] * fill]) if frames else None
-
-
-def _thread(name: str, body: Callable[..., None], *args: object) -> threading.Thread:
-    return threading.Thread(target=body, args=args, name=f"svd2-{name}", daemon=True)
-
-
-def _join(thread: threading.Thread, deadline: float) -> None:
-    if thread is not threading.current_thread() and thread.ident is not None:
-        thread.join(max(0.0, deadline - time.monotonic()))

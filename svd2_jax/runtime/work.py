@@ -133,6 +133,7 @@ class Reason(Enum):
     DISORDER = "disorder"  # its timestamp is older than one that was taken
     STALE = "stale"  # it came longer behind its timestamp than the budget
     CLOSED = "closed"  # its stream was closed or failed first
+    SINK = "sink"  # it was finished in time, and its sink was too slow to take it
 
 
 @dataclass(frozen=True)

@@ -69,16 +69,16 @@ class SimulatedDevice:
         """Forgets what is under way, as a change between stream batch and sequential does in the reference."""
         self._rows[stream].clear()
 
-    def start(self, tick: Tick, now_ns: int) -> None:
-        """Starts a tick; `free_ns` and `done_ns` say when it will be through."""
+    def start(self, tick: Tick, now_ns: int) -> tuple[int, int]:
+        """Starts a tick; returns when it will be through the stages, and when its frames will be finished."""
         assert self.free_ns is None, "a tick runs already"
         assert len(self._flight) < 2, "two ticks are in flight already"
         trace = self._trace
         free_ns = trace.end_ns(now_ns, self._sample_ms(self.work_ms(tick)))
-        self._flight.append(
-            _Flight(tick, free_ns, trace.end_ns(free_ns, trace.tail_ms) if trace.tail_ms else free_ns)
-        )
+        done_ns = trace.end_ns(free_ns, trace.tail_ms) if trace.tail_ms else free_ns
+        self._flight.append(_Flight(tick, free_ns, done_ns))
         self.busy_ns += free_ns - now_ns
+        return free_ns, done_ns
 
     def pass_on(self) -> None:
         """Takes the running tick out of the stages."""

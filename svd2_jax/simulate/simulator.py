@@ -1,15 +1,18 @@
-"""The loop of a live system, with events in order of time instead of threads and a clock."""
+"""Runs a policy on a trace: the live loop's body, with a heap of events instead of threads and a clock."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from svd2_jax.errors import SessionError
+from svd2_jax.runtime.driver import Driver, Policy
 from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.mailbox import Message
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -21,7 +24,6 @@ from svd2_jax.runtime.work import (
     StreamSettings,
     Tick,
     TickRecord,
-    Wait,
 )
 from svd2_jax.simulate.device import SimulatedDevice
 from svd2_jax.simulate.trace import Arrival, StreamTrace, Trace, earliest_ns, merged
@@ -32,50 +34,6 @@ MOST_CALLS_AT_ONCE = 10_000  # at one moment; more is a policy that never waits
 
 class PolicyFault(AssertionError):
     """A policy did what no device could run or no viewer could see."""
-
-
-class Policy(Protocol):
-    """What decides: `runtime.scheduler.Scheduler`, or a baseline."""
-
-    def warm_up(self, sample: LatencySample) -> None:
-        """Takes a device time measured before the streams open."""
-        ...
-
-    def open(self, settings: StreamSettings, now_ns: int) -> StreamId:
-        """Lets a stream join; raises SessionError to refuse it."""
-        ...
-
-    def arrive(self, stream: StreamId, now_ns: int, timestamp_ns: int | None = None) -> int:
-        """Takes a frame; returns its number."""
-        ...
-
-    def end(self, stream: StreamId, now_ns: int) -> None:
-        """Takes note that no more frames will come."""
-        ...
-
-    def close(self, stream: StreamId, now_ns: int) -> None:
-        """Drops a stream with all that is not shown."""
-        ...
-
-    def next(self, now_ns: int) -> Tick | Wait:
-        """Returns what the free device is to do."""
-        ...
-
-    def free(self, now_ns: int) -> None:
-        """Takes note that the stages are through with the running tick: another one may start."""
-        ...
-
-    def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
-        """Takes note that the oldest tick in flight is through, and how many chunks it finished."""
-        ...
-
-    def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
-        """Returns the frames to show now, and when to ask again."""
-        ...
-
-    def is_over(self, stream: StreamId) -> bool:
-        """Returns whether nothing of a stream is left."""
-        ...
 
 
 MakePolicy = Callable[[Sequence[int], Callable[[Event], None]], Policy]
@@ -131,6 +89,48 @@ class Outcome:
         return [e for e in self.events if isinstance(e, StepChange)]
 
 
+class VirtualInbox:
+    """Messages in order of their times; the time goes on from one to the next."""
+
+    def __init__(self, inputs: Iterator[tuple[int, Message]], progress: Callable[[float], None]):
+        """Takes what comes from outside, in order of time, and who is told the second that was reached."""
+        self.now_ns = 0
+        self._inputs, self._upcoming = inputs, next(inputs, None)
+        self._events: list[
+            tuple[int, int, Message]
+        ] = []  # a heap; at one moment, what was put first goes first
+        self._put = self._calls = 0
+        self._progress = progress
+
+    def at(self, time_ns: int, message: Message) -> None:
+        """Puts a message that comes at a time; at the same time as an input, before it."""
+        self._put += 1
+        heapq.heappush(self._events, (time_ns, self._put, message))
+
+    def take(self, until_ns: int | None = None) -> list[Message] | None:
+        """Goes on to the next time at which something happens, at most to `until_ns`, and returns its messages.
+
+        Raises:
+          PolicyFault: the time does not go on any more.
+        """
+        times = (self._upcoming and self._upcoming[0], self._events[0][0] if self._events else None, until_ns)
+        at_ns = min((t for t in times if t is not None), default=None)
+        if at_ns is None:
+            return None
+        self._calls = self._calls + 1 if at_ns <= self.now_ns else 0
+        if self._calls > MOST_CALLS_AT_ONCE:
+            raise PolicyFault(f"at {self.now_ns / SECOND:.3f} s the policy wants to be asked again and again")
+        self.now_ns = max(self.now_ns, at_ns)
+        self._progress(self.now_ns / SECOND)
+        messages = []
+        while self._events and self._events[0][0] <= self.now_ns:
+            messages.append(heapq.heappop(self._events)[2])
+        while self._upcoming is not None and self._upcoming[0] <= self.now_ns:
+            messages.append(self._upcoming[1])
+            self._upcoming = next(self._inputs, None)
+        return messages
+
+
 @dataclass
 class _Stream:
     """What the simulator knows of a stream, to check the policy's word against.
@@ -174,11 +174,11 @@ def simulate(
       PolicyFault: the policy broke a rule: it asked for a tick that cannot be, showed what was not there, or lost a
         frame.
     """
-    return _Run(trace, name, make_policy).run(progress)
+    return _Run(trace, name, make_policy, progress).run()
 
 
 class _Run:
-    def __init__(self, trace: Trace, name: str, make_policy: MakePolicy):
+    def __init__(self, trace: Trace, name: str, make_policy: MakePolicy, progress: Callable[[float], None]):
         self.trace, self.outcome = trace, Outcome(trace, name)
         self.device = SimulatedDevice(trace.device, trace.seed)
         self.policy = make_policy(trace.device.batch_sizes, self._report)
@@ -187,38 +187,22 @@ class _Run:
         self.streams: dict[StreamId, _Stream] = {}
         self.ids: dict[int, StreamId] = {}  # by source; a refused one has none
         self.ticks = 0
-        self.running: Tick | None = None
+        self.events = VirtualInbox(self._inputs(), progress)
+        self.driver = Driver(self.events, lambda: self.events.now_ns, self._start, self._show)
+        self.driver.policy = self.policy
 
-    def run(self, progress: Callable[[float], None]) -> Outcome:
+    def run(self) -> Outcome:
         """Plays all events in order of time."""
         self._warm_up()
-        inputs = merged(self.trace)
-        upcoming = next(inputs, None)
-        wake_ns = show_ns = None
-        now_ns, calls = 0, 0
-        while True:
-            times = (upcoming and upcoming[0], self.device.free_ns, self.device.done_ns, wake_ns, show_ns)
-            at_ns = min((t for t in times if t is not None), default=None)
-            if at_ns is None:
-                break
-            calls = calls + 1 if at_ns <= now_ns else 0
-            if calls > MOST_CALLS_AT_ONCE:
-                raise PolicyFault(f"at {now_ns / SECOND:.3f} s the policy wants to be asked again and again")
-            now_ns = max(now_ns, at_ns)
-            if self.device.free_ns is not None and self.device.free_ns <= now_ns:
-                self._free(now_ns)
-            if self.device.done_ns is not None and self.device.done_ns <= now_ns:
-                self._done(now_ns)
-            while upcoming is not None and upcoming[0] <= now_ns:
-                self._input(now_ns, *upcoming[1:])
-                upcoming = next(inputs, None)
-            if self.running is None:
-                wake_ns = self._next(now_ns)
-            show_ns = self._shows(now_ns)
-            progress(now_ns / SECOND)
+        self.driver.run()
         self._check_end()
-        self.outcome.ended_s, self.outcome.busy_s = now_ns / SECOND, self.device.busy_ns / SECOND
+        self.outcome.ended_s = self.events.now_ns / SECOND
+        self.outcome.busy_s = self.device.busy_ns / SECOND
         return self.outcome
+
+    def _inputs(self) -> Iterator[tuple[int, Message]]:
+        for at_ns, *what in merged(self.trace):
+            yield at_ns, functools.partial(self._input, *what)
 
     def _warm_up(self) -> None:
         sizes, tail_ns = self.trace.device.batch_sizes, round(self.trace.device.tail_ms * MS)
@@ -233,7 +217,8 @@ class _Run:
                     sample = LatencySample(settings.shape, batch, count, took_ns, first, tail_ns)
                     self.policy.warm_up(sample)
 
-    def _input(self, now_ns: int, rank: int, source: int, arrival: Arrival | None) -> None:
+    def _input(self, rank: int, source: int, arrival: Arrival | None) -> None:
+        now_ns = self.driver.now_ns
         if rank == 0:
             settings = self.trace.sources[source].settings()
             try:
@@ -257,37 +242,31 @@ class _Run:
             else:
                 self.policy.end(stream, now_ns)
 
-    def _next(self, now_ns: int) -> int | None:
-        decision = self.policy.next(now_ns)
-        if isinstance(decision, Wait):
-            return decision.until_ns
-        self._check_tick(decision)
+    def _start(self, tick: Tick) -> None:
+        self._check_tick(tick)
         self.ticks += 1
-        self.running = decision
-        self.device.start(decision, now_ns)
-        return None
+        free_ns, done_ns = self.device.start(tick, self.driver.now_ns)
+        self.events.at(free_ns, self._free)
+        self.events.at(done_ns, self._done)
 
-    def _free(self, now_ns: int) -> None:
-        self.running = None
+    def _free(self) -> None:
         self.device.pass_on()
-        self.policy.free(now_ns)
+        self.policy.free(self.driver.now_ns)
 
-    def _done(self, now_ns: int) -> None:
+    def _done(self) -> None:
         finished = self.device.finish()
         for stream, chunks in finished.items():
             if not self.streams[stream].gone:
                 self.streams[stream].finished.update(n for chunk in chunks for n in chunk)
-        self.policy.done({stream: len(chunks) for stream, chunks in finished.items()}, now_ns)
+        self.policy.done({stream: len(chunks) for stream, chunks in finished.items()}, self.driver.now_ns)
 
-    def _shows(self, now_ns: int) -> int | None:
-        shows, again_ns = self.policy.shows(now_ns)
+    def _show(self, shows: Sequence[Show]) -> None:
         for show in shows:
             stream = self.streams[show.stream]
             self._require(show.number in stream.finished, f"shows frame {show.number}, which is not finished")
             self._require(show.number > stream.shown, f"shows frame {show.number} behind {stream.shown}")
             stream.finished.remove(show.number)
             stream.shown = show.number
-        return again_ns
 
     def _report(self, event: Event) -> None:
         self.outcome.events.append(event)

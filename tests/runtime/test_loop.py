@@ -16,6 +16,7 @@ from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
 
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.deadline import PolicyConfig
+from svd2_jax.runtime.feed import feed
 from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig
 from svd2_jax.runtime.measure import measure, settings_for, shape_of
 from svd2_jax.runtime.work import (
@@ -51,13 +52,16 @@ class Bench:
         return lambda frame, record: taken.append((record, tuple(int(x) for x in frame[0, 0])))
 
     def open(self, name="a", settings=LIVE, source=None, sink=None, **made):
-        return self.loop.open(spec(steps=settings.steps, **made), settings, sink or self.sink(name), source)
+        stream = self.loop.open(spec(steps=settings.steps, **made), settings, sink or self.sink(name))
+        if source is not None:
+            threading.Thread(target=feed, args=(stream, source), name=f"svd2-source-{stream.id}").start()
+        return stream
 
     def pixels(self, name="a"):
         return [pixel for _, pixel in self.shown[name]]
 
     def over(self, *streams):
-        return lambda: not set(streams) & set(self.loop.streams)
+        return lambda: all(stream.ended.done() for stream in streams)
 
     @property
     def frames(self):
@@ -95,7 +99,7 @@ def test_every_frame_of_a_camera_is_shown_once_in_order_and_in_time():
         assert b.pixels() == expected(range(33))
         assert [record.number for record, _ in b.shown["a"]] == list(range(33))
         assert {event.fate for event in b.frames} == {Fate.SHOWN}
-        assert b.loop.stream_result(stream) is None
+        assert stream.ended.exception() is None
 
 
 def test_frames_leave_at_the_rate_they_came_in():
@@ -150,9 +154,9 @@ def test_frames_may_be_offered_by_hand_and_the_buffer_used_again():
         stream, buffer = b.open(), picture(0)
         for i in range(9):
             buffer[:] = i
-            assert b.loop.offer(stream, buffer) == i
+            stream.offer(buffer)
             b.clock.run(1 / 16)
-        b.loop.end(stream)
+        stream.end()
         b.clock.run_until(b.over(stream))
         assert b.pixels() == expected(range(9))
 
@@ -162,9 +166,9 @@ def test_timestamps_that_come_twice_or_out_of_order_drop_those_frames_only():
         stream, step = b.open(), round(SECOND / 16)
         stamps = [0, 1, 2, 3, 4, 5, 5, 7, 6, 8, 9, 10, 11, 12]
         for i, stamp in enumerate(stamps):
-            b.loop.offer(stream, picture(i), stamp * step)
+            stream.offer(picture(i), stamp * step)
             b.clock.run(1 / 16)
-        b.loop.end(stream)
+        stream.end()
         b.clock.run_until(b.over(stream))
         fates = {event.number: event.reason for event in b.frames}
         assert {n: reason for n, reason in fates.items() if reason} == {
@@ -178,7 +182,7 @@ def test_a_new_prompt_holds_from_a_chunk_on_and_no_frame_is_lost():
     with bench() as b:
         stream = b.open(source=camera(b.clock, 49))
         b.clock.run(1.5)
-        b.loop.set_prompt(stream, "green")
+        stream.update("green")
         b.clock.run_until(b.over(stream))
         lengths = [(pixel[0] - pixel[2]) % 256 for pixel in b.pixels()]
         assert len(lengths) == 49
@@ -186,15 +190,15 @@ def test_a_new_prompt_holds_from_a_chunk_on_and_no_frame_is_lost():
         assert (changed - 5) % 4 == 0
         assert lengths == [11] * changed + [5] * (49 - changed)
         (told,) = [event for event in b.events if isinstance(event, PromptRecord)]
-        assert (told.stream, told.prompt, told.frame) == (stream, "green", changed)
-        assert b.loop.metrics.summary(stream).prompt == "green"
+        assert (told.stream, told.prompt, told.frame) == (stream.id, "green", changed)
+        assert b.loop.metrics.summary(stream.id).prompt == "green"
 
 
 def test_a_prompt_may_be_blended_in_over_chunks():
     with bench() as b:
         stream = b.open(source=camera(b.clock, 49))
         b.clock.run(1.0)
-        b.loop.set_prompt(stream, "x" * 19, blend_chunks=4)
+        stream.update("x" * 19, blend_chunks=4)
         b.clock.run_until(b.over(stream))
         lengths = [(pixel[0] - pixel[2]) % 256 for pixel in b.pixels()]
         assert sorted(set(lengths)) == [11, 13, 15, 17, 19]
@@ -205,9 +209,9 @@ def test_a_prompt_that_is_no_prompt_is_refused_and_the_stream_goes_on():
     with bench() as b:
         stream = b.open(source=camera(b.clock, 9))
         with pytest.raises(ConfigError, match="empty"):
-            b.loop.set_prompt(stream, "  ")
+            stream.update("  ")
         with pytest.raises(ConfigError, match="blend_chunks"):
-            b.loop.set_prompt(stream, "green", -1)
+            stream.update("green", -1)
         b.clock.run_until(b.over(stream))
         assert b.pixels() == expected(range(9))
 
@@ -294,8 +298,8 @@ def test_a_source_that_raises_ends_its_stream_and_no_other():
     with bench() as b:
         bad, good = b.open("bad", source=broken(b.clock)), b.open("good", source=camera(b.clock, 41))
         b.clock.run_until(b.over(bad, good))
-        assert str(b.loop.stream_result(bad)) == "the camera was pulled out"
-        assert b.loop.stream_result(good) is None
+        assert str(bad.ended.exception()) == "the camera was pulled out"
+        assert good.ended.exception() is None
         assert b.pixels("good") == expected(range(41))
 
 
@@ -310,7 +314,7 @@ def test_a_sink_that_raises_ends_its_stream_and_no_other():
             b.open("good", source=camera(b.clock, 41)),
         )
         b.clock.run_until(b.over(bad, good))
-        assert str(b.loop.stream_result(bad)) == "the disk is full"
+        assert str(bad.ended.exception()) == "the disk is full"
         assert b.pixels("good") == expected(range(41))
 
 
@@ -319,11 +323,11 @@ def test_a_frame_of_the_wrong_shape_ends_its_stream_and_no_other():
         bad, good = b.open("bad"), b.open("good", source=camera(b.clock, 21))
         b.clock.run(0.1)
         with pytest.raises(SessionError, match=r"uint8 \(16, 16, 3\), got float32 \(8, 8\)"):
-            b.loop.offer(bad, np.zeros((8, 8), np.float32))
+            bad.offer(np.zeros((8, 8), np.float32))
         with pytest.raises(SessionError, match="it ended with: a frame must be"):
-            b.loop.offer(bad, picture(0))
+            bad.offer(picture(0))
         b.clock.run_until(b.over(bad, good))
-        assert isinstance(b.loop.stream_result(bad), SessionError)
+        assert isinstance(bad.ended.exception(), SessionError)
         assert b.pixels("good") == expected(range(21))
 
 
@@ -332,10 +336,10 @@ def test_a_prompt_that_cannot_be_encoded_ends_its_stream_and_no_other():
         bad, good = b.open("bad", source=camera(b.clock, 41)), b.open("good", source=camera(b.clock, 41))
         b.clock.run(0.5)
         b.engine.prompt_error = RuntimeError("out of memory")
-        with pytest.raises(RuntimeError, match="out of memory"):
-            b.loop.set_prompt(bad, "green")
+        change = bad.update("green")
         b.clock.run_until(b.over(bad, good))
-        assert str(b.loop.stream_result(bad)) == "out of memory"
+        assert str(change.exception()) == "out of memory"
+        assert str(bad.ended.exception()) == "out of memory"
         assert b.pixels("good") == expected(range(41))
 
 
@@ -347,7 +351,7 @@ def test_steps_that_cannot_be_set_end_their_stream_and_no_other():
         b.loop.warm_up(measured(engine, clock))
         bad = b.open(source=camera(b.clock, 97))
         b.clock.run_until(b.over(bad))
-        assert "no programs for 1 steps" in str(b.loop.stream_result(bad))
+        assert "no programs for 1 steps" in str(bad.ended.exception())
         engine.forbidden_steps = set()
         b.clock.run_until(b.over(b.open("next", source=camera(b.clock, 9))))
         assert len(b.pixels("next")) == 9
@@ -360,7 +364,7 @@ def test_frames_that_cannot_be_read_end_their_stream_and_no_other():
         b.engine.read_error = RuntimeError("the copy failed")
         b.clock.run_until(b.over(bad))
         b.engine.read_error = None
-        assert str(b.loop.stream_result(bad)) == "the copy failed"
+        assert str(bad.ended.exception()) == "the copy failed"
         good = b.open("good", source=camera(b.clock, 9))
         b.clock.run_until(b.over(good))
         assert b.pixels("good") == expected(range(9))
@@ -375,7 +379,7 @@ def test_a_tick_that_fails_ends_its_streams_and_the_loop_goes_on():
         b.engine.fault = fault
         bad = b.open("bad", source=camera(b.clock, 97))
         b.clock.run_until(b.over(bad))
-        assert str(b.loop.stream_result(bad)) == "the device said no"
+        assert str(bad.ended.exception()) == "the device said no"
         assert b.loop.error is None
         good = b.open("good", source=camera(b.clock, 9))
         b.clock.run_until(b.over(good))
@@ -396,8 +400,8 @@ def test_a_tick_that_fails_leaves_the_streams_that_were_not_in_it():
         bad = b.open("bad", source=wide(b.clock), width=32)
         good = b.open("good", source=camera(b.clock, 41))
         b.clock.run_until(b.over(bad, good))
-        assert str(b.loop.stream_result(bad)) == "no memory for a wide tick"
-        assert b.loop.stream_result(good) is None
+        assert str(bad.ended.exception()) == "no memory for a wide tick"
+        assert good.ended.exception() is None
         assert b.pixels("good") == expected(range(41))
 
 
@@ -411,7 +415,7 @@ def test_ticks_that_fail_again_and_again_end_the_loop():
         b.clock.run_until(lambda: b.loop.error)
         assert "3 ticks failed one after another: the device is gone" in str(b.loop.error)
         b.clock.run_until(b.over(*streams))
-        assert all(b.loop.stream_result(stream) is not None for stream in streams)
+        assert all(stream.ended.exception() is not None for stream in streams)
         with pytest.raises(EngineError, match="the device is gone"):
             b.loop.wait()
         with pytest.raises(EngineError, match="does not run"):
@@ -474,7 +478,7 @@ def test_a_tick_that_fails_in_either_wait_ends_its_streams_and_the_loop_goes_on(
         setattr(b.engine, wait, fault)
         bad = b.open("bad", settings=FAST, source=camera(b.clock, 97, rate_hz=60))
         b.clock.run_until(b.over(bad))
-        assert str(b.loop.stream_result(bad)) == "the device said no"
+        assert str(bad.ended.exception()) == "the device said no"
         assert len(b.engine.ticks) == (7 if wait == "stages_fault" else 8)
         assert b.loop.error is None
         assert b.pixels("bad") == expected(range(len(b.pixels("bad"))))
@@ -507,8 +511,8 @@ def test_a_tick_that_fails_leaves_others_in_the_next_one():
         good = b.open("good", settings=settings, source=camera(b.clock, 41, rate_hz=24))
         b.clock.run_until(b.over(bad, good))
         assert running == [[[16]]]
-        assert str(b.loop.stream_result(bad)) == "no memory for a wide picture"
-        assert b.loop.stream_result(good) is None
+        assert str(bad.ended.exception()) == "no memory for a wide picture"
+        assert good.ended.exception() is None
         assert b.pixels("good") == expected(range(41))
 
 
@@ -525,7 +529,7 @@ def test_what_fails_behind_a_failed_tick_of_the_same_stream_counts_with_it():
         for _ in range(4):
             stream = b.open(settings=FAST, source=camera(b.clock, 97, rate_hz=60))
             b.clock.run_until(b.over(stream))
-            assert str(b.loop.stream_result(stream)) == f"tick {min(lost)} is lost"
+            assert str(stream.ended.exception()) == f"tick {min(lost)} is lost"
             assert b.loop._failed_ticks == 1
             good = b.open("good", source=camera(b.clock, 9))
             b.clock.run_until(b.over(good))
@@ -544,7 +548,7 @@ def test_ticks_that_fail_in_either_wait_again_and_again_end_the_loop(wait):
         b.clock.run_until(lambda: b.loop.error)
         assert "3 ticks failed one after another: the device is gone" in str(b.loop.error)
         b.clock.run_until(b.over(*streams))
-        assert all(b.loop.stream_result(stream) is not None for stream in streams)
+        assert all(stream.ended.exception() is not None for stream in streams)
 
 
 def test_closing_while_frames_are_being_finished_drops_them_and_nothing_else():
@@ -555,12 +559,12 @@ def test_closing_while_frames_are_being_finished_drops_them_and_nothing_else():
         def close(number):
             if number == 6:  # its frames are about to be finished, and tick 7 of the same stream runs
                 closed.append(len(b.engine.ticks))
-                b.loop.close(gone)
+                gone.close()
 
         b.engine.finish_fault = close
         b.clock.run_until(b.over(gone))
         assert closed == [8]
-        assert b.loop.stream_result(gone) is None
+        assert gone.ended.exception() is None
         assert {e.reason for e in b.frames if e.reason} == {Reason.CLOSED}
         assert b.pixels("gone") == expected(range(len(b.pixels("gone"))))
         stays = b.open("stays", source=camera(b.clock, 41))
@@ -573,7 +577,7 @@ def test_prompts_and_steps_change_between_ticks_that_overlap():
         settings = StreamSettings(rate_hz=60, budget_ms=2500, steps=2)
         stream = b.open(settings=settings, source=camera(b.clock, 201, rate_hz=60))
         b.clock.run(1.0)
-        b.loop.set_prompt(stream, "green")
+        stream.update("green")
         b.engine.device_ms = lambda streams, steps, first: 45.0 * steps  # too slow for two
         b.clock.run_until(b.over(stream))
         changes = [event for event in b.events if isinstance(event, StepChange)]
@@ -595,10 +599,10 @@ def test_a_slow_sink_ends_with_its_reason_and_holds_up_nobody():
         slow = b.open(sink=lambda frame, record: free.wait(), source=camera(b.clock, 97))
         good = b.open("good", source=camera(b.clock, 41))
         # The slow sink's thread never comes to wait for the clock: it does not count as one that has work to do.
-        [stuck] = [t for t in threading.enumerate() if t.name == f"svd2-outlet-{slow}"]
+        [stuck] = [t for t in threading.enumerate() if t.name == f"svd2-sink-{slow.id}"]
         stuck.name = "stuck"
         b.clock.run_until(b.over(slow, good))
-        assert "too slow: 8 frames wait" in str(b.loop.stream_result(slow))
+        assert "too slow: 8 frames wait" in str(slow.ended.exception())
         assert b.pixels("good") == expected(range(41))
         free.set()
         stuck.join()
@@ -609,28 +613,32 @@ def test_closing_in_the_middle_of_a_tick_drops_what_is_inside_and_nothing_else()
     engine = FakeEngine(clock, lambda streams, steps, first: 100.0)
     with bench(clock=clock, engine=engine) as b:
         gone, stays = b.open("gone", source=camera(b.clock, 97)), b.open("stays", source=camera(b.clock, 41))
-        b.clock.run_until(lambda: len(engine.ticks) == 6)
-        assert b.loop._calls  # the device works
-        b.loop.close(gone)
-        assert gone in b.loop.streams  # its session is held until the tick is through
+
+        def is_in_a_tick():
+            return (now := b.loop._reader.current) and f"(stream {gone.id}" in now[0].what
+
+        b.clock.run_until(lambda: len(engine.ticks) >= 6 and is_in_a_tick())
+        gone.close()
+        b.clock.settle()
+        assert not gone.ended.done()  # its session is held until the tick is through
         b.clock.run_until(b.over(gone, stays))
-        assert b.loop.stream_result(gone) is None
-        assert {e.reason for e in b.frames if e.stream == gone and e.reason} == {Reason.CLOSED}
+        assert gone.ended.exception() is None
+        assert {e.reason for e in b.frames if e.stream == gone.id and e.reason} == {Reason.CLOSED}
         assert b.pixels("stays") == expected(range(41))
         with pytest.raises(SessionError, match="it is over"):
-            b.loop.offer(gone, picture(0))
+            gone.offer(picture(0))
 
 
 def test_ending_a_stream_by_hand_shows_what_came_until_then():
     with bench() as b:
         stream = b.open(source=camera(b.clock, 1000))
         b.clock.run(2.0)
-        b.loop.end(stream)
+        stream.end()
         b.clock.run_until(b.over(stream))
         count = len(b.pixels())
         assert 30 <= count <= 34
         assert b.pixels() == expected(range(count))
-        assert b.loop.stream_result(stream) is None
+        assert stream.ended.exception() is None
 
 
 def test_a_stream_whose_last_frames_are_hopeless_is_over_all_the_same():
@@ -642,8 +650,8 @@ def test_a_stream_whose_last_frames_are_hopeless_is_over_all_the_same():
         engine.device_ms = lambda streams, steps, first: 1500.0
         b.clock.run_until(b.over(stream))
         assert any(event.fate is Fate.DROPPED for event in b.frames)
-        assert sum(event.stream == stream for event in b.frames) == 41
-        assert b.loop.stream_result(stream) is None
+        assert sum(event.stream == stream.id for event in b.frames) == 41
+        assert stream.ended.exception() is None
 
 
 def test_a_stream_that_cannot_be_opened_leaves_nothing():
@@ -685,8 +693,8 @@ def test_a_device_that_hangs_is_reported_once_and_ends_the_loop():
     engine = FakeEngine(clock)
     engine.hang = {4}
     b, stream, report = run_until_it_hangs(engine, clock)
-    assert f"tick 4 (stream {stream})" in str(report)
-    assert "svd2-device" in b.loop.stop()
+    assert f"tick 4 (stream {stream.id})" in str(report)
+    assert "svd2-reader" in b.loop.stop()
     assert b.loop.metrics.summary().inside == 0
     clock.run(2e9)  # even this device comes back at last, and the loop's threads end
     wait_for_threads()
@@ -697,9 +705,9 @@ def test_frames_that_are_never_finished_are_noticed_once():
     engine = FakeEngine(clock)
     engine.hang_behind = {4}
     b, stream, report = run_until_it_hangs(engine, clock)
-    assert report.what == f"finishing the frames of tick 4 (stream {stream})"
+    assert report.what == f"finishing the frames of tick 4 (stream {stream.id})"
     assert len(engine.ticks) <= 6  # two are in flight, and no third one starts
-    assert "svd2-finisher" in b.loop.stop()
+    assert "svd2-reader" in b.loop.stop()
     assert b.loop.metrics.summary().inside == 0
     clock.run(2e9)
     wait_for_threads()
@@ -719,7 +727,7 @@ def test_a_copy_to_the_host_that_hangs_is_noticed_too():
     b.loop.start()
     stream = b.open(source=camera(b.clock, 2000))
     b.clock.run_until(lambda: b.hangs)
-    assert b.hangs[0].what == f"reading frames (stream {stream})"
+    assert b.hangs[0].what == f"reading frames (stream {stream.id})"
     b.loop.stop()
     b.clock.run(101)
     wait_for_threads()
@@ -739,6 +747,7 @@ def test_a_hanging_device_ends_the_process_with_a_line_and_code_3():
     script = """
 import itertools, time
 from fakes import FakeEngine, picture, spec
+from svd2_jax.runtime.feed import feed
 from svd2_jax.runtime.loop import LiveLoop, LoopConfig
 from svd2_jax.runtime.work import StreamSettings
 
@@ -750,7 +759,7 @@ def source():
 engine = FakeEngine(device_ms=lambda streams, steps, first: 1.0)
 engine.hang = {3}
 with LiveLoop(engine, config=LoopConfig(hang_s=0.2)) as loop:
-    loop.open(spec(), StreamSettings(rate_hz=100, budget_ms=500), lambda frame, record: None, source())
+    feed(loop.open(spec(), StreamSettings(rate_hz=100, budget_ms=500), lambda frame, record: None), source())
     loop.wait()
 """
     tests = Path(__file__).parents[1]
@@ -777,9 +786,9 @@ def test_a_thread_of_the_loop_that_dies_ends_the_loop_with_the_reason():
 
         b.loop._scheduler.shows = broken
         b.clock.run_until(lambda: b.loop.error)
-        assert "delivery thread failed: ZeroDivisionError: a bug" in str(b.loop.error)
+        assert "the loop's thread failed: ZeroDivisionError: a bug" in str(b.loop.error)
         b.clock.run_until(b.over(stream))
-        assert b.loop.stream_result(stream) is b.loop.error
+        assert stream.ended.exception() is b.loop.error
 
 
 def test_an_observer_that_raises_is_left_out_and_told_of():
@@ -791,8 +800,11 @@ def test_an_observer_that_raises_is_left_out_and_told_of():
 
     loop = LiveLoop(FakeEngine(clock), observers=[broken, seen.append], clock=clock)
     loop.start()
-    stream = loop.open(spec(), LIVE, lambda frame, record: None, camera(clock, 9))
-    clock.run_until(lambda: stream not in loop.streams)
+    stream = loop.open(spec(), LIVE, lambda frame, record: None)
+    feeder = threading.Thread(target=feed, args=(stream, camera(clock, 9)), name="svd2-source")
+    feeder.start()
+    clock.run_until(stream.ended.done)
+    feeder.join()
     loop.stop()
     assert [str(e) for e in loop.observer_errors] == ["no disk"]
     assert sum(isinstance(event, FrameRecord) for event in seen) == 9
@@ -801,11 +813,10 @@ def test_an_observer_that_raises_is_left_out_and_told_of():
 
 def test_stopping_drops_what_is_inside_and_ends_all_threads():
     with bench() as b:
-        for i in range(3):
-            b.open(str(i), source=camera(b.clock, 1000))
+        streams = [b.open(str(i), source=camera(b.clock, 1000)) for i in range(3)]
         b.clock.run(1.0)
-    assert all(b.loop.stream_result(i) is None for i in range(3))
-    assert not b.loop._events
+    assert all(stream.ended.exception() is None for stream in streams)
+    assert not len(b.loop._events)
     assert {e.reason for e in b.frames if e.reason} == {Reason.CLOSED}
 
 
@@ -813,45 +824,37 @@ def test_streams_that_come_and_go_leave_nothing_behind():
     with bench() as b:
         held = []
         for i in range(100):
-            source = camera(b.clock, 6, rate_hz=100)
-            frames = []
-            stream = b.loop.open(
-                spec(prompt="x" * (i + 1)), StreamSettings(rate_hz=100, budget_ms=1000),
-                lambda frame, record, frames=frames: frames.append(frame), source,
-            )  # fmt: skip
-            held.append(weakref.ref(b.loop._streams[stream]))
+            source, settings = camera(b.clock, 6, rate_hz=100), StreamSettings(rate_hz=100, budget_ms=1000)
+            stream = b.open(settings=settings, source=source, prompt="x" * (i + 1))
+            held.append(weakref.ref(b.loop._states[stream.id]))
             if i % 3 == 0:
                 b.clock.run(0.05)
-                b.loop.close(stream)
+                stream.close()
             b.clock.run_until(b.over(stream))
         b.clock.settle()
+        del stream
         gc.collect()
         assert sum(ref() is not None for ref in held) == 0
         loop = b.loop
-        for store in (
-            loop._streams,
-            loop._orders,
-            loop._passed,
-            loop._finished,
-            loop._due,
-            loop._events,
-            loop._stream_threads,
-        ):
-            assert not store
+        assert not loop._states
+        assert [len(box) for box in (loop._inbox, loop._events)] == [0, 0]
+        assert [worker.current for worker in (loop._device, loop._reader, loop._encoder)] == [None] * 3
+        assert sum(sinker.thread.is_alive() for sinker in loop._sinkers) == 0
+        assert len(loop._sinkers) < 10
         assert b.engine.open_sessions == 0
 
 
 def test_pixels_are_freed_when_their_fate_is_known():
     with bench() as b:
         stream = b.open(source=camera(b.clock, 200))
-        live = b.loop._streams[stream]
+        state = b.loop._states[stream.id]
         for _ in range(20):
             b.clock.run(0.5)
-            assert len(live.inputs) <= 8
-            assert len(live.outlet._pixels) <= 16
+            assert len(state.inputs) <= 8
+            assert len(state.finished) <= 16
         b.clock.run_until(b.over(stream))
-        assert not live.inputs
-        assert not live.outlet._pixels
+        assert not state.inputs
+        assert not state.finished
 
 
 def test_it_runs_on_the_real_clock():
@@ -866,11 +869,12 @@ def test_it_runs_on_the_real_clock():
     before = set(threading.enumerate())
     with LiveLoop(engine) as loop:
         settings = StreamSettings(rate_hz=200, budget_ms=30_000)
-        stream = loop.open(spec(), settings, lambda frame, record: shown.append(record.number), source())
-        assert loop.wait(stream, timeout_s=60)
+        stream = loop.open(spec(), settings, lambda frame, record: shown.append(record.number))
+        feed(stream, source())
+        stream.result(timeout_s=60)
         assert loop.wait()
     assert shown == sorted(shown)
-    summary = loop.metrics.summary(stream)
+    summary = loop.metrics.summary(stream.id)
     assert summary.is_balanced
     assert len(shown) + summary.frames_dropped == summary.frames_in == 29
     assert set(threading.enumerate()) == before
