@@ -28,6 +28,8 @@ from svd2_jax.errors import (
     SessionError,
     Svd2Error,
 )
+from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.service import LiveService
 
 if TYPE_CHECKING:
     from svd2_jax.engine.engine import DeviceEngine
@@ -37,10 +39,12 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "EngineError",
+    "LiveService",
     "MediaError",
     "SessionError",
     "SessionSpec",
     "StreamConfig",
+    "StreamSettings",
     "Svd2Error",
     "load",
 ]

@@ -9,15 +9,21 @@ import signal
 import sys
 import threading
 import time
+import types
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fakes import SMALL, FakeEngine, spec
 
-from svd2_jax import live, media
+from svd2_jax import media
+from svd2_jax.cli import live
+from svd2_jax.cli.live import LiveRun
+from svd2_jax.cli.terminal import TypedLines
 from svd2_jax.errors import MediaError
-from svd2_jax.live import LiveRun, TypedLines, VideoSink
+from svd2_jax.media import sources
+from svd2_jax.media.sinks import VideoSink
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.work import Fate, FrameRecord, PromptRecord, StreamSettings
@@ -39,7 +45,7 @@ def clip(tmp_path):
 
 def plan(clip, again=False, **changes):
     def source(i, stop):
-        return live.play_file(clip, HEIGHT, WIDTH, None, again, stop)
+        return sources.play_file(clip, HEIGHT, WIDTH, None, again, stop)
 
     return dataclasses.replace(LiveRun((spec(),), SETTINGS, source), **changes)
 
@@ -47,7 +53,7 @@ def plan(clip, again=False, **changes):
 def run(live_run, engine=None):
     """Runs it; nobody is refused for what ticks were measured to take, as the machine may be busy with other things."""
     said, policy = [], PolicyConfig(admit_below=None)
-    ended_well = live.run(engine or FakeEngine(device_ms=lambda *_: 1.0), live_run, policy, said.append)
+    ended_well = live.run([engine or FakeEngine(device_ms=lambda *_: 1.0)], live_run, policy, said.append)
     return ended_well, "\n".join(said)
 
 
@@ -102,7 +108,7 @@ def interrupted(clip, *delays):
         for delay in delays:
             signals = (threading.main_thread().ident, signal.SIGINT)
             threading.Timer(delay, signal.pthread_kill, signals).start()
-        yield from live.play_file(clip, HEIGHT, WIDTH, None, True, stop)
+        yield from sources.play_file(clip, HEIGHT, WIDTH, None, True, stop)
 
     return source
 
@@ -126,7 +132,7 @@ def test_a_stream_that_fails_is_named_and_the_others_are_kept(clip, tmp_path):
     def source(i, stop):
         if i == 1:
             return iter([(0, np.zeros((HEIGHT, WIDTH + 16, 3), np.uint8))])
-        return live.play_file(clip, HEIGHT, WIDTH, None, False, stop)
+        return sources.play_file(clip, HEIGHT, WIDTH, None, False, stop)
 
     ended_well, said = run(plan(clip, specs=(spec(),) * 2, source=source, output=tmp_path / "out.mp4"))
     assert not ended_well
@@ -142,29 +148,38 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work_begins(clip
 
 
 class TypedInto:
-    """A loop that takes prompts for its streams 7 and 9, of which the second has shown frames after 1000 ms each."""
+    """Streams 7, 8 and 9 that take prompts. 8 is over; 9 has shown frames after 1000 ms each."""
 
     def __init__(self):
         self.calls, self.metrics = [], Metrics()
-        for stream in (7, 8, 9):
-            self.metrics.opened(stream, SETTINGS)
+        self.streams = [
+            types.SimpleNamespace(id=stream, update=functools.partial(self.update, stream))
+            for stream in (7, 8, 9)
+        ]
+        for stream in self.streams:
+            self.metrics.opened(stream.id, SETTINGS)
         for number in range(8):
             arrival = round(number * 1e9 / 8)
             self.metrics(FrameRecord(9, number, None, arrival, 0, Fate.SHOWN, shown_ns=arrival + 10**9))
 
-    def set_prompt(self, stream, text, blend_chunks):
+    def update(self, stream, prompt, blend_chunks):
+        done = Future()
         if stream == 8:
-            raise RuntimeError("it is over")
-        self.calls.append((stream, text, blend_chunks))
+            done.set_exception(RuntimeError("it is over"))
+        else:
+            self.calls.append((stream, prompt, blend_chunks))
+            done.set_result(None)
+        return done
 
 
 def typed(*lines, blend_chunks=4, remark=lambda prompt: None):
     """What each line did, and what was answered."""
-    loop = TypedInto()
+    into = TypedInto()
     settings = StreamSettings(rate_hz=8, budget_ms=2000)
     live_run = LiveRun((spec(),) * 3, settings, lambda i, stop: [], blend_chunks=blend_chunks, remark=remark)
-    said = [live._change_prompt(loop, live_run, {0: 7, 1: 8, 2: 9}, line) for line in lines]
-    return loop.calls, said
+    streams = dict(enumerate(into.streams))
+    said = [live._change_prompt(into.metrics, live_run, streams, line) for line in lines]
+    return into.calls, said
 
 
 def test_typed_lines_change_the_prompt_of_all_streams_or_of_one():
@@ -222,7 +237,9 @@ def test_a_prompt_is_seen_when_the_first_frame_of_its_chunk_is_shown():
 
 def test_it_is_said_when_a_new_prompt_is_being_shown():
     said = []
-    watch = live._PromptWatch({0: 7, 1: 9}, said.append)
+    watch = live._PromptWatch(
+        dict(enumerate(types.SimpleNamespace(id=stream) for stream in (7, 9))), said.append
+    )
     frame = functools.partial(FrameRecord, 9, timestamp_ns=None, arrival_ns=0, deadline_ns=0)
     watch(frame(number=4, fate=Fate.SHOWN, shown_ns=1))
     watch(PromptRecord(9, 0, "winter", frame=9))
@@ -367,7 +384,7 @@ def test_a_listener_who_is_gone_does_not_cost_the_video(clip, tmp_path):
         raise BrokenPipeError
 
     live_run = plan(clip, output=tmp_path / "out.mp4")
-    assert live.run(FakeEngine(device_ms=lambda *_: 1.0), live_run, PolicyConfig(), gone)
+    assert live.run([FakeEngine(device_ms=lambda *_: 1.0)], live_run, PolicyConfig(), gone)
     assert len(frames_of(tmp_path / "out.mp4")) == 33
 
 
@@ -375,7 +392,7 @@ def test_a_stream_that_is_not_let_in_leaves_the_others_running(clip, tmp_path):
     def source(i, stop):
         if i == 0:
             raise MediaError("no such camera")
-        return live.play_file(clip, HEIGHT, WIDTH, None, False, stop)
+        return sources.play_file(clip, HEIGHT, WIDTH, None, False, stop)
 
     ended_well, said = run(plan(clip, specs=(spec(),) * 2, source=source, output=tmp_path / "out.mp4"))
     assert not ended_well
@@ -399,7 +416,7 @@ def test_outputs_cannot_share_a_file(clip, tmp_path):
 
 
 def test_a_played_file_has_the_timestamps_of_its_rate_and_starts_over(clip):
-    source = live.play_file(clip, HEIGHT, WIDTH, 400.0, True, threading.Event())
+    source = sources.play_file(clip, HEIGHT, WIDTH, 400.0, True, threading.Event())
     taken = list(itertools.islice(source, 70))
     assert [at for at, _ in taken] == [round(1e9 * n / 400) for n in range(70)]
     np.testing.assert_array_equal(taken[0][1], taken[33][1])
@@ -408,7 +425,7 @@ def test_a_played_file_has_the_timestamps_of_its_rate_and_starts_over(clip):
 
 def test_a_played_file_stops_in_the_middle_of_a_wait(clip):
     stop = threading.Event()
-    source = live.play_file(clip, HEIGHT, WIDTH, 0.001, False, stop)
+    source = sources.play_file(clip, HEIGHT, WIDTH, 0.001, False, stop)
     next(source)
     threading.Timer(0.05, stop.set).start()
     assert list(source) == []
@@ -416,10 +433,10 @@ def test_a_played_file_stops_in_the_middle_of_a_wait(clip):
 
 def test_a_camera_gives_frames_with_its_own_timestamps():
     stop = threading.Event()
-    frames = list(itertools.islice(live.watch_camera(TESTSRC, HEIGHT, WIDTH, stop), 4))
+    frames = list(itertools.islice(sources.watch_camera(TESTSRC, HEIGHT, WIDTH, stop), 4))
     assert [at for at, _ in frames] == [0, 62_500_000, 125_000_000, 187_500_000]
     assert frames[0][1].shape == (HEIGHT, WIDTH, 3)
-    source = live.watch_camera(TESTSRC, HEIGHT, WIDTH, stop)
+    source = sources.watch_camera(TESTSRC, HEIGHT, WIDTH, stop)
     next(source)
     stop.set()
     assert list(source) == []
@@ -434,7 +451,7 @@ def test_a_camera_gives_frames_with_its_own_timestamps():
 )
 def test_a_camera_that_is_not_there_is_named(device, message):
     with pytest.raises(MediaError, match=message):
-        live.open_camera(device, HEIGHT, WIDTH)
+        sources.open_camera(device, HEIGHT, WIDTH)
 
 
 def test_the_default_budget_lets_each_chunk_wait_for_those_that_push_it_on():

@@ -444,6 +444,11 @@ class LiveLoop:
         """The streams that are not over."""
         return tuple(state.stream for state in tuple(self._states.values()))
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started, and neither stopped nor failed."""
+        return self._thread is not None and self.error is None and not self._inbox.is_closed
+
     def warm_up(self, samples: Iterable[LatencySample]) -> None:
         """Tells the scheduler what ticks take, see `measure.measure`; without, it finds out with the first frames.
 

@@ -1,4 +1,4 @@
-"""The live loop on a real engine: what comes out is what a session gives that runs by itself."""
+"""The live service on a real engine: what comes out is what a session gives that runs by itself."""
 
 import time
 
@@ -9,9 +9,8 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import stage_meshes
-from svd2_jax.runtime.loop import LiveLoop
-from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.service import LiveService
 
 
 @pytest.mark.slow
@@ -31,16 +30,16 @@ def test_live_streams_give_the_frames_of_sessions_that_run_alone(golden_checkpoi
             yield i * 50_000_000, frame
 
     shown = [[], []]
-    with LiveLoop(engine) as loop:
-        loop.warm_up(measure(engine, specs[0], (2,)))
+    with LiveService(engine) as service:
+        service.warm_up(specs[0], (2,))
         settings = StreamSettings(
             rate_hz=20, budget_ms=60_000, floor_steps=2, stages=stages
         )  # no haste: nothing may be dropped
         streams = [
-            loop.open(s, settings, lambda frame, _, i=i: shown[i].append(frame), camera(clips[i]))
+            service.open(s, settings, lambda frame, _, i=i: shown[i].append(frame), camera(clips[i]))
             for i, s in enumerate(specs)
         ]
-        assert loop.wait(timeout_s=300)
-    assert [loop.stream_result(stream) for stream in streams] == [None, None]
+        for stream in streams:
+            stream.result(timeout_s=300)
     for frames, wanted in zip(shown, alone, strict=True):
         np.testing.assert_array_equal(np.stack(frames), wanted)

@@ -691,8 +691,10 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 
 
 def _live(args: argparse.Namespace) -> int:
-    from svd2_jax import live
+    from svd2_jax.cli import live
+    from svd2_jax.media import sources
     from svd2_jax.runtime import heap
+    from svd2_jax.runtime.feed import Source
     from svd2_jax.runtime.scheduler import PolicyConfig
     from svd2_jax.runtime.work import StreamSettings
 
@@ -726,7 +728,7 @@ def _live(args: argparse.Namespace) -> int:
     )
     # Opened once before all that takes long, so that what cannot be read is known at once.
     with (
-        live.open_camera(args.camera, cfg.height, cfg.width, args.fps)
+        sources.open_camera(args.camera, cfg.height, cfg.width, args.fps)
         if args.camera
         else media.VideoReader(args.input, cfg.height, cfg.width)
     ) as reader:
@@ -743,10 +745,10 @@ def _live(args: argparse.Namespace) -> int:
         stages=args.stages,
     )
 
-    def source(i: int, stop: threading.Event) -> live.Source:
+    def source(i: int, stop: threading.Event) -> Source:
         if args.camera:
-            return live.watch_camera(args.camera, cfg.height, cfg.width, stop, args.fps)
-        return live.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
+            return sources.watch_camera(args.camera, cfg.height, cfg.width, stop, args.fps)
+        return sources.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
 
     remark = functools.partial(_unknown_style, args.checkpoint)
     plan = live.LiveRun(
@@ -763,7 +765,7 @@ def _live(args: argparse.Namespace) -> int:
     sizes = tuple(2**n for n in range(args.streams.bit_length()))
     options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes, share_vae=args.share_vae)
     engine = _engine(args, stage_meshes(1, args.stages), options)
-    ended_well = _device_errors(live.run, engine, plan, PolicyConfig(), _say)
+    ended_well = _device_errors(live.run, [engine], plan, PolicyConfig(), _say)
     return 0 if ended_well else EXIT_FAILED
 
 
