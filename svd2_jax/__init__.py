@@ -28,6 +28,7 @@ from svd2_jax.errors import (
     SessionError,
     Svd2Error,
 )
+from svd2_jax.runtime.loop import WhenSlow
 from svd2_jax.runtime.work import StreamSettings
 from svd2_jax.service import LiveService
 
@@ -46,6 +47,7 @@ __all__ = [
     "StreamConfig",
     "StreamSettings",
     "Svd2Error",
+    "WhenSlow",
     "load",
 ]
 

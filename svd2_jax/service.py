@@ -15,6 +15,7 @@ with svd2_jax.LiveService(svd2_jax.load("tiny")) as service:
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -70,8 +71,9 @@ class LiveService:
         if not self._engines:
             raise ConfigError("a live service needs at least one engine")
         self.metrics = metrics or Metrics()
+        ids = itertools.count()
         self.loops = tuple(
-            LiveLoop(engine, policy, config, self.metrics, observers, on_hang, clock)
+            LiveLoop(engine, policy, config, self.metrics, observers, on_hang, clock, ids)
             for engine in self._engines
         )
         self._stop_s = (config or LoopConfig()).stop_s

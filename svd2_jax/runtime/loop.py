@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from contextlib import suppress
@@ -351,6 +351,7 @@ class LiveLoop:
         observers: Sequence[Callable[[Event], None]] = (),
         on_hang: Callable[[HangReport], None] = exit_on_hang,
         clock: Clock | None = None,
+        ids: Iterator[StreamId] | None = None,
     ):
         """Creates the loop; `start`, or entering it, starts its threads.
 
@@ -363,6 +364,7 @@ class LiveLoop:
             given nothing more; see `observer_errors`.
           on_hang: is called once when the device hangs. Should it return, the loop ends with an EngineError.
           clock: where time comes from.
+          ids: gives the numbers of streams, ascending; None counts from 0. Loops that share metrics share one.
         """
         self.metrics = metrics or Metrics()
         self.error: BaseException | None = None
@@ -381,7 +383,7 @@ class LiveLoop:
             lambda _: self._pass_all_on(),
             self._look_for_hangs,
         )
-        self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event)
+        self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event, ids)
         self._driver.policy = self._scheduler
         self._sinkers: set[Worker] = set()
         self._states: dict[StreamId, _StreamState] = {}

@@ -18,9 +18,10 @@ admission), pacing.py (when to show) and ingest.py (what input to take).
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from svd2_jax.errors import SessionError
@@ -195,13 +196,20 @@ class _Running:
 class Scheduler:
     """Decides what the device does for several live streams, and when their finished frames are shown."""
 
-    def __init__(self, config: PolicyConfig, batch_sizes: Sequence[int], report: Callable[[Event], None]):
+    def __init__(
+        self,
+        config: PolicyConfig,
+        batch_sizes: Sequence[int],
+        report: Callable[[Event], None],
+        ids: Iterator[StreamId] | None = None,
+    ):
         """Creates a scheduler without streams.
 
         Args:
           config: the policy's settings.
           batch_sizes: how many streams a tick can take, beginning with 1.
           report: is given every event as it happens; must not call the scheduler.
+          ids: gives the numbers of streams, ascending; None counts from 0. Schedulers side by side share one.
 
         Raises:
           ValueError: a batch size below 1, or no 1 among them.
@@ -212,7 +220,7 @@ class Scheduler:
         self.model = LatencyModel(batch_sizes, config.latency)
         self._report = report
         self._streams: dict[StreamId, _Stream] = {}
-        self._opened = 0
+        self._ids = ids or itertools.count()
         self._ticks = 0
         self._running: deque[_Running] = deque()  # in flight, oldest first
         self._lags: dict[Cell, deque[int]] = {}  # from the end of the stages to finished frames, the last few
@@ -248,8 +256,7 @@ class Scheduler:
             problem = overload.refusal(settings, others, self.model.costs, self.config)
         if problem:
             raise Refused(problem)
-        stream = self._opened
-        self._opened += 1
+        stream = next(self._ids)
         self._streams[stream] = _Stream(
             id=stream,
             settings=settings,
