@@ -24,7 +24,7 @@ from typing import Self
 
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.errors import ConfigError, EngineError
-from svd2_jax.runtime.clock import Clock
+from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.feed import Source, feed
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig, Sink, Stream, exit_on_hang
@@ -71,9 +71,10 @@ class LiveService:
         if not self._engines:
             raise ConfigError("a live service needs at least one engine")
         self.metrics = metrics or Metrics()
+        self._clock = clock or MonotonicClock()
         ids = itertools.count()
         self.loops = tuple(
-            LiveLoop(engine, policy, config, self.metrics, observers, on_hang, clock, ids)
+            LiveLoop(engine, policy, config, self.metrics, observers, on_hang, self._clock, ids)
             for engine in self._engines
         )
         self._stop_s = (config or LoopConfig()).stop_s
@@ -146,7 +147,7 @@ class LiveService:
         for engine, loop in zip(self._engines, self.loops, strict=True):
             resolved = engine.resolved(spec)
             wanted = range(1, resolved.config.steps + 1) if steps is None else sorted(set(steps))
-            taken = measure(engine, resolved, wanted)
+            taken = measure(engine, resolved, wanted, now_ns=self._clock.now_ns)
             loop.warm_up(taken)
             samples += taken
         return samples
