@@ -43,6 +43,7 @@ class Bench:
         self.events = []
         self.hangs = []
         self.shown = {}
+        self.feeders = []
         self.loop = LiveLoop(
             self.engine, clock=self.clock, observers=[self.events.append], on_hang=self.hangs.append, **loop
         )
@@ -54,7 +55,9 @@ class Bench:
     def open(self, name="a", settings=LIVE, source=None, sink=None, **made):
         stream = self.loop.open(spec(steps=settings.steps, **made), settings, sink or self.sink(name))
         if source is not None:
-            threading.Thread(target=feed, args=(stream, source), name=f"svd2-source-{stream.id}").start()
+            feeder = threading.Thread(target=feed, args=(stream, source), name=f"svd2-source-{stream.id}")
+            self.feeders.append(feeder)
+            feeder.start()
         return stream
 
     def pixels(self, name="a"):
