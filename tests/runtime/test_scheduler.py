@@ -344,7 +344,7 @@ CONFIGS = st.builds(
     lower_above=st.sampled_from([0.5, 0.92]),
     raise_below=st.sampled_from([0.3, 0.5]),
     raise_after_ms=st.sampled_from([0.0, 500.0]),
-    risk_hold_ms=st.sampled_from([0.0, 1000.0]),
+    push_below=st.sampled_from([0.0, 0.9, 1e6]),
     admit_below=st.sampled_from([None, 0.7]),
     stall_intervals=st.sampled_from([0.0, 4.0, 1e6]),
     most_queued=st.sampled_from([6, 256]),
@@ -401,16 +401,29 @@ def flushes(world: World) -> int:
     return sum(not part.frames for record in world.ticks for part in record.tick.parts)
 
 
-def test_one_stream_with_time_enough_takes_a_tick_per_chunk_and_flows_evenly():
-    """A chunk waits 187.5 ms for its frames and 250 ms for the next one, and its last tick takes 80 ms."""
-    world = World([regular(16, 5 + 4 * 50)], Device()).run()
+def test_on_a_free_device_each_chunk_is_pushed_on_to_its_end_at_once():
+    """A chunk waits 187.5 ms for its frames, and takes two ticks of 80 ms."""
+    world = World([regular(16, 5 + 4 * 50, first_frames=1)], Device()).run()
     assert world.count(Fate.SHOWN) == len(world.frames) == 205
-    assert len(world.ticks) == 1 + 50 + 1  # the last chunk is pushed out, as nothing follows
-    assert flushes(world) == 1
+    assert len(world.ticks) == 1 + 51 * 2
+    assert flushes(world) == 51
     shown = sorted(f.shown_ns for f in world.frames)
     gaps = {round((b - a) / MS, 2) for a, b in itertools.pairwise(shown)}
     assert gaps == {62.5}
-    assert max(world.latencies_ms()) == pytest.approx(187.5 + 250 + 80 * 1.03 + 10, abs=0.1)
+    assert max(world.latencies_ms()) == pytest.approx(187.5 + 2 * 80, abs=0.1)
+    assert {f.steps for f in world.frames} == {2}
+
+
+def test_one_stream_without_time_to_push_on_takes_a_tick_per_chunk_and_flows_evenly():
+    """A chunk waits 187.5 ms for its frames and 250 ms for the next one, and its last tick takes 140 ms."""
+    world = World([regular(16, 5 + 4 * 50, budget_ms=900)], Device(fixed_ms=80)).run()
+    assert world.count(Fate.SHOWN) == len(world.frames) == 205
+    assert len(world.ticks) == 1 + 50 + 1  # the last chunk is pushed out, as nothing follows
+    assert flushes(world) == 1
+    shown = sorted(f.shown_ns for f in world.frames if f.number >= 5)
+    gaps = {round((b - a) / MS, 2) for a, b in itertools.pairwise(shown)}
+    assert gaps == {62.5}
+    assert max(world.latencies_ms()) == pytest.approx(187.5 + 250 + 140, abs=0.1)
     assert {f.steps for f in world.frames} == {2}
 
 
