@@ -21,9 +21,9 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from svd2_jax.errors import SessionError
+from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.runtime import ingest, overload, pacing
 from svd2_jax.runtime.deadline import (
     Choice,
@@ -123,6 +123,7 @@ class _Stream:
     started: bool = False  # whether its first group has entered
     ended: bool = False
     view: View | None = None  # None: to be made anew
+    update: StreamSettings | None = None  # that its next chunk brings
 
     @property
     def need(self) -> int:
@@ -290,6 +291,32 @@ class Scheduler:
             self._drop(s, s.queue.popleft(), Reason.OVERLOAD)
         return number
 
+    def update(self, stream: StreamId, settings: StreamSettings, now_ns: int) -> None:
+        """Gives a stream other steps, minimum steps or another budget, from its next chunk on.
+
+        The steps of chunks in flight follow; they are not changed before all of these can still be in time. Frames that
+        have arrived keep their deadlines.
+
+        Args:
+          stream: its number.
+          settings: the new ones; all but `steps`, `floor_steps` and `budget_ms` as before.
+          now_ns: the time.
+
+        Raises:
+          SessionError: the stream has ended, or there is none of that number.
+          ConfigError: settings that cannot change differ.
+          Refused: the new budget cannot be met even at the new minimum steps.
+        """
+        s = self._streams.get(stream)
+        if s is None or s.ended:
+            raise SessionError(f"stream {stream} takes no new settings: it has ended")
+        asked = {name: getattr(settings, name) for name in ("steps", "floor_steps", "budget_ms")}
+        if replace(s.settings, **asked) != settings:
+            raise ConfigError(f"only steps, floor_steps and budget_ms can change, got {settings}")
+        if problem := overload.refusal(settings, [], self.model.costs, self.config):
+            raise Refused(problem)
+        s.update, self._waiting = settings, None
+
     def end(self, stream: StreamId, now_ns: int) -> None:
         """Notes that no more frames come; what is there is still finished and shown."""
         s = self._streams.get(stream)
@@ -330,6 +357,7 @@ class Scheduler:
             until_ns = self._waiting.until_ns
             if until_ns is None or now_ns < until_ns:
                 return self._waiting
+        self._take_updates(start_ns)
         self._adapt(now_ns, start_ns)
         views = [s.view or self._view(s) for s in self._streams.values()]
         costs = {group: self.model.costs(*group) for group in {view.group for view in views}}
@@ -459,15 +487,8 @@ class Scheduler:
         self._controlled_ns = now_ns
         demands = [self._demand(s) for s in self._streams.values()]
         self._control, steps = overload.control(self._control, demands, self.model.costs, self.config, now_ns)
-        changed = [s for s in self._streams.values() if s.steps != steps[s.id]]
-        if changed:
-            before = {s.id: s.steps for s in changed}
-            spare = self._spare_ns(start_ns)
-            self._set_steps(changed, steps)
-            # Chunks in flight may need more ticks then, or lose the company in their batches: not at their cost.
-            if self._spare_ns(start_ns) < min(spare, self.config.guard_ns):
-                self._set_steps(changed, before)
-                self._controlled_ns = None
+        if not self._set_steps(steps, start_ns):
+            self._controlled_ns = None  # ask again at the next decision
         steps = {s.id: s.steps for s in self._streams.values()}
         if overload.need(demands, steps, self.model.costs) > 1:
             self._load = Load.OVER
@@ -475,9 +496,34 @@ class Scheduler:
             pushes = overload.push_need(demands, steps, self.model.costs)
             self._load = Load.ROOMY if pushes <= self.config.push_below else Load.BUSY
 
-    def _set_steps(self, streams: Sequence[_Stream], steps: Mapping[StreamId, int]) -> None:
-        for s in streams:
+    def _set_steps(self, steps: Mapping[StreamId, int], start_ns: int) -> bool:
+        """Sets steps from the next tick on, unless chunks in flight would be late then; returns whether it did."""
+        changed = [s for s in self._streams.values() if s.steps != steps.get(s.id, s.steps)]
+        if not changed:
+            return True
+        before, spare = [s.steps for s in changed], self._spare_ns(start_ns)
+        for s in changed:
             s.steps, s.view = steps[s.id], None
+        # These may need more ticks, or lose the company in their batches.
+        if self._spare_ns(start_ns) >= min(spare, self.config.guard_ns):
+            return True
+        for s, count in zip(changed, before, strict=True):
+            s.steps, s.view = count, None
+        return False
+
+    def _take_updates(self, start_ns: int) -> None:
+        """Gives streams the new settings whose next chunk is whole, or which have nothing in flight."""
+        for s in self._streams.values():
+            if s.update is None or (s.unfinished and len(s.queue) < s.need and not s.ended):
+                continue
+            new = s.update
+            steps = (
+                new.steps if s.steps == s.settings.steps else min(max(s.steps, new.floor_steps), new.steps)
+            )
+            if self._set_steps({s.id: steps}, start_ns):
+                s.settings, s.update, s.view = new, None, None
+                s.budget_ns, s.most_queued = new.budget_ns, self._most_queued(new)
+                self._controlled_ns = None
 
     def _spare_ns(self, start_ns: int) -> int:
         """Returns the time to spare for the chunks under way, on a device that is free at `start_ns`."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svd2_jax.errors import SessionError
+from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.runtime.latency import LatencyConfig
 from svd2_jax.runtime.scheduler import LatencySample, PolicyConfig, Refused, Scheduler
 from svd2_jax.runtime.work import (
@@ -668,6 +668,62 @@ def test_a_first_stream_is_let_in_though_the_device_is_too_slow_for_all_its_fram
     assert not world.refused
     assert world.count(Fate.SHOWN) > 100
     assert world.count(Fate.LATE) == 0
+
+
+class Updated(World):
+    """A world in which the only stream gets new settings at a frame's arrival."""
+
+    def __init__(self, source: Source, device: Device, at: int, **changes):
+        super().__init__([source], device)
+        self.at, self.new = at, dataclasses.replace(source.settings, **changes)
+
+    def input(self, kind: int, i: int, number: int) -> None:
+        super().input(kind, i, number)
+        if kind == 1 and number == self.at:
+            self.scheduler.update(self.ids[i], self.new, self.now)
+            least = min(self.settings[0].floor_steps, self.new.floor_steps)
+            most = max(self.settings[0].steps, self.new.steps)
+            self.settings[0] = dataclasses.replace(self.new, steps=most, floor_steps=least)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize("fixed_ms", [20, 60])
+def test_new_steps_hold_from_the_next_chunk_on_and_nothing_is_late(before, after, fixed_ms):
+    source = regular(16, 205, steps=before, budget_ms=1500)
+    world = Updated(source, Device(fixed_ms, 10), 100, steps=after).run()
+    assert world.count(Fate.SHOWN) == 205
+    assert [(c.before, c.after) for c in world.changes] == [(before, after)]
+    entered = [p for r in world.ticks for p in r.tick.parts if p.frames]
+    assert {p.steps for p in entered if p.frames[-1] < 100} == {before}
+    assert {p.steps for p in entered if p.frames[0] > 100} == {after}
+
+
+def test_a_new_budget_holds_for_the_frames_that_come_after():
+    world = Updated(regular(16, 205, budget_ms=900), Device(), 100, budget_ms=500).run()
+    given_ms = {f.number: (f.deadline_ns - f.arrival_ns) // MS for f in world.frames}
+    assert {given_ms[n] for n in range(100)} == {900}
+    assert {given_ms[n] for n in range(105, 205)} == {500}
+    assert world.count(Fate.SHOWN) == 205
+
+
+def test_more_steps_than_the_budget_holds_are_not_taken():
+    world = Updated(regular(16, 205, budget_ms=370, first_frames=1), Device(), 100, steps=4).run()
+    assert world.count(Fate.SHOWN) == 205
+    assert max(f.steps for f in world.frames) <= 2
+
+
+def test_settings_that_cannot_change_and_streams_that_ended_are_refused():
+    scheduler, stream = overlapping()
+    settings = StreamSettings(5, 2000, steps=1, first_frames=1, chunk_frames=1)
+    with pytest.raises(ConfigError, match="only steps, floor_steps and budget_ms can change"):
+        scheduler.update(stream, dataclasses.replace(settings, rate_hz=6), 0)
+    with pytest.raises(Refused, match="a latency budget of 50 ms cannot be met"):
+        scheduler.update(stream, dataclasses.replace(settings, budget_ms=50), 0)
+    scheduler.end(stream, 0)
+    with pytest.raises(SessionError, match="stream 0 takes no new settings: it has ended"):
+        scheduler.update(stream, settings, 0)
+    with pytest.raises(SessionError, match="stream 7 takes no new settings"):
+        scheduler.update(7, settings, 0)
 
 
 # --- two ticks in flight
