@@ -49,7 +49,7 @@ class PolicyConfig:
     raise_after_ms: float = 500.0
     push_below: float = 0.9
     admit_below: float | None = 1.0
-    stall_intervals: float = 4.0
+    stall_intervals: float = 3.0
     most_queued: int = 256
 
     def __post_init__(self):

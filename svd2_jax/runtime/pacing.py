@@ -47,6 +47,8 @@ def chunk_finished(playout: Playout, nominal_ns: int, media_ns: int, done_ns: in
     enough = sorted(needed)[-1 - len(needed) * LEFT_OUT // WINDOW]
     shrunk = playout.delay_ns - max(done_ns - playout.changed_ns, 0) // CATCH_UP
     delay = min(max(enough, nominal_ns, shrunk), most_ns)
+    if playout.last_ns is None:  # the first group takes all its steps at once, and says nothing of the others
+        needed = ()
     return Playout(delay, playout.last_ns, done_ns, needed)
 
 

@@ -37,6 +37,9 @@ columns:
                shown, late, dropped, latencies, misses, steps and recovery are those of the others
   misses       late frames as a share of those shown
   p50 p95 p99  ms from a frame's arrival until it is shown; `budget` is the most that was asked for
+  bound        ms that a chunk takes to fill and then on a device that does nothing else; p50/bound and p99/bound are
+               those of the stream where they are largest (goal where a tick per chunk takes less than half of the time:
+               at most 1.10 and 1.25)
   ratio        p99 to that of the deadline policy
   jitter       ms by which the time between two frames shown differs from that in the source, mean
   FPS          frames shown per second, mean of the streams; `busy`: share of the time that the device ran (its stages,
