@@ -42,7 +42,7 @@ def traces() -> list[Trace]:
             dataclasses.replace(FOR_ONE, fixed_ms=40, row_ms=13), (fast,),
         ),
         Trace(
-            "eight", "Eight cameras at a staggered pace, half of what the device can do at the steps that they have.", 180,
+            "eight", "Eight cameras, each a little behind the one before; half of what the device can do at two steps.", 180,
             FOR_MANY,
             (
                 dataclasses.replace(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from svd2_jax.simulate.trace import Trace
 
 DEADLINE = "deadline"
-POLICIES = (DEADLINE, "fifo", "reference")
+POLICIES = (DEADLINE, "bounded", "fifo", "reference")
 EXIT_MISSED = 1
 
 EXAMPLES = """\
@@ -28,8 +28,9 @@ examples:
 
 Runs the scheduler of live streams under a virtual clock: no model, no device, an hour in seconds, and the same numbers
 every time. A trace says how frames come and how fast the device is. `python scripts/make_traces.py` writes those in
-traces/, docs/scheduling.md explains them. Policies: deadline is ours; fifo has an unbounded queue; reference is the
-automatic mode of StreamDiffusionV2's demo. Exit code 1 if the deadline policy misses a goal.
+traces/, docs/scheduling.md explains them. Policies: deadline is ours; fifo has an unbounded queue and
+bounded a short one; reference is the automatic mode of StreamDiffusionV2's demo. Exit code 1 if the
+deadline policy misses a goal.
 
 columns:
   load         the most frames demanded at any time, as a share of what the device can do at the fewest steps allowed
@@ -119,4 +120,4 @@ def _maker(name: str) -> MakePolicy:
 
     if name == DEADLINE:
         return lambda sizes, report: Scheduler(PolicyConfig(), sizes, report)
-    return baselines.Fifo if name == "fifo" else baselines.Reference
+    return {"bounded": baselines.Bounded, "fifo": baselines.Fifo, "reference": baselines.Reference}[name]

@@ -229,7 +229,8 @@ def _recovery_s(outcome: Outcome) -> float | None:
 
 COLUMNS = (
     "trace", "policy", "load", "frames", "impossible", "shown", "late", "dropped", "misses", "p50", "p95", "p99",
-    "bound", "p50/bound", "p99/bound", "budget", "ratio", "jitter", "FPS", "busy", "of capacity", "steps", "recovery", "goals",
+    "bound", "p50/bound", "p99/bound", "budget", "ratio", "jitter", "FPS", "busy", "of capacity", "steps",
+    "recovery", "goals",
 )  # fmt: skip
 
 
