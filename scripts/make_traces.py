@@ -42,7 +42,7 @@ def traces() -> list[Trace]:
             dataclasses.replace(FOR_ONE, fixed_ms=40, row_ms=13), (fast,),
         ),
         Trace(
-            "eight", "Eight cameras, each a little behind the one before; half of what the device can do at two steps.", 180,
+            "eight", "Eight cameras, one a little behind the other; half of what the device can do at two steps.", 180,
             FOR_MANY,
             (
                 dataclasses.replace(
