@@ -463,9 +463,8 @@ class Scheduler:
 
         Of all frames that one has the best chance to be in time, and no other is late with it.
         """
-        coming = [self._view(s) for s in self._streams.values() if not s.queue and not s.ended]
-        awaited = [view for view in coming if now_ns < view.overdue_ns]
-        view = min([*views, *awaited], key=lambda view: view.served_ns)
+        alive = [view for view in views if view.queue or (now_ns < view.overdue_ns and not view.ended)]
+        view = min(alive, key=lambda view: view.served_ns)
         if not view.queue:
             return decision
         newest = len(view.queue) - 1

@@ -487,6 +487,15 @@ def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
     assert {len(parts[0].frames) for parts in tries} == {0, 1}
 
 
+def test_a_source_that_is_silent_does_not_keep_others_from_trying_the_device():
+    """The silent stream was served before the other one, and never ends while that one sends."""
+    silent = dataclasses.replace(regular(16, 5, floor_steps=2, budget_ms=800), leaves_ns=31 * SECOND)
+    world = World([silent, regular(16, 480, floor_steps=2, budget_ms=800)], slow(8)).run()
+    later = [f for f in world.frames if f.stream == 1 and f.arrival_ns > (SLOW[1] + 1.6) * SECOND]
+    assert later
+    assert {f.fate for f in later} == {Fate.SHOWN}
+
+
 def test_of_frames_that_are_finished_too_late_only_the_newest_is_shown():
     world = World([regular(16, 480, floor_steps=2, budget_ms=800)], slow(8)).run()
     chunks: dict[int, list] = {}
