@@ -59,6 +59,9 @@ from svd2_jax.runtime.work import (
 __all__ = ["LatencySample", "PolicyConfig", "Refused", "Scheduler"]
 
 CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
+# So long after a frame expired the device counts as overloaded. Otherwise streams could go on for ever with frames so
+# old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
+LOSSY_NS = 500 * MS
 # So long after its last tick a device that is believed too slow for any frame is tried again, with one frame.
 PROBE_NS = 500 * MS
 LAGS = 5  # of each kind of tick, of which the longest counts
@@ -218,6 +221,7 @@ class Scheduler:
         self._control = Control()
         self._controlled_ns: int | None = None  # None: at the next decision
         self._load = Load.ROOMY
+        self._lossy_until_ns = 0
         self._ran_ns = 0  # when the last tick was through
         self._lost = False  # whether frames were hopeless since
         self._waiting: Wait | None = None  # the last answer of `next`, as long as it holds
@@ -357,7 +361,8 @@ class Scheduler:
         self._adapt(now_ns, start_ns)
         views = [s.view or self._view(s) for s in self._streams.values()]
         costs = {group: self.model.costs(*group) for group in {view.group for view in views}}
-        decision = decide(start_ns, views, costs, self.config, self._load)
+        load = Load.OVER if now_ns < self._lossy_until_ns else self._load
+        decision = decide(start_ns, views, costs, self.config, load)
         if now_ns < start_ns and any(drop.reason is Reason.HOPELESS for drop in decision.drops):
             return Wait(start_ns)  # these may still be in time, should the stages be free before
         if self._is_stuck(decision, now_ns):
@@ -574,6 +579,7 @@ class Scheduler:
         for drop in drops:
             if drop.reason is Reason.HOPELESS:
                 self._lost = True
+                self._lossy_until_ns = now_ns + LOSSY_NS
             gone.setdefault(drop.stream, {}).update(dict.fromkeys(drop.positions, drop.reason))
         for stream, reasons in gone.items():
             s = self._streams[stream]
