@@ -38,6 +38,19 @@ def traces() -> list[Trace]:
             "steady_30", "One camera at 30 frames a second for five minutes.", 300, FOR_ONE, (fast,),
         ),
         Trace(
+            "light_30", "One camera at 30 frames a second for five minutes, on a device that has little to do.", 300,
+            dataclasses.replace(FOR_ONE, fixed_ms=40, row_ms=13), (fast,),
+        ),
+        Trace(
+            "eight", "Eight cameras, one a little behind the other; half of what the device can do at two steps.", 180,
+            FOR_MANY,
+            (
+                dataclasses.replace(
+                    camera, rate_hz=11.75, count=8, stagger_s=0.13, floor_steps=2, budget_ms=1200
+                ),
+            ),
+        ),
+        Trace(
             "jitter", "Two cameras behind a network that holds frames up, 15 ms on average and up to 75 ms.", 300,
             FOR_SEVERAL,
             (

@@ -80,10 +80,11 @@ class LiveRun:
 
 
 def default_budget_ms(spec: SessionSpec, rate_hz: float, stages: int = 1) -> float:
-    """Returns a latency budget with which a stream runs at one tick a chunk.
+    """Returns a latency budget in ms with which a stream can run at one tick a chunk when the device is busy.
 
     A chunk's first frame waits until the chunk is whole, and then for the chunks that push it through all rows and
-    stages; a quarter of that is left for the device.
+    stages; a quarter of that is left for the device. That is the longest latency. A device with time to spare pushes
+    each chunk on at once, and frames are shown as soon as that allows.
     """
     cfg = spec.config
     frames = cfg.chunk_frames - 1 + cfg.steps * stages * cfg.chunk_frames

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 from svd2_jax.errors import ConfigError
@@ -18,6 +19,7 @@ from svd2_jax.runtime.latency import Costs, LatencyConfig
 from svd2_jax.runtime.work import MS, Reason, StreamId
 
 NEVER_NS = 1 << 62  # later than any deadline
+ROOMY_SHARE = 0.5  # of a tick by which a chunk that is due soon may be held up for pushing others on
 MOST_TRIES = 8  # of possible ticks in one decision; what fails so often waits for the next one
 
 
@@ -32,8 +34,8 @@ class PolicyConfig:
       lower_above: utilisation of the device above which streams are given fewer denoising steps, above 0.
       raise_below: utilisation that more steps may lead to, 0 to `lower_above`.
       raise_after_ms: how long that must have been so before steps are raised.
-      risk_hold_ms: how long steps stay after they were lowered because frames were lost, though the utilisation
-        was low enough.
+      push_below: share of time up to which the device pushes every chunk on to its end by ticks of its own, though
+        that may hold up another one for half a tick; 0 or more.
       admit_below: utilisation of all streams at their floor steps up to which another one is let in; None lets in
         every stream that could be served alone. The first stream is always let in.
       stall_intervals: a source is taken to have stalled when its next frame is overdue by so many of its intervals.
@@ -45,9 +47,9 @@ class PolicyConfig:
     lower_above: float = 0.92
     raise_below: float = 0.82
     raise_after_ms: float = 500.0
-    risk_hold_ms: float = 5000.0
+    push_below: float = 0.9
     admit_below: float | None = 1.0
-    stall_intervals: float = 4.0
+    stall_intervals: float = 3.0
     most_queued: int = 256
 
     def __post_init__(self):
@@ -56,7 +58,7 @@ class PolicyConfig:
                 "expected 0 < raise_below <= lower_above, "
                 f"got raise_below={self.raise_below} and lower_above={self.lower_above}"
             )
-        for name in ("guard_ms", "raise_after_ms", "risk_hold_ms", "stall_intervals"):
+        for name in ("guard_ms", "raise_after_ms", "push_below", "stall_intervals"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.most_queued < 1:
@@ -65,6 +67,18 @@ class PolicyConfig:
     @property
     def guard_ns(self) -> int:
         return round(self.guard_ms * MS)
+
+
+class Load(Enum):
+    """How busy the device is.
+
+    ROOMY: there is time to push every chunk on to its end by ticks of its own. BUSY: not for all of them.
+    OVER: there is not even time for all chunks.
+    """
+
+    ROOMY = "roomy"
+    BUSY = "busy"
+    OVER = "over"
 
 
 class Group(NamedTuple):
@@ -79,62 +93,6 @@ class Flight(NamedTuple):
 
     deadline_ns: int
     left: int
-
-
-class View(NamedTuple):
-    """What the policy looks at of one stream.
-
-    Attributes:
-      stream: whose.
-      group: its shape and the steps that it takes from its next tick on.
-      queue: deadlines of the waiting input frames, oldest first.
-      need: frames of what enters next: the first group or a chunk.
-      first: whether that is the first group.
-      ticks: of the stream that a chunk takes.
-      flight: chunks under way, oldest first.
-      next_ns: when the next chunk's last frame is expected.
-      overdue_ns: when the source is taken to have stalled, if no frame comes before.
-      period_ns: expected time between two chunks.
-      ended: whether no more frames come.
-      served_ns: when its last chunk entered.
-    """
-
-    stream: StreamId
-    group: Group
-    queue: tuple[int, ...]
-    need: int
-    first: bool
-    ticks: int
-    flight: tuple[Flight, ...]
-    next_ns: int
-    overdue_ns: int
-    period_ns: int
-    ended: bool
-    served_ns: int
-
-
-class Choice(NamedTuple):
-    """A stream's part of the next tick: which of its queued frames enter (positions in the queue), or none."""
-
-    stream: StreamId
-    enter: tuple[int, ...] = ()
-    first: bool = False
-
-
-class Drop(NamedTuple):
-    """Queued frames to give up: positions in the queue."""
-
-    stream: StreamId
-    positions: tuple[int, ...]
-    reason: Reason
-
-
-class Decision(NamedTuple):
-    """What to drop, what to run, and, with nothing to run, when to ask again (None: when something happens)."""
-
-    drops: tuple[Drop, ...]
-    parts: tuple[Choice, ...]
-    until_ns: int | None
 
 
 class Job(NamedTuple):
@@ -217,96 +175,131 @@ def _latest(flight: Sequence[Flight], tick_ns: int) -> list[int]:
     return latest
 
 
-def backlog_spare_ns(now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs]) -> int:
-    """Returns the least time to spare if all whole chunks that wait now are done, most urgent first.
+class View(NamedTuple):
+    """What the policy looks at of one stream.
 
-    Below 0, some would be lost. Counts shares of the best batches, so it errs on the hopeful side.
+    Attributes:
+      stream: its number.
+      group: its shape, and the steps that it takes from its next tick on.
+      queue: deadlines of the queued frames, oldest first.
+      need: frames of what enters next: the first group or a chunk.
+      first: whether that is the first group.
+      ticks: of the stream that a chunk takes.
+      flight: chunks in flight, oldest first.
+      next_ns: when the next chunk is expected to be whole.
+      overdue_ns: when the source is taken to have stalled if no frame comes before.
+      period_ns: expected time between two chunks.
+      ended: whether no more frames come.
+      served_ns: when its last chunk entered.
     """
-    ready = sum(len(view.queue) >= view.need for view in views)
-    work = []
-    for view in views:
-        if len(view.queue) < view.need:
-            continue
-        cost = costs[view.group]
-        share = cost.first_expected_ns if view.first else cost.share_ns(ready)
-        tail = 0 if view.first else (view.ticks - 1) * cost.expected_ns[1]
-        for i in range(0, len(view.queue) - view.need + 1, view.need):
-            work.append((view.queue[i] - tail, share))
-    spare, end = NEVER_NS, now_ns
-    for latest, share in sorted(work):
-        end += share
-        spare = min(spare, latest - end)
-    return round(spare)
+
+    stream: StreamId
+    group: Group
+    queue: tuple[int, ...]
+    need: int
+    first: bool
+    ticks: int
+    flight: tuple[Flight, ...]
+    next_ns: int
+    overdue_ns: int
+    period_ns: int
+    ended: bool
+    served_ns: int
+
+
+class Choice(NamedTuple):
+    """A stream's part of the next tick: which of its queued frames enter (positions in the queue), or none."""
+
+    stream: StreamId
+    enter: tuple[int, ...] = ()
+    first: bool = False
+
+
+class Drop(NamedTuple):
+    """Queued frames to give up: positions in the queue."""
+
+    stream: StreamId
+    positions: tuple[int, ...]
+    reason: Reason
+
+
+class Decision(NamedTuple):
+    """What to drop, what to run, and, with nothing to run, when to ask again (None: when something happens)."""
+
+    drops: tuple[Drop, ...]
+    parts: tuple[Choice, ...]
+    until_ns: int | None
 
 
 class Offer(NamedTuple):
-    """What a stream could do in the next tick.
-
-    Attributes:
-      key: the least goes first.
-      view: of the stream.
-      start: position of the first queued frame that may enter; None: what is under way is pushed on.
-      first: whether a first group would enter.
-    """
+    """A chunk that could enter; the least key goes first, `start` is the position of its first frame in the queue."""
 
     key: float
     view: View
-    start: int | None
-    first: bool
+    start: int
 
 
-class Entry(NamedTuple):
-    """An offer in detail: positions of the queued frames that enter, and of those that are given up for them."""
+class Candidate(NamedTuple):
+    """A stream's possible part of a tick: the queued frames that enter, none for a flush, and those given up."""
 
     view: View
-    enter: tuple[int, ...]
-    drops: tuple[int, ...]
-    first: bool
-
-
-class _Times(NamedTuple):
-    """What ticks of a group take, at their bounds: alone, as a first group, in the batch at hand; and all's round."""
-
-    one_ns: int
-    first_ns: int
-    batch_ns: int
-    round_ns: int
+    enter: tuple[int, ...] = ()
+    drops: tuple[int, ...] = ()
 
 
 def decide(
-    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], config: PolicyConfig, overloaded: bool
+    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], config: PolicyConfig, load: Load
 ) -> Decision:
-    """Returns what an idle device does now.
+    """Returns what a free device does at `now_ns`.
 
     Args:
       now_ns: the time.
-      views: all streams that have frames waiting or chunks under way.
-      costs: what ticks take, for each group among the views.
+      views: all streams.
+      costs: tick times of each group among the views.
       config: the policy's settings.
-      overloaded: more chunks come than the device can do: the stream that waited longest goes first, and each takes
-        what is newest, evenly spaced; otherwise the most urgent goes first, and each takes its oldest frames.
+      load: how busy the device is, see `Load`.
     """
     guard = config.guard_ns
-    times = _times(views, costs, overloaded)
-    drops, offers, wakes = _offers(now_ns, views, costs, times, guard, overloaded)
     jobs = {view.stream: Job(view.stream, view.group, view.flight) for view in views if view.flight}
-    chosen = _choose(offers, now_ns, jobs, costs, times, guard, overloaded)
-    if not chosen and jobs:
+    saved = rescue(jobs.values(), now_ns, costs)
+    must_push = saved.spare_ns <= guard
+    drops, offers, wakes = _offers(now_ns, views, costs, guard, load)
+    chosen = _choose(offers, views, now_ns, jobs, costs, guard, load)
+    if (
+        not chosen and saved.lost
+    ):  # too late for these: they go first, but must not hold up what can be in time
+        late = [Candidate(view) for view in views if view.stream in saved.lost][:1]
+        for stream, positions in saved.lost.items():
+            jobs[stream] = _without_deadlines(jobs[stream], positions)
         saved = rescue(jobs.values(), now_ns, costs)
-        if saved.lost:  # too late for these: they must not hold up the others
-            for stream, positions in saved.lost.items():
-                jobs[stream] = _without_deadlines(jobs[stream], positions)
-            saved = rescue(jobs.values(), now_ns, costs)
-            chosen = _choose(offers, now_ns, jobs, costs, times, guard, overloaded)
-        if not chosen:
-            if offers or saved.spare_ns <= guard:
-                return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
-            wakes.append(now_ns + saved.spare_ns - guard)
+        if _in_time(late, now_ns + guard, jobs, costs):
+            chosen = late
+        else:
+            chosen = _choose(offers, views, now_ns, jobs, costs, guard, load)
     if chosen:
-        drops += [Drop(entry.view.stream, entry.drops, Reason.OVERLOAD) for entry in chosen if entry.drops]
-        parts = tuple(Choice(entry.view.stream, entry.enter, entry.first) for entry in chosen)
+        drops += [Drop(c.view.stream, c.drops, Reason.OVERLOAD) for c in chosen if c.drops]
+        parts = tuple(Choice(c.view.stream, c.enter, c.view.first and bool(c.enter)) for c in chosen)
         return Decision(tuple(drops), parts, None)
+    if jobs:
+        until = now_ns
+        if not (offers or must_push):
+            group = jobs[saved.first[0]].group
+            until = _push_ns(now_ns, views, costs[group].bound_ns[len(saved.first)], load)
+        if until <= now_ns:
+            return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
+        wakes += [until, now_ns + saved.spare_ns - guard]
     return Decision(tuple(drops), (), max(min(wakes), now_ns + 1) if wakes else None)
+
+
+def _push_ns(now_ns: int, views: Sequence[View], tick_ns: int, load: Load) -> int:
+    """Returns when chunks in flight are pushed on if nothing else happens before: now, unless a chunk is due soon.
+
+    A push that still runs when a chunk becomes whole makes that one wait. A device with room takes this risk for up
+    to half a tick, a busier one not at all.
+    """
+    near = round(tick_ns * (ROOMY_SHARE if load is Load.ROOMY else 1.0))
+    soon = [view.next_ns + near for view in views if not view.ended and abs(view.next_ns - now_ns) < near]
+    return max(soon, default=now_ns)
 
 
 def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
@@ -317,96 +310,86 @@ def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
     return job._replace(flight=flight)
 
 
-def _times(views: Sequence[View], costs: Mapping[Group, Costs], overloaded: bool) -> dict[Group, _Times]:
-    ready: dict[Group, int] = {}
-    for view in views:
-        if len(view.queue) >= view.need:
-            ready[view.group] = ready.get(view.group, 0) + 1
-    round_ns = round(sum(count * costs[group].share_ns(count) for group, count in ready.items()))
-    times = {}
-    for group, cost in costs.items():
-        size = cost.size(ready.get(group, 1), cost.best if overloaded else cost.knee)
-        times[group] = _Times(cost.bound_ns[1], cost.first_bound_ns, cost.bound_ns[size], round_ns)
-    return times
-
-
 def _offers(
-    now_ns: int,
-    views: Sequence[View],
-    costs: Mapping[Group, Costs],
-    times: Mapping[Group, _Times],
-    guard_ns: int,
-    overloaded: bool,
+    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], guard_ns: int, load: Load
 ) -> tuple[list[Drop], list[Offer], list[int]]:
-    """Returns the hopeless frames, what streams could do now, foremost first, and when others could do something."""
+    """Returns the expired frames, the chunks that could enter now, most urgent first, and when others could."""
     # Others may keep the device busy when a stream's time has come.
     busy = max((cost.bound_ns[cost.knee] for cost in costs.values()), default=0) if len(views) > 1 else 0
-    spare = guard_ns + busy
     drops, offers, wakes = [], [], []
     for view in views:
-        time, queue = times[view.group], view.queue
-        lone = time.first_ns if view.first else view.ticks * time.one_ns
-        start, least = 0, now_ns + lone + guard_ns
-        while start < len(queue) and queue[start] < least:
+        queue, start = view.queue, 0
+        cost = costs[view.group]
+        lone = cost.first_bound_ns if view.first else view.ticks * cost.bound_ns[1]
+        while start < len(queue) and queue[start] < now_ns + lone + guard_ns:
             start += 1
         if start:
             drops.append(Drop(view.stream, tuple(range(start)), Reason.HOPELESS))
-        waits = len(queue) - start
-        whole = waits >= view.need or (view.ended and waits > 0)
-        flush = not whole and bool(view.flight) and _must_flush(view, now_ns, time.one_ns + spare)
-        stalled = now_ns >= view.overdue_ns
-        if waits:
-            # Part of a chunk enters when nothing more comes, or the oldest frame would be lost by waiting for more,
-            # be it only for the end of a flush.
-            latest = queue[start] - lone
-            urgent = latest - spare - flush * time.batch_ns <= now_ns
-            if whole or urgent or (stalled and not overloaded):
-                if overloaded:
-                    key = (view.served_ns - now_ns) / view.period_ns
-                elif not (whole or urgent or flush):
-                    key = NEVER_NS  # the device has nothing else to do
-                else:
-                    key = min(latest, _latest(view.flight, time.one_ns)[0]) if view.flight else latest
-                offers.append(Offer(key, view, start, view.first))
-                continue
-            wakes.append(latest - spare)
-        if flush:
-            key = -NEVER_NS if overloaded else _latest(view.flight, time.one_ns)[0]
-            offers.append(Offer(key, view, None, False))
-        elif not stalled:
-            wakes.append(view.overdue_ns)
+        count = len(queue) - start
+        if not count:
+            continue
+        # Part of a chunk enters when nothing more comes, or its oldest frame would be lost by waiting for more.
+        latest = queue[start] - lone
+        ready = count >= view.need or view.ended or latest - guard_ns - busy <= now_ns
+        if not ready and (load is Load.OVER or now_ns < view.overdue_ns):
+            wakes.append(latest - guard_ns - busy)
+            if now_ns < view.overdue_ns:
+                wakes.append(view.overdue_ns)
+        elif load is Load.OVER:  # who waited longest
+            offers.append(Offer((view.served_ns - now_ns) / view.period_ns, view, start))
+        else:
+            offers.append(Offer(latest if ready else NEVER_NS, view, start))
     offers.sort(key=lambda offer: (offer.key, offer.view.stream))
     return drops, offers, wakes
 
 
-def _entry(offer: Offer, now_ns: int, time: _Times, overloaded: bool) -> Entry:
-    """Returns which queued frames would enter now, and which would be given up for them.
+def _choose(
+    offers: Sequence[Offer],
+    views: Sequence[View],
+    now_ns: int,
+    jobs: Mapping[StreamId, Job],
+    costs: Mapping[Group, Costs],
+    guard_ns: int,
+    load: Load,
+) -> Sequence[Candidate]:
+    """Returns the foremost offer that leaves every chunk in time, in the largest batch that does; or nothing."""
+    tries, round_ns = MOST_TRIES, round(sum(costs[o.view.group].share_ns(len(offers)) for o in offers))
+    for i, head in enumerate(offers):
+        group, first = head.view.group, head.view.first
+        cost = costs[group]
+        most = 1 if first else cost.best if load is Load.OVER else cost.knee
+        alike = [head] if first else [o for o in offers[i:] if o.view.group == group and not o.view.first]
+        turn_ns = max(round_ns, cost.bound_ns[cost.size(len(alike), most)])
+        members = [_candidate(offer, now_ns, turn_ns, load) for offer in alike[:most]]
+        if load is Load.ROOMY and not first:
+            taken = {member.view.stream for member in members}
+            members += [
+                Candidate(v) for v in views if v.flight and v.group == group and v.stream not in taken
+            ]
+        for size in reversed([size for size in cost.sizes if size <= min(len(members), most)]):
+            if _in_time(members[:size], now_ns + guard_ns, jobs, costs):
+                return members[:size]
+            tries -= 1
+            if not tries:
+                return []
+    return []
 
-    Under overload, frames evenly spaced up to the newest. Otherwise the oldest, if the device is expected to come to
-    the others in time; if not, only as many chunks of evenly spaced frames stay as it comes to.
+
+def _candidate(offer: Offer, now_ns: int, turn_ns: int, load: Load) -> Candidate:
+    """Returns which queued frames would enter: the oldest, or in overload, evenly spaced ones up to the newest.
+
+    In overload a stream has a turn each `turn_ns`: it chooses among the frames that come between two turns, and takes
+    none so old that its later ticks could not wait for their turns.
     """
-    view = offer.view
-    if offer.start is None:
-        return Entry(view, (), (), False)
-    queue, need = view.queue, view.need
-    everything = tuple(range(offer.start, len(queue)))
-    if len(everything) <= need:
-        return Entry(view, everything, (), offer.first)
-    step = max(time.round_ns, time.batch_ns)
-    if overloaded:
-        # Frames that still have the time to share a batch and to wait for the stream's next turns.
-        least, start = now_ns + time.batch_ns + (view.ticks - 1) * step, offer.start
-        while start < len(queue) - need and queue[start] < least:
-            start += 1
-        kept = evenly(everything[start - offer.start :], need)
-    else:
-        lone = time.first_ns if view.first else view.ticks * time.one_ns
-        chunks, kept = len(everything) // need, everything
-        while any(queue[kept[i * need]] < now_ns + lone + i * step for i in range(1, chunks)):
-            chunks -= 1
-            kept = evenly(everything, chunks * need)
-    stay = set(kept)
-    return Entry(view, kept[:need], tuple(i for i in everything if i not in stay), offer.first)
+    view, start, end = offer.view, offer.start, len(offer.view.queue)
+    if load is not Load.OVER or end - start <= view.need:
+        return Candidate(view, tuple(range(start, min(start + view.need, end))))
+    coming = -(-turn_ns * view.need // view.period_ns)
+    start = max(start, end - max(coming, 2 * view.need))
+    while start < end - view.need and view.queue[start] < now_ns + view.ticks * turn_ns:
+        start += 1
+    enter = evenly(range(start, end), view.need)
+    return Candidate(view, enter, tuple(i for i in range(offer.start, end) if i not in enter))
 
 
 def evenly(items: Sequence[int], count: int) -> tuple[int, ...]:
@@ -414,73 +397,22 @@ def evenly(items: Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(items[(i + 1) * len(items) // count - 1] for i in range(count))
 
 
-def _must_flush(view: View, now_ns: int, tick_ns: int) -> bool:
-    """Whether chunks under way would be late, or nothing pushes them on, if they waited for the next chunk."""
-    if now_ns >= view.overdue_ns or (view.ended and not view.queue):
-        return True
-    coming, period = max(view.next_ns, now_ns) + tick_ns, view.period_ns
-    return any(coming + (left - 1) * period > deadline_ns for deadline_ns, left in view.flight)
-
-
-def _choose(
-    offers: Sequence[Offer],
-    now_ns: int,
-    jobs: Mapping[StreamId, Job],
-    costs: Mapping[Group, Costs],
-    times: Mapping[Group, _Times],
-    guard_ns: int,
-    overloaded: bool,
-) -> list[Entry]:
-    """Returns the foremost offer that leaves every chunk in time, in the largest batch that does; or nothing."""
-    tries = MOST_TRIES
-    for i, head in enumerate(offers):
-        group = head.view.group
-        cost = costs[group]
-        if head.first:
-            members, sizes = [head], (1,)
-        else:
-            most = cost.best if overloaded else cost.knee
-            members = [o for o in offers[i:] if o.view.group == group and not o.first][:most]
-            sizes = [size for size in reversed(cost.sizes) if size <= min(len(members), most)]
-        entries = [
-            _entry(offer, now_ns + guard_ns, times[group], overloaded) for offer in members[: sizes[0]]
-        ]
-        for size in sizes:
-            if _in_time(entries[:size], now_ns, jobs, costs, guard_ns):
-                return entries[:size]
-            tries -= 1
-            if not tries:
-                return []
-    return []
-
-
 def _in_time(
-    entries: Sequence[Entry],
-    now_ns: int,
-    jobs: Mapping[StreamId, Job],
-    costs: Mapping[Group, Costs],
-    guard_ns: int,
+    members: Sequence[Candidate], now_ns: int, jobs: Mapping[StreamId, Job], costs: Mapping[Group, Costs]
 ) -> bool:
     """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
-    cost = costs[entries[0].view.group]
-    end = now_ns + guard_ns + (cost.first_bound_ns if entries[0].first else cost.bound_ns[len(entries)])
-    taking = {entry.view.stream for entry in entries}
+    lead = members[0].view
+    cost = costs[lead.group]
+    end = now_ns + (cost.first_bound_ns if lead.first else cost.bound_ns[len(members)])
+    taking = {member.view.stream for member in members}
     after = [job for stream, job in jobs.items() if stream not in taking]
-    for entry in entries:
-        view = entry.view
-        if entry.first:
-            if view.queue[entry.enter[0]] < end:
-                return False
-            continue
-        flight = jobs[view.stream].flight if view.flight else ()
-        if entry.enter:
-            flight = (*flight, Flight(view.queue[entry.enter[0]], view.ticks))
-        going = []
-        for deadline_ns, left in flight:
-            if left > 1:
-                going.append(Flight(deadline_ns, left - 1))
-            elif deadline_ns < end:
-                return False
+    for view, enter, _ in members:
+        flight = jobs[view.stream].flight if view.stream in jobs else ()
+        if enter:
+            flight = (*flight, Flight(view.queue[enter[0]], 1 if view.first else view.ticks))
+        if any(left <= 1 and deadline_ns < end for deadline_ns, left in flight):
+            return False
+        going = tuple(Flight(deadline_ns, left - 1) for deadline_ns, left in flight if left > 1)
         if going:
-            after.append(Job(view.stream, view.group, tuple(going)))
+            after.append(Job(view.stream, view.group, going))
     return not rescue(after, end, costs, stop_lost=True).lost

@@ -22,9 +22,9 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from svd2_jax.errors import SessionError
+from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.runtime import ingest, overload, pacing
 from svd2_jax.runtime.deadline import (
     Choice,
@@ -33,14 +33,14 @@ from svd2_jax.runtime.deadline import (
     Flight,
     Group,
     Job,
+    Load,
     PolicyConfig,
     View,
-    backlog_spare_ns,
     decide,
     rescue,
 )
-from svd2_jax.runtime.latency import Cell, Costs, LatencyModel, LatencySample
-from svd2_jax.runtime.overload import Control, Load
+from svd2_jax.runtime.latency import Cell, LatencyModel, LatencySample
+from svd2_jax.runtime.overload import Control, Demand
 from svd2_jax.runtime.work import (
     MS,
     Event,
@@ -60,8 +60,8 @@ from svd2_jax.runtime.work import (
 __all__ = ["LatencySample", "PolicyConfig", "Refused", "Scheduler"]
 
 CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
-# So long after a frame was hopeless the device counts as overloaded. Otherwise streams could go on for ever with
-# frames so old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
+# So long after a frame expired the device counts as overloaded. Otherwise streams could go on for ever with frames so
+# old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
 LOSSY_NS = 500 * MS
 # So long after its last tick a device that is believed too slow for any frame is tried again, with one frame.
 PROBE_NS = 500 * MS
@@ -124,6 +124,7 @@ class _Stream:
     started: bool = False  # whether its first group has entered
     ended: bool = False
     view: View | None = None  # None: to be made anew
+    update: StreamSettings | None = None  # that its next chunk brings
 
     @property
     def need(self) -> int:
@@ -227,9 +228,8 @@ class Scheduler:
         self._due: list[tuple[int, StreamId, int]] = []  # heap of (when, stream, number)
         self._control = Control()
         self._controlled_ns: int | None = None  # None: at the next decision
-        self._at_risk = False  # frames were lost, or will be
+        self._load = Load.ROOMY
         self._lossy_until_ns = 0
-        self._need = 0.0  # share of time that the device needs at least for all that comes
         self._ran_ns = 0  # when the last tick was through
         self._lost = False  # whether frames were hopeless since
         self._waiting: Wait | None = None  # the last answer of `next`, as long as it holds
@@ -249,7 +249,7 @@ class Scheduler:
         Raises:
           Refused: its budget cannot be met even at its floor steps, or the device is full.
         """
-        others = [self._load(s) for s in self._streams.values() if not s.ended]
+        others = [self._demand(s) for s in self._streams.values() if not s.ended]
         problem = overload.refusal(settings, others, self.model.costs, self.config)
         if problem and not self._streams and now_ns - self._ran_ns >= PROBE_NS:
             self.model.doubt()
@@ -298,6 +298,32 @@ class Scheduler:
             self._drop(s, s.queue.popleft(), Reason.OVERLOAD)
         return number
 
+    def update(self, stream: StreamId, settings: StreamSettings, now_ns: int) -> None:
+        """Gives a stream other steps, minimum steps or another budget, from its next chunk on.
+
+        The steps of chunks in flight follow; they are not changed before all of these can still be in time. Frames that
+        have arrived keep their deadlines.
+
+        Args:
+          stream: its number.
+          settings: the new ones; all but `steps`, `floor_steps` and `budget_ms` as before.
+          now_ns: the time.
+
+        Raises:
+          SessionError: the stream has ended, or there is none of that number.
+          ConfigError: settings that cannot change differ.
+          Refused: the new budget cannot be met even at the new minimum steps.
+        """
+        s = self._streams.get(stream)
+        if s is None or s.ended:
+            raise SessionError(f"stream {stream} takes no new settings: it has ended")
+        asked = {name: getattr(settings, name) for name in ("steps", "floor_steps", "budget_ms")}
+        if replace(s.settings, **asked) != settings:
+            raise ConfigError(f"only steps, floor_steps and budget_ms can change, got {settings}")
+        if problem := overload.refusal(settings, [], self.model.costs, self.config):
+            raise Refused(problem)
+        s.update, self._waiting = settings, None
+
     def end(self, stream: StreamId, now_ns: int) -> None:
         """Notes that no more frames come; what is there is still finished and shown."""
         s = self._streams.get(stream)
@@ -338,17 +364,12 @@ class Scheduler:
             until_ns = self._waiting.until_ns
             if until_ns is None or now_ns < until_ns:
                 return self._waiting
-        self._adapt_steps(now_ns, start_ns)
-        views, costs = self._look()
-        if not views:
-            return self._wait(None)
-        overloaded = now_ns < self._lossy_until_ns or self._need > 1
-        above_floor = any(s.steps > s.settings.floor_steps for s in self._streams.values())
-        if (above_floor or not overloaded) and backlog_spare_ns(expected_ns, views, costs) < 0:
-            if above_floor and self._lower(now_ns, start_ns):
-                views, costs = self._look()
-            overloaded = overloaded or backlog_spare_ns(expected_ns, views, costs) < 0
-        decision = decide(start_ns, views, costs, self.config, overloaded)
+        self._take_updates(start_ns)
+        self._adapt(now_ns, start_ns)
+        views = [s.view or self._view(s) for s in self._streams.values()]
+        costs = {group: self.model.costs(*group) for group in {view.group for view in views}}
+        load = Load.OVER if now_ns < self._lossy_until_ns else self._load
+        decision = decide(start_ns, views, costs, self.config, load)
         if now_ns < start_ns and any(drop.reason is Reason.HOPELESS for drop in decision.drops):
             return Wait(start_ns)  # these may still be in time, should the stages be free before
         if self._is_stuck(decision, now_ns):
@@ -454,9 +475,8 @@ class Scheduler:
 
         Of all frames that one has the best chance to be in time, and no other is late with it.
         """
-        coming = [self._view(s) for s in self._streams.values() if not s.queue and not s.ended]
-        awaited = [view for view in coming if now_ns < view.overdue_ns]
-        view = min([*views, *awaited], key=lambda view: view.served_ns)
+        alive = [view for view in views if view.queue or (now_ns < view.overdue_ns and not view.ended)]
+        view = min(alive, key=lambda view: view.served_ns)
         if not view.queue:
             return decision
         newest = len(view.queue) - 1
@@ -466,40 +486,50 @@ class Scheduler:
             drops.append(Drop(view.stream, tuple(range(newest)), Reason.HOPELESS))
         return Decision(tuple(drops), (Choice(view.stream, (newest,), view.first),), None)
 
-    def _look(self) -> tuple[list[View], dict[Group, Costs]]:
-        """Returns what the policy looks at: streams with anything to do, and what ticks take."""
-        views = [s.view or self._view(s) for s in self._streams.values() if s.queue or s.unfinished]
-        return views, {group: self.model.costs(*group) for group in {view.group for view in views}}
-
-    def _adapt_steps(self, now_ns: int, start_ns: int) -> None:
+    def _adapt(self, now_ns: int, start_ns: int) -> None:
+        """Brings the streams' steps and the device's load up to date."""
         if self._controlled_ns is not None and now_ns - self._controlled_ns < CONTROL_EVERY_NS:
             return
         self._controlled_ns = now_ns
-        loads = [self._load(s) for s in self._streams.values()]
-        self._control, steps = overload.control(
-            self._control, loads, self.model.costs, self.config, now_ns, self._at_risk
-        )
-        self._at_risk = False
-        self._need = overload.need(loads, steps, self.model.costs)
-        changed = [s for s in self._streams.values() if s.steps != steps[s.id]]
+        demands = [self._demand(s) for s in self._streams.values()]
+        self._control, steps = overload.control(self._control, demands, self.model.costs, self.config, now_ns)
+        if not self._set_steps(steps, start_ns):
+            self._controlled_ns = None  # ask again at the next decision
+        steps = {s.id: s.steps for s in self._streams.values()}
+        if overload.need(demands, steps, self.model.costs) > 1:
+            self._load = Load.OVER
+        else:
+            pushes = overload.push_need(demands, steps, self.model.costs)
+            self._load = Load.ROOMY if pushes <= self.config.push_below else Load.BUSY
+
+    def _set_steps(self, steps: Mapping[StreamId, int], start_ns: int) -> bool:
+        """Sets steps from the next tick on, unless chunks in flight would be late then; returns whether it did."""
+        changed = [s for s in self._streams.values() if s.steps != steps.get(s.id, s.steps)]
         if not changed:
-            return
-        before = {s.id: s.steps for s in changed}
-        spare = self._spare_ns(start_ns)
+            return True
+        before, spare = [s.steps for s in changed], self._spare_ns(start_ns)
         for s in changed:
             s.steps, s.view = steps[s.id], None
-        # Chunks under way may need more ticks then, or lose the company in their batches: not at their cost.
-        if self._spare_ns(start_ns) < min(spare, self.config.guard_ns):
-            for s in changed:
-                s.steps, s.view = before[s.id], None
-            self._controlled_ns = None
+        # These may need more ticks, or lose the company in their batches.
+        if self._spare_ns(start_ns) >= min(spare, self.config.guard_ns):
+            return True
+        for s, count in zip(changed, before, strict=True):
+            s.steps, s.view = count, None
+        return False
 
-    def _lower(self, now_ns: int, start_ns: int) -> bool:
-        """Lowers steps because frames would be lost; returns whether any could be."""
-        before = {s.id: s.steps for s in self._streams.values()}
-        self._at_risk, self._controlled_ns = True, None
-        self._adapt_steps(now_ns, start_ns)
-        return any(s.steps != before[s.id] for s in self._streams.values())
+    def _take_updates(self, start_ns: int) -> None:
+        """Gives streams the new settings whose next chunk is whole, or which have nothing in flight."""
+        for s in self._streams.values():
+            if s.update is None or (s.unfinished and len(s.queue) < s.need and not s.ended):
+                continue
+            new = s.update
+            steps = (
+                new.steps if s.steps == s.settings.steps else min(max(s.steps, new.floor_steps), new.steps)
+            )
+            if self._set_steps({s.id: steps}, start_ns):
+                s.settings, s.update, s.view = new, None, None
+                s.budget_ns, s.most_queued = new.budget_ns, self._most_queued(new)
+                self._controlled_ns = None
 
     def _spare_ns(self, start_ns: int) -> int:
         """Returns the time to spare for the chunks under way, on a device that is free at `start_ns`."""
@@ -507,11 +537,11 @@ class Scheduler:
         costs = {view.group: self.model.costs(*view.group) for view in views}
         return rescue((Job(view.stream, view.group, view.flight) for view in views), start_ns, costs).spare_ns
 
-    def _load(self, s: _Stream) -> Load:
+    def _demand(self, s: _Stream) -> Demand:
         rate, gap = s.chunks_per_ns, s.clock.gap_ns
         if gap < 0.9 * s.interval_ns:
             rate = overload.chunk_rate(s.settings, gap)
-        return Load(s.id, s.settings, s.steps, rate)
+        return Demand(s.id, s.settings, s.steps, rate)
 
     def _most_queued(self, settings: StreamSettings) -> int:
         in_budget = math.ceil(settings.budget_ns / settings.interval_ns)
@@ -555,7 +585,7 @@ class Scheduler:
         gone: dict[StreamId, dict[int, Reason]] = {}
         for drop in drops:
             if drop.reason is Reason.HOPELESS:
-                self._at_risk = self._lost = True
+                self._lost = True
                 self._lossy_until_ns = now_ns + LOSSY_NS
             gone.setdefault(drop.stream, {}).update(dict.fromkeys(drop.positions, drop.reason))
         for stream, reasons in gone.items():
@@ -606,9 +636,7 @@ class Scheduler:
 
         Of those that are late already only the newest is shown: the others would hold it up.
         """
-        settings, guard = s.settings, self.config.guard_ns
-        streams = len(self._streams)
-        nominal = overload.nominal_ns(settings, streams, self.model.costs, guard)
+        nominal = overload.nominal_ns(s.settings, self.model.costs)
         s.playout = pacing.chunk_finished(s.playout, nominal, chunk.frames[0].media_ns, now_ns, s.budget_ns)
         late = sum(frame.deadline_ns < now_ns for frame in chunk.frames)  # the oldest are
         for i, frame in enumerate(chunk.frames):
@@ -617,7 +645,7 @@ class Scheduler:
                 self._drop(s, frame, Reason.HOPELESS)
                 continue
             s.playout, due = pacing.show_time(
-                s.playout, frame.media_ns, now_ns, frame.deadline_ns, s.interval_ns, guard
+                s.playout, frame.media_ns, now_ns, frame.deadline_ns, s.interval_ns, self.config.guard_ns
             )
             s.finished[frame.number] = frame
             heapq.heappush(self._due, (due, s.id, frame.number))

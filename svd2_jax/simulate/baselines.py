@@ -1,7 +1,7 @@
-"""What the scheduler is compared with: first in first out, and the reference's automatic mode.
+"""What the scheduler is compared with: first in first out, the same with a bound, and the reference's automatic mode.
 
-Both serve one stream per tick, keep the number of steps, have no bound on what queues, know no deadline and show
-frames as soon as they are done.
+All serve one stream per tick, keep the number of steps and show frames as soon as they are done. First in first out and
+the reference have no bound on what queues and know no deadline.
 
 The reference (StreamDiffusionV2; the wheel streamdiffusionv2 0.1.1 has the argument for the queue wait but ignores
 it, its web demo has the switch) runs one worker for one viewer. The worker looks every 0.1 s whether a chunk of frames
@@ -16,7 +16,7 @@ workers on one device would be.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from svd2_jax.runtime.latency import LatencySample
@@ -230,3 +230,54 @@ class Reference(Fifo):
             state.rows.clear()
         part = super()._take(stream, state, ready_ns, now_ns)
         return replace(part, first=True) if sequential else part
+
+
+class Bounded(Fifo):
+    """The most urgent chunk first, and in between what is in the rows is pushed on; the queue has a bound.
+
+    Of each stream, two chunks are queued at most, and the oldest frames make room. Frames that could not be in time on
+    a free device are dropped before they enter. It has no test that all stays in time, no batches and no fewer steps.
+    """
+
+    def __init__(self, batch_sizes: Sequence[int], report: Callable[[Event], None]):
+        super().__init__(batch_sizes, report)
+        self._tick_ns: dict[tuple[Hashable, int], int] = {}  # longest measured, by shape and steps
+
+    def warm_up(self, sample: LatencySample) -> None:
+        """Takes the longest time of each kind of tick for what it takes."""
+        if sample.batch == 1 and not sample.first:
+            kind = sample.shape, sample.steps
+            took_ns = sample.duration_ns + (sample.tail_ns or 0)
+            self._tick_ns[kind] = max(took_ns, self._tick_ns.get(kind, 0))
+
+    def arrive(self, stream: StreamId, now_ns: int, timestamp_ns: int | None = None) -> int:
+        """Queues a frame; the oldest one makes room for it."""
+        number = super().arrive(stream, now_ns, timestamp_ns)
+        state = self._streams[stream]
+        if len(state.queue) > 2 * state.whole:
+            self._report(replace(state.queue.popleft(), reason=Reason.OVERLOAD))
+        return number
+
+    def next(self, now_ns: int) -> Tick | Wait:
+        """Returns a tick for the most urgent chunk, or one that pushes on."""
+        for state in self._streams.values() if self._running is None else ():
+            asked = state.settings
+            takes_ns = asked.steps * asked.stages * self._tick_ns[asked.shape, asked.steps]
+            while state.queue and state.queue[0].deadline_ns < now_ns + takes_ns:
+                self._report(replace(state.queue.popleft(), reason=Reason.HOPELESS))
+            self._settle(state)
+        return super().next(now_ns)
+
+    def _ready_ns(self, state: _Stream) -> int | None:
+        ready_ns = super()._ready_ns(state)
+        return state.free_ns if ready_ns is None and state.rows and not state.over else ready_ns
+
+    def _turn(self, state: _Stream, ready_ns: int) -> tuple[int, int]:
+        pushes = len(state.queue) < state.whole and state.ended_ns is None
+        waiting = state.rows[0] if pushes or not state.queue else state.queue
+        return int(pushes), waiting[0].deadline_ns
+
+    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> Part:
+        if len(state.queue) >= state.whole or state.ended_ns is not None:
+            return super()._take(stream, state, ready_ns, now_ns)
+        return Part(stream, (), 0, state.settings.steps)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from svd2_jax.simulate.trace import Trace
 
 DEADLINE = "deadline"
-POLICIES = (DEADLINE, "fifo", "reference")
+POLICIES = (DEADLINE, "bounded", "fifo", "reference")
 EXIT_MISSED = 1
 
 EXAMPLES = """\
@@ -28,8 +28,9 @@ examples:
 
 Runs the scheduler of live streams under a virtual clock: no model, no device, an hour in seconds, and the same numbers
 every time. A trace says how frames come and how fast the device is. `python scripts/make_traces.py` writes those in
-traces/, docs/scheduling.md explains them. Policies: deadline is ours; fifo has an unbounded queue; reference is the
-automatic mode of StreamDiffusionV2's demo. Exit code 1 if the deadline policy misses a goal.
+traces/, docs/scheduling.md explains them. Policies: deadline is ours; fifo has an unbounded queue and
+bounded a short one; reference is the automatic mode of StreamDiffusionV2's demo. Exit code 1 if the
+deadline policy misses a goal.
 
 columns:
   load         the most frames demanded at any time, as a share of what the device can do at the fewest steps allowed
@@ -37,6 +38,9 @@ columns:
                shown, late, dropped, latencies, misses, steps and recovery are those of the others
   misses       late frames as a share of those shown
   p50 p95 p99  ms from a frame's arrival until it is shown; `budget` is the most that was asked for
+  bound        ms that a chunk takes to fill and then on a device that does nothing else; p50/bound and p99/bound are
+               those of the stream where they are largest (goal where a tick per chunk takes less than half of the time:
+               at most 1.10 and 1.25)
   ratio        p99 to that of the deadline policy
   jitter       ms by which the time between two frames shown differs from that in the source, mean
   FPS          frames shown per second, mean of the streams; `busy`: share of the time that the device ran (its stages,
@@ -116,4 +120,4 @@ def _maker(name: str) -> MakePolicy:
 
     if name == DEADLINE:
         return lambda sizes, report: Scheduler(PolicyConfig(), sizes, report)
-    return baselines.Fifo if name == "fifo" else baselines.Reference
+    return {"bounded": baselines.Bounded, "fifo": baselines.Fifo, "reference": baselines.Reference}[name]

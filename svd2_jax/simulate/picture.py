@@ -24,7 +24,7 @@ from svd2_jax.simulate.simulator import Outcome
 from svd2_jax.simulate.trace import Trace
 
 BINS = 150  # over a trace
-COLOURS = {"deadline": "#1f5fbf", "fifo": "#d9730d", "reference": "#7a7a7a"}
+COLOURS = {"deadline": "#1f5fbf", "bounded": "#2e8b57", "fifo": "#d9730d", "reference": "#7a7a7a"}
 SHADE = "#f7d9d4"
 PANEL = (7.2, 3.3)  # inches
 LEGEND_LINE = 0.21  # inches, of each line above the panels

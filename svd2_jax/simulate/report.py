@@ -11,6 +11,7 @@ from typing import Any
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.work import SECOND, Fate, FrameRecord, Reason
 from svd2_jax.simulate.simulator import Outcome
+from svd2_jax.simulate.trace import bound_ms
 from svd2_jax.text import aligned
 
 OWN_DROPS = (Reason.OVERLOAD, Reason.HOPELESS)  # the scheduler's doing; others are the source's
@@ -19,6 +20,8 @@ MOST_MISSED_OVERLOADED = 0.01
 LEAST_THROUGHPUT = 0.95  # of the capacity
 LONGEST_RECOVERY_S = 2.0
 LONGEST_GAP_S = 2.0  # without a frame of a stream, under overload
+QUIET = 0.5  # share of the time for a tick per chunk below which latencies have to be near their bound
+MOST_OF_BOUND = (1.10, 1.25)  # p50 and p99 of every stream as multiples of its bound, on a quiet device
 SETTLED_NS = SECOND  # so long everything has to be well for a recovery
 
 
@@ -53,6 +56,9 @@ class Row:
       recovery_s: from an overload's end until a whole second of frames has all its steps and comes in time; the
         longest; None if there is nothing to recover from, infinity if it never does.
       gap_s: the longest time without a frame of a stream under overload; None without overload.
+      bound_ms: (least, most) of the streams: what latency a chunk would have if the device did nothing else.
+      of_bound: p50 and p99 latency as multiples of the stream's bound, of the stream where each is largest.
+      quiet: whether less than half of the time is enough for a tick per chunk, all the time.
     """
 
     trace: str
@@ -76,6 +82,9 @@ class Row:
     gap_s: float | None
     impossible: int = 0
     impossible_shown: int = 0
+    bound_ms: tuple[float, float] = (0.0, 0.0)
+    of_bound: tuple[float, float] = (0.0, 0.0)
+    quiet: bool = False
 
     @property
     def miss_rate(self) -> float:
@@ -90,6 +99,7 @@ class Row:
         checks = {
             "misses": self.miss_rate < most,
             "latency": self.worst_miss_rate <= 0.01,  # that is, its p99 is within the budget
+            "bound": not self.quiet or all(a <= b for a, b in zip(self.of_bound, MOST_OF_BOUND, strict=True)),
             "drops": overloaded or not any(self.dropped.get(reason.value) for reason in OWN_DROPS),
             "refusals": overloaded or not self.refused,
             "throughput": self.throughput is None or self.throughput >= LEAST_THROUGHPUT,
@@ -117,6 +127,15 @@ def summarise(outcome: Outcome) -> Row:
             metrics(event)
     total, streams = metrics.summary(), [metrics.summary(stream) for stream in metrics.streams]
     budgets = [source.budget_ms for source in trace.sources]
+    bounds = [bound_ms(trace.device, source) for source in trace.sources]
+    multiples = [
+        (
+            (metrics.summary(s).latency_p50_ms or 0.0) / bound,
+            (metrics.summary(s).latency_p99_ms or 0.0) / bound,
+        )
+        for s in metrics.streams
+        for bound in [bound_ms(trace.device, outcome.streams[s])]
+    ]
     return Row(
         trace=trace.name,
         policy=outcome.policy,
@@ -139,6 +158,9 @@ def summarise(outcome: Outcome) -> Row:
         gap_s=_gap_s(outcome) if overloads else None,
         impossible=len(impossible),
         impossible_shown=sum(frame.shown_ns is not None for frame in impossible),
+        bound_ms=(min(bounds), max(bounds)),
+        of_bound=(max((m[0] for m in multiples), default=0.0), max((m[1] for m in multiples), default=0.0)),
+        quiet=trace.peak_busy < QUIET,
     )
 
 
@@ -207,7 +229,8 @@ def _recovery_s(outcome: Outcome) -> float | None:
 
 COLUMNS = (
     "trace", "policy", "load", "frames", "impossible", "shown", "late", "dropped", "misses", "p50", "p95", "p99",
-    "budget", "ratio", "jitter", "FPS", "busy", "of capacity", "steps", "recovery", "goals",
+    "bound", "p50/bound", "p99/bound", "budget", "ratio", "jitter", "FPS", "busy", "of capacity", "steps",
+    "recovery", "goals",
 )  # fmt: skip
 
 
@@ -222,7 +245,6 @@ def _cells(row: Row, p99_ms: float | None) -> tuple[str, ...]:
     def percent(value: float | None, digits: int = 0) -> str:
         return "" if value is None else f"{100 * value:.{digits}f} %"
 
-    least, most = row.budget_ms
     recovery = "" if row.recovery_s is None else f"{row.recovery_s:.1f} s"
     return (
         row.trace,
@@ -235,7 +257,9 @@ def _cells(row: Row, p99_ms: float | None) -> tuple[str, ...]:
         ", ".join(f"{count} {reason}" for reason, count in row.dropped.items()) or "0",
         percent(row.miss_rate, 2),
         *(f"{value:.0f}" for value in row.latency_ms),
-        f"{least:.0f}" if least == most else f"{least:.0f}-{most:.0f}",
+        _range(row.bound_ms),
+        *(f"{value:.2f}" for value in row.of_bound),
+        _range(row.budget_ms),
         f"{row.latency_ms[2] / p99_ms:.1f}" if p99_ms else "",
         f"{row.jitter_ms:.1f}",
         f"{row.fps:.1f}",
@@ -245,3 +269,8 @@ def _cells(row: Row, p99_ms: float | None) -> tuple[str, ...]:
         "never" if recovery.startswith("inf") else recovery,
         ", ".join(row.missed_goals) or "ok",
     )
+
+
+def _range(values: tuple[float, float]) -> str:
+    least, most = (f"{value:.0f}" for value in values)
+    return least if least == most else f"{least}-{most}"

@@ -196,6 +196,7 @@ class Segment:
       capacity_hz: frames of these streams that the device can finish in a second, at floor steps and best batches.
       preferred_hz: the same at the steps that the streams prefer.
       takes_chunks: whether every stream's whole chunks can be in time, on a device that has nothing else to do.
+      busy: share of the time for a tick per chunk, each of one stream alone, at the steps that the streams prefer.
     """
 
     begin_s: float
@@ -204,6 +205,7 @@ class Segment:
     capacity_hz: float
     preferred_hz: float
     takes_chunks: bool
+    busy: float = 0.0
 
     @property
     def load(self) -> float:
@@ -282,12 +284,18 @@ class Trace:
                 (s.chunk_frames - 1) * 1000 / s.rate_hz + least_ms(self.device, s) / speed <= s.budget_ms
                 for s in active
             ),
+            sum(s.rate_hz / s.chunk_frames * self.device.tick_ms(1, s.steps) / 1000 for s in active) / speed,
         )
 
     @property
     def peak_load(self) -> float:
         """The most that is demanded at any time, as a share of the capacity at floor steps."""
         return max(segment.load for segment in self.segments)
+
+    @property
+    def peak_busy(self) -> float:
+        """The most time that is needed for a tick per chunk at any time, as a share, see `Segment.busy`."""
+        return max(segment.busy for segment in self.segments)
 
     @property
     def overloads(self) -> tuple[tuple[float, float], ...]:
@@ -332,6 +340,16 @@ def least_ms(device: DeviceTrace, stream: StreamTrace) -> float:
         min(passes * device.tick_ms(1, stream.floor_steps), device.sequential_ms(passes, rows))
         + device.tail_ms
     )
+
+
+def bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
+    """Returns the latency that a stream's whole chunks have at full speed on a device that has nothing else to do.
+
+    A chunk's first frame waits for its last one, then come (steps x stages) ticks of this stream alone and a tail. All
+    frames of a chunk have the latency of the first, as they are shown in the rhythm in which they came.
+    """
+    fill_ms = (stream.chunk_frames - 1) * 1000 / stream.rate_hz
+    return fill_ms + stream.steps * stream.stages * device.tick_ms(1, stream.steps) + device.tail_ms
 
 
 def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> int:

@@ -17,9 +17,9 @@ from svd2_jax.runtime.deadline import (
     Flight,
     Group,
     Job,
+    Load,
     PolicyConfig,
     View,
-    backlog_spare_ns,
     decide,
     evenly,
     rescue,
@@ -54,8 +54,8 @@ def view(stream: int = 0, queue=(), flight=(), steps: int = 2, **changes) -> Vie
     )
 
 
-def decided(*views: View, now: float = 0, overloaded: bool = False, sizes=(1, 2, 4)) -> Decision:
-    return decide(round(now * MS), views, costs(*{v.group for v in views}, sizes=sizes), CONFIG, overloaded)
+def decided(*views: View, now: float = 0, load: Load = Load.BUSY, sizes=(1, 2, 4)) -> Decision:
+    return decide(round(now * MS), views, costs(*{v.group for v in views}, sizes=sizes), CONFIG, load)
 
 
 def test_a_whole_chunk_enters_at_once():
@@ -78,17 +78,14 @@ def test_part_of_a_chunk_enters_when_its_source_stalls_and_the_device_is_free():
     assert decided(stalled) == Decision((), (), 400 * MS)
     assert decided(stalled, now=400).parts == (Choice(0, (0,)),)
     assert decided(stalled, other, now=400, sizes=(1,)).parts == (Choice(1, (0, 1, 2, 3)),)
-    assert decided(stalled, now=400, overloaded=True) == Decision((), (), 1840 * MS)
+    assert decided(stalled, now=400, load=Load.OVER) == Decision((), (), 1840 * MS)
 
 
-def test_part_of_a_chunk_enters_with_a_flush_that_it_cannot_wait_for():
-    """The flush takes 80 ms, and two more ticks for the frame that waits end at 240."""
-    assert decided(view(flight=((200, 1),), queue=(240,))).parts == (Choice(0, (0,)),)
-    assert decided(view(flight=((200, 1),), queue=(241,))).parts == (Choice(0),)
-    kept = decided(
-        view(0, flight=((100, 1),), queue=(300,), group=Group("t", 2)), view(1, flight=((190, 1),))
-    )
-    assert kept.parts == (Choice(0, (0,)),)  # 80 and 80 for the chunks under way, then 80 for the new one
+def test_part_of_a_chunk_enters_when_it_could_not_wait_for_a_push():
+    """Two ticks of 80 ms for the frame that waits must begin at 80, and the push would end there."""
+    for deadline, enter in ((240, (0,)), (241, ())):
+        waiting = view(flight=((200, 1),), queue=(deadline,), next_ns=900, overdue_ns=900)
+        assert decided(waiting, now=80).parts == (Choice(0, enter),)
 
 
 def test_frames_that_cannot_be_in_time_are_dropped():
@@ -98,19 +95,34 @@ def test_frames_that_cannot_be_in_time_are_dropped():
     assert decided(view(queue=(100, 159, 160, 200, 250, 300))).parts == (Choice(0, (2, 3, 4, 5)),)
 
 
-def test_a_chunk_under_way_waits_for_the_next_one_if_that_is_in_time():
-    """The next chunk is there at 200 and pushes it out by 280."""
-    assert decided(view(flight=((280, 1),))) == Decision((), (), 200 * MS)
+@pytest.mark.parametrize(("load", "near"), [(Load.BUSY, 80), (Load.ROOMY, 40)])
+def test_a_chunk_in_flight_is_pushed_on_unless_another_one_is_due_soon(load, near):
+    """A tick takes 80 ms. A busy device holds up nobody for a push, one with room for up to half a tick."""
+    pushed = view(flight=((900, 1),), next_ns=near)
+    assert decided(pushed, load=load).parts == (Choice(0),)
+    waits = view(flight=((900, 1),), next_ns=near - 1)
+    assert decided(waits, load=load) == Decision((), (), (2 * near - 1) * MS)
+    other = view(1, next_ns=near - 1)  # of another stream
+    assert decided(pushed, other, load=load) == Decision((), (), (2 * near - 1) * MS)
+    assert decided(waits, now=2 * near - 1, load=load).parts == (Choice(0),)  # it did not come
 
 
-def test_a_chunk_under_way_is_pushed_on_if_the_next_one_comes_too_late():
-    assert decided(view(flight=((279, 1),))).parts == (Choice(0),)
+def test_a_chunk_in_flight_does_not_wait_for_one_that_is_due_soon_if_it_would_be_late():
+    assert decided(view(flight=((160, 1),), next_ns=40)) == Decision((), (), 80 * MS)
+    assert decided(view(flight=((160, 1),), next_ns=40), now=80).parts == (Choice(0),)
+    assert decided(view(flight=((160, 1),), next_ns=79), now=80).parts == (Choice(0),)
 
 
-def test_a_chunk_under_way_is_pushed_on_when_the_source_stalls_or_ends():
-    assert decided(view(flight=((2000, 1),))).until_ns == 400 * MS
-    assert decided(view(flight=((2000, 1),)), now=400).parts == (Choice(0),)
-    assert decided(view(flight=((2000, 1),), ended=True)).parts == (Choice(0),)
+def test_a_chunk_in_flight_is_pushed_on_at_once_when_the_source_stalls_or_ends():
+    assert decided(view(flight=((2000, 1),), next_ns=-80)).parts == (Choice(0),)
+    assert decided(view(flight=((2000, 1),), next_ns=10, ended=True)).parts == (Choice(0),)
+
+
+def test_what_enters_a_device_with_room_takes_others_along():
+    """Alone it takes 80 ms and with the push of the other one 120; apart they would take 160."""
+    entering, pushed = view(0, queue=(900,) * 4), view(1, flight=((900, 1),))
+    assert decided(entering, pushed, load=Load.ROOMY).parts == (Choice(0, (0, 1, 2, 3)), Choice(1))
+    assert decided(entering, pushed).parts == (Choice(0, (0, 1, 2, 3)),)
 
 
 def test_a_late_chunk_under_way_is_pushed_on_first():
@@ -155,34 +167,25 @@ def test_a_first_group_has_its_tick_for_itself():
     assert decided(first, other).parts == (Choice(0, (0, 1, 2, 3, 4), True),)
 
 
-def test_a_backlog_that_can_be_caught_up_is_taken_oldest_first():
+def test_a_backlog_is_taken_oldest_first():
     decision = decided(view(queue=(*range(600, 1000, 50),)))
     assert decision == Decision((), (Choice(0, (0, 1, 2, 3)),), None)
 
 
-def test_a_backlog_that_cannot_be_caught_up_is_thinned():
-    """Chunks begin at 0, 80 and 160 and take 160; the third would end at 320, the second at 240."""
-    decision = decided(view(queue=(250,) * 12))
-    assert decision.parts == (Choice(0, (0, 2, 3, 5)),)
-    assert decision.drops == (Drop(0, (1, 4, 7, 10), Reason.OVERLOAD),)
-
-
 def test_under_overload_the_newest_frames_evenly_spaced_are_kept():
-    decision = decided(view(queue=(*range(600, 1000, 50),)), overloaded=True)
+    decision = decided(view(queue=(*range(600, 1000, 50),)), load=Load.OVER)
     assert decision.parts == (Choice(0, (1, 3, 5, 7)),)
     assert decision.drops == (Drop(0, (0, 2, 4, 6), Reason.OVERLOAD),)
 
 
 def test_under_overload_frames_that_would_need_ticks_of_their_own_are_not_taken():
     """A chunk of two steps is ready with the stream's next turn, at 160; the first four frames are too old for that."""
-    decision = decided(
-        view(queue=(160, 160, 160, 160, 700, 750, 800, 850), next_ns=0), overloaded=True, now=0
-    )
+    decision = decided(view(queue=(160, 160, 160, 160, 700, 750, 800, 850), next_ns=0), load=Load.OVER, now=0)
     assert decision.parts == (Choice(0, (1, 3, 5, 7)),)
     decision = decided(
         view(0, queue=(160, 160, 160, 160, 700, 750, 800, 850)),
         view(1, queue=(900,) * 4),
-        overloaded=True,
+        load=Load.OVER,
         sizes=(1,),
     )
     assert decision.parts == (Choice(0, (4, 5, 6, 7)),)
@@ -190,12 +193,12 @@ def test_under_overload_frames_that_would_need_ticks_of_their_own_are_not_taken(
 
 def test_under_overload_the_stream_that_waited_longest_goes_first():
     urgent, waiting = view(0, queue=(300,) * 4, served_ns=-100), view(1, queue=(900,) * 4, served_ns=-300)
-    assert decided(urgent, waiting, overloaded=True, sizes=(1,)).parts[0].stream == 1
+    assert decided(urgent, waiting, load=Load.OVER, sizes=(1,)).parts[0].stream == 1
     assert decided(urgent, waiting, sizes=(1,)).parts[0].stream == 0
 
 
 def test_nothing_to_do_is_nothing_to_wait_for():
-    assert decide(0, [], {}, CONFIG, False) == Decision((), (), None)
+    assert decide(0, [], {}, CONFIG, Load.ROOMY) == Decision((), (), None)
 
 
 def test_rescue_takes_the_most_urgent_first_and_tells_the_time_to_spare():
@@ -265,13 +268,6 @@ def test_rescue_goes_on_as_it_began(jobs):
         if flight := tuple(chunk for chunk in ticked if chunk.left):
             rest.append(job._replace(flight=flight))
     assert min(spare, rescue(rest, end, known).spare_ns) == saved.spare_ns
-
-
-def test_a_backlog_has_the_time_to_spare_of_its_worst_chunk():
-    group = Group("s", 1)
-    views = [view(0, queue=(500,) * 4, steps=1), view(1, queue=(*(150,) * 4, *(200,) * 4), steps=1)]
-    # In batches of two a chunk takes 40: the urgent ones end at 40 and 80, the other at 120.
-    assert backlog_spare_ns(0, views, costs(group)) == 110 * MS
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=40), st.integers(1, 40))

@@ -10,20 +10,21 @@ from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import Costs, LatencyConfig, LatencyModel, LatencySample
 from svd2_jax.runtime.overload import (
     Control,
-    Load,
+    Demand,
+    affordable,
+    at_level,
     chunk_rate,
     control,
-    delay_ns,
-    lowered,
     need,
     nominal_ns,
+    push_need,
     refusal,
     ticks_per_chunk,
     utilisation,
 )
 from svd2_jax.runtime.work import MS, StreamSettings
 
-CONFIG = PolicyConfig(guard_ms=0, lower_above=0.9, raise_below=0.8, raise_after_ms=500, risk_hold_ms=5000)
+CONFIG = PolicyConfig(guard_ms=0, lower_above=0.9, raise_below=0.8, raise_after_ms=500)
 
 
 def costs_of(shape: Hashable, steps: int, slowness: float = 1.0) -> Costs:
@@ -33,9 +34,9 @@ def costs_of(shape: Hashable, steps: int, slowness: float = 1.0) -> Costs:
     return model.costs(shape, steps)
 
 
-def load(stream: int = 0, steps: int = 2, now: int | None = None, rate_hz: float = 16, **settings) -> Load:
+def load(stream: int = 0, steps: int = 2, now: int | None = None, rate_hz: float = 16, **settings) -> Demand:
     asked = StreamSettings(rate_hz, **{"budget_ms": 900, "steps": steps, **settings})
-    return Load(stream, asked, steps if now is None else now, chunk_rate(asked, asked.interval_ns))
+    return Demand(stream, asked, steps if now is None else now, chunk_rate(asked, asked.interval_ns))
 
 
 @pytest.mark.parametrize(("budget_ms", "ticks"), [(518, 1), (517, 2), (348, 2), (347, None)])
@@ -45,11 +46,25 @@ def test_ticks_per_chunk_are_the_fewest_that_are_in_time(budget_ms, ticks):
     assert ticks_per_chunk(settings, 2, 80 * MS, 0) == ticks
 
 
-def test_the_delay_counts_every_stage():
+@pytest.mark.parametrize(
+    ("budget_ms", "ticks"),
+    [(760, 1), (759, 2), (370, 2), (369, 3), (360, 3), (359, 4), (190, 4), (189, None)],
+)
+def test_ticks_per_chunk_count_every_stage(budget_ms, ticks):
+    """150 ms for a chunk to fill; then 3 chunks of 200 ms and a tick of 10, a chunk and 2 ticks or one, or 4 ticks."""
+    settings = StreamSettings(20, budget_ms, steps=2, stages=2)
+    assert ticks_per_chunk(settings, 2, 10 * MS, 0) == ticks
+
+
+def test_the_playout_delay_is_a_chunk_that_fills_and_its_ticks_right_behind_each_other():
     settings = StreamSettings(20, 900, steps=2, stages=2)
-    assert delay_ns(settings, 2, 10 * MS, 1) == (150 + 3 * 200 + 10) * MS
-    assert delay_ns(settings, 2, 10 * MS, 2) == (150 + 200 + 20) * MS
-    assert delay_ns(settings, 2, 10 * MS, 4) == (150 + 40) * MS
+    assert nominal_ns(settings, costs_of) == (150 + 4 * 80) * MS
+    assert nominal_ns(StreamSettings(20, 400, steps=2, stages=2), costs_of) == 400 * MS
+
+
+def test_pushing_on_takes_every_tick_of_every_chunk():
+    loads = [load(0), load(1, steps=1, stages=2, rate_hz=8)]
+    assert push_need(loads, {0: 2, 1: 1}, costs_of) == pytest.approx(2 * 80 / 250 + 2 * 50 / 500)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +83,14 @@ def test_utilisation_counts_second_ticks_of_tight_budgets():
 
 def test_the_stream_with_most_steps_is_lowered_first():
     loads = [load(0, 2), load(1, 4, budget_ms=2000), load(2, 3, budget_ms=2000)]
-    steps, value = lowered(loads, {0: 2, 1: 4, 2: 3}, costs_of, 0, 0.95)
-    assert steps == {0: 2, 1: 2, 2: 2}  # 3 and 3 would take 200 ms and the other one 80
-    assert value == pytest.approx(220 / 250)
+    level = affordable(loads, costs_of, 0, 0.95)
+    assert at_level(loads, level) == {0: 2, 1: 2, 2: 2}  # 3 and 3 would take 200 ms and the other one 80
+    assert utilisation(loads, at_level(loads, level), costs_of, 0) == pytest.approx(220 / 250)
 
 
 def test_no_stream_goes_below_its_floor():
     loads = [load(0, 2, floor_steps=2), load(1, 2)]
-    steps, _ = lowered(loads, {0: 2, 1: 2}, costs_of, 0, 0.01)
-    assert steps == {0: 2, 1: 1}
+    assert at_level(loads, affordable(loads, costs_of, 0, 0.01)) == {0: 2, 1: 1}
 
 
 def test_what_is_needed_at_least_is_a_tick_per_chunk_in_the_best_batches():
@@ -86,8 +100,7 @@ def test_what_is_needed_at_least_is_a_tick_per_chunk_in_the_best_batches():
 
 
 @pytest.mark.parametrize("tick_ms", [10, 120, 400])
-@pytest.mark.parametrize("at_risk", [False, True])
-def test_steps_stay_where_fewer_take_as_long(tick_ms, at_risk):
+def test_steps_stay_where_fewer_take_as_long(tick_ms):
     """At 400 ms no steps suffice, and times wobble by 1 %. Steps that were lowered before come back."""
 
     def same(shape: Hashable, steps: int) -> Costs:
@@ -99,10 +112,10 @@ def test_steps_stay_where_fewer_take_as_long(tick_ms, at_risk):
         return model.costs(shape, steps)
 
     loads = [load(i, steps=3, budget_ms=4000) for i in range(2)]
-    assert control(Control(), loads, same, CONFIG, 0, at_risk)[1] == {0: 3, 1: 3}
+    assert control(Control(), loads, same, CONFIG, 0)[1] == {0: 3, 1: 3}
     state, lower = Control(), [load(i, steps=3, now=1, budget_ms=4000) for i in range(2)]
     for at_ms in (0, 400):
-        state, steps = control(state, lower, same, CONFIG, at_ms * MS, False)
+        state, steps = control(state, lower, same, CONFIG, at_ms * MS)
         if tick_ms == 10:
             assert steps == {0: 1, 1: 1}
 
@@ -112,13 +125,13 @@ def slower(factor: float):
 
 
 def test_steps_fall_at_once_and_rise_after_a_while():
-    state, steps = control(Control(), [load()], slower(3), CONFIG, 0, False)  # 240 of 250 ms
+    state, steps = control(Control(), [load()], slower(3), CONFIG, 0)  # 240 of 250 ms
     assert steps == {0: 1}
     assert state.utilisation == pytest.approx(150 / 250)
     for at_ms in (1000, 1200, 1499):
-        state, steps = control(state, [load(now=1)], costs_of, CONFIG, at_ms * MS, False)
+        state, steps = control(state, [load(now=1)], costs_of, CONFIG, at_ms * MS)
         assert steps == {0: 1}
-    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 1500 * MS, False)
+    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 1500 * MS)
     assert steps == {0: 2}
 
 
@@ -127,38 +140,22 @@ def test_steps_do_not_rise_where_they_would_fall_again():
     for now in (1, 2):
         state = Control()
         for at_ms in range(0, 3000, 100):
-            state, steps = control(state, [load(now=now)], slower(2.65), CONFIG, at_ms * MS, False)
+            state, steps = control(state, [load(now=now)], slower(2.65), CONFIG, at_ms * MS)
             assert steps == {0: now}
 
 
 def test_an_interruption_starts_the_wait_anew():
-    state, _ = control(Control(), [load(now=1)], costs_of, CONFIG, 0, False)
-    state, _ = control(state, [load(now=1)], slower(2.65), CONFIG, 400 * MS, False)
-    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 600 * MS, False)
+    state, _ = control(Control(), [load(now=1)], costs_of, CONFIG, 0)
+    state, _ = control(state, [load(now=1)], slower(2.65), CONFIG, 400 * MS)
+    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 600 * MS)
     assert steps == {0: 1}
-
-
-def test_frames_at_risk_lower_steps_for_a_longer_while():
-    state, steps = control(Control(), [load(), load(1)], costs_of, CONFIG, 0, True)
-    assert steps == {0: 1, 1: 1}
-    lowered_now = [load(now=1), load(1, now=1)]
-    for at_ms in range(100, 5400, 100):
-        state, steps = control(state, lowered_now, costs_of, CONFIG, at_ms * MS, False)
-        assert steps == {0: 1, 1: 1}
-    state, steps = control(state, lowered_now, costs_of, CONFIG, 5500 * MS, False)
-    assert steps == {0: 2, 1: 2}
-
-
-def test_risk_at_the_floor_holds_nothing_up():
-    state, _ = control(Control(), [load(now=1)], costs_of, CONFIG, 0, True)
-    assert state.held_ns == 0
 
 
 def test_a_budget_too_short_for_some_steps_never_gets_them():
     tight = load(now=1, budget_ms=340)
     state = Control()
     for at_ms in range(0, 2000, 100):
-        state, steps = control(state, [tight], costs_of, CONFIG, at_ms * MS, False)
+        state, steps = control(state, [tight], costs_of, CONFIG, at_ms * MS)
         assert steps == {0: 1}
 
 
@@ -197,4 +194,4 @@ def test_a_tail_takes_of_the_budget_but_not_of_the_device():
         loads = [load(budget_ms=budget_ms)]
         assert utilisation(loads, {0: 2}, tailed, 0) == pytest.approx(ticks * 80 / 250)
     settings = StreamSettings(16, 900)
-    assert nominal_ns(settings, 1, tailed, 0) == nominal_ns(settings, 1, costs_of, 0) + 40 * MS
+    assert nominal_ns(settings, tailed) == nominal_ns(settings, costs_of) + 40 * MS

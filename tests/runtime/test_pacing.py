@@ -38,13 +38,37 @@ def test_a_late_chunk_moves_those_behind_it_but_not_in_a_burst():
     assert shown[8:] == [890, 940, 990, 1040]  # 490 behind, as the second chunk
 
 
-def test_the_delay_shrinks_over_a_minute():
-    playout = chunk_finished(Playout(0), 400 * MS, 0, 600 * MS, BUDGET)
+def test_the_delay_shrinks_by_a_twentieth_of_the_time_when_chunks_need_less():
+    """The slow chunk is one of the two that do not count from the 16th on."""
+    playout = chunk_finished(Playout(0, last_ns=0), 400 * MS, 0, 600 * MS, BUDGET)
     assert playout.delay_ns == 600 * MS
-    for i in range(1, 301):
+    delays = []
+    for i in range(1, 50):
         at = 600 * MS + i * 200 * MS
         playout = chunk_finished(playout, 400 * MS, at - 300 * MS, at, BUDGET)
-    assert 470 * MS < playout.delay_ns < 477 * MS  # 400 + 200 / e
+        delays.append(playout.delay_ns // MS)
+    assert delays[:14] == [600] * 14
+    assert delays[14:34] == [600 - 10 * i for i in range(1, 21)]
+    assert set(delays[34:]) == {400}
+
+
+def test_the_first_group_is_no_measure_for_the_chunks_behind_it():
+    playout = chunk_finished(Playout(0), 400 * MS, 0, 600 * MS, BUDGET)
+    playout, due = show_time(playout, 0, 600 * MS, BUDGET, INTERVAL, GUARD)
+    assert due == 600 * MS
+    playout = chunk_finished(playout, 400 * MS, 500 * MS, 1000 * MS, BUDGET)
+    assert playout.delay_ns == 580 * MS  # and not 600
+
+
+def test_one_slow_tick_delays_two_chunks_and_not_those_behind_them():
+    playout = Playout(0, last_ns=0)
+    for i in range(60):
+        needed = {40: 560, 41: 450}.get(i, 400) * MS
+        playout = chunk_finished(playout, 350 * MS, i * 200 * MS, i * 200 * MS + needed, BUDGET)
+        assert playout.delay_ns == 400 * MS
+    for i in range(60, 63):  # a third one is no accident
+        playout = chunk_finished(playout, 350 * MS, i * 200 * MS, i * 200 * MS + 500 * MS, BUDGET)
+    assert playout.delay_ns == 500 * MS
 
 
 def test_the_nominal_delay_is_taken_at_once_when_it_grows():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svd2_jax.errors import SessionError
+from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.runtime.latency import LatencyConfig
 from svd2_jax.runtime.scheduler import LatencySample, PolicyConfig, Refused, Scheduler
 from svd2_jax.runtime.work import (
@@ -344,7 +344,7 @@ CONFIGS = st.builds(
     lower_above=st.sampled_from([0.5, 0.92]),
     raise_below=st.sampled_from([0.3, 0.5]),
     raise_after_ms=st.sampled_from([0.0, 500.0]),
-    risk_hold_ms=st.sampled_from([0.0, 1000.0]),
+    push_below=st.sampled_from([0.0, 0.9, 1e6]),
     admit_below=st.sampled_from([None, 0.7]),
     stall_intervals=st.sampled_from([0.0, 4.0, 1e6]),
     most_queued=st.sampled_from([6, 256]),
@@ -401,16 +401,29 @@ def flushes(world: World) -> int:
     return sum(not part.frames for record in world.ticks for part in record.tick.parts)
 
 
-def test_one_stream_with_time_enough_takes_a_tick_per_chunk_and_flows_evenly():
-    """A chunk waits 187.5 ms for its frames and 250 ms for the next one, and its last tick takes 80 ms."""
-    world = World([regular(16, 5 + 4 * 50)], Device()).run()
+def test_on_a_free_device_each_chunk_is_pushed_on_to_its_end_at_once():
+    """A chunk waits 187.5 ms for its frames, and takes two ticks of 80 ms."""
+    world = World([regular(16, 5 + 4 * 50, first_frames=1)], Device()).run()
     assert world.count(Fate.SHOWN) == len(world.frames) == 205
-    assert len(world.ticks) == 1 + 50 + 1  # the last chunk is pushed out, as nothing follows
-    assert flushes(world) == 1
+    assert len(world.ticks) == 1 + 51 * 2
+    assert flushes(world) == 51
     shown = sorted(f.shown_ns for f in world.frames)
     gaps = {round((b - a) / MS, 2) for a, b in itertools.pairwise(shown)}
     assert gaps == {62.5}
-    assert max(world.latencies_ms()) == pytest.approx(187.5 + 250 + 80 * 1.03 + 10, abs=0.1)
+    assert max(world.latencies_ms()) == pytest.approx(187.5 + 2 * 80, abs=0.1)
+    assert {f.steps for f in world.frames} == {2}
+
+
+def test_one_stream_without_time_to_push_on_takes_a_tick_per_chunk_and_flows_evenly():
+    """A chunk waits 187.5 ms for its frames and 250 ms for the next one, and its last tick takes 140 ms."""
+    world = World([regular(16, 5 + 4 * 50, budget_ms=900)], Device(fixed_ms=80)).run()
+    assert world.count(Fate.SHOWN) == len(world.frames) == 205
+    assert len(world.ticks) == 1 + 50 + 1  # the last chunk is pushed out, as nothing follows
+    assert flushes(world) == 1
+    shown = sorted(f.shown_ns for f in world.frames if f.number >= 5)
+    gaps = {round((b - a) / MS, 2) for a, b in itertools.pairwise(shown)}
+    assert gaps == {62.5}
+    assert max(world.latencies_ms()) == pytest.approx(187.5 + 250 + 140, abs=0.1)
     assert {f.steps for f in world.frames} == {2}
 
 
@@ -472,6 +485,15 @@ def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
     assert len(set(tried)) == min(streams, len(tried))
     assert {len(parts) for parts in tries} == {1}
     assert {len(parts[0].frames) for parts in tries} == {0, 1}
+
+
+def test_a_source_that_is_silent_does_not_keep_others_from_trying_the_device():
+    """The silent stream was served before the other one, and never ends while that one sends."""
+    silent = dataclasses.replace(regular(16, 5, floor_steps=2, budget_ms=800), leaves_ns=31 * SECOND)
+    world = World([silent, regular(16, 480, floor_steps=2, budget_ms=800)], slow(8)).run()
+    later = [f for f in world.frames if f.stream == 1 and f.arrival_ns > (SLOW[1] + 1.6) * SECOND]
+    assert later
+    assert {f.fate for f in later} == {Fate.SHOWN}
 
 
 def test_of_frames_that_are_finished_too_late_only_the_newest_is_shown():
@@ -655,6 +677,62 @@ def test_a_first_stream_is_let_in_though_the_device_is_too_slow_for_all_its_fram
     assert not world.refused
     assert world.count(Fate.SHOWN) > 100
     assert world.count(Fate.LATE) == 0
+
+
+class Updated(World):
+    """A world in which the only stream gets new settings at a frame's arrival."""
+
+    def __init__(self, source: Source, device: Device, at: int, **changes):
+        super().__init__([source], device)
+        self.at, self.new = at, dataclasses.replace(source.settings, **changes)
+
+    def input(self, kind: int, i: int, number: int) -> None:
+        super().input(kind, i, number)
+        if kind == 1 and number == self.at:
+            self.scheduler.update(self.ids[i], self.new, self.now)
+            least = min(self.settings[0].floor_steps, self.new.floor_steps)
+            most = max(self.settings[0].steps, self.new.steps)
+            self.settings[0] = dataclasses.replace(self.new, steps=most, floor_steps=least)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize("fixed_ms", [20, 60])
+def test_new_steps_hold_from_the_next_chunk_on_and_nothing_is_late(before, after, fixed_ms):
+    source = regular(16, 205, steps=before, budget_ms=1500)
+    world = Updated(source, Device(fixed_ms, 10), 100, steps=after).run()
+    assert world.count(Fate.SHOWN) == 205
+    assert [(c.before, c.after) for c in world.changes] == [(before, after)]
+    entered = [p for r in world.ticks for p in r.tick.parts if p.frames]
+    assert {p.steps for p in entered if p.frames[-1] < 100} == {before}
+    assert {p.steps for p in entered if p.frames[0] > 100} == {after}
+
+
+def test_a_new_budget_holds_for_the_frames_that_come_after():
+    world = Updated(regular(16, 205, budget_ms=900), Device(), 100, budget_ms=500).run()
+    given_ms = {f.number: (f.deadline_ns - f.arrival_ns) // MS for f in world.frames}
+    assert {given_ms[n] for n in range(100)} == {900}
+    assert {given_ms[n] for n in range(105, 205)} == {500}
+    assert world.count(Fate.SHOWN) == 205
+
+
+def test_more_steps_than_the_budget_holds_are_not_taken():
+    world = Updated(regular(16, 205, budget_ms=370, first_frames=1), Device(), 100, steps=4).run()
+    assert world.count(Fate.SHOWN) == 205
+    assert max(f.steps for f in world.frames) <= 2
+
+
+def test_settings_that_cannot_change_and_streams_that_ended_are_refused():
+    scheduler, stream = overlapping()
+    settings = StreamSettings(5, 2000, steps=1, first_frames=1, chunk_frames=1)
+    with pytest.raises(ConfigError, match="only steps, floor_steps and budget_ms can change"):
+        scheduler.update(stream, dataclasses.replace(settings, rate_hz=6), 0)
+    with pytest.raises(Refused, match="a latency budget of 50 ms cannot be met"):
+        scheduler.update(stream, dataclasses.replace(settings, budget_ms=50), 0)
+    scheduler.end(stream, 0)
+    with pytest.raises(SessionError, match="stream 0 takes no new settings: it has ended"):
+        scheduler.update(stream, settings, 0)
+    with pytest.raises(SessionError, match="stream 7 takes no new settings"):
+        scheduler.update(7, settings, 0)
 
 
 # --- two ticks in flight

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from svd2_jax.runtime.work import MS, Fate, FrameRecord, Reason
-from svd2_jax.simulate.baselines import Fifo, Reference
+from svd2_jax.simulate.baselines import Bounded, Fifo, Reference
 from svd2_jax.simulate.simulator import Outcome, simulate
 from svd2_jax.simulate.trace import DeviceTrace, StreamTrace, Trace
 
@@ -114,7 +114,28 @@ def test_the_reference_serves_streams_in_turn():
     assert turns[:9] == [0, 1, 2] * 3
 
 
-@pytest.mark.parametrize("policy", [Fifo, Reference])
+def test_the_bounded_baseline_pushes_chunks_on_at_once():
+    # As first in first out, but 5 to 8 enter at 800 and come out with the push at 900, done at 1000.
+    outcome = run(Bounded)
+    assert starts_ms(outcome) == [400, 800, 900, 1200, 1300]
+    assert latencies_ms(outcome) == [600, 500, 400, 300, 200, 500, 400, 300, 200, 500, 400, 300, 200]
+
+
+def test_the_bounded_baseline_queues_two_chunks_at_most_and_drops_the_oldest_frames():
+    # A chunk of 4 every 40 ms, a chunk takes two ticks of 100.
+    outcome = run(Bounded, duration_s=10, rate_hz=100)
+    assert max(tick.queued for tick in outcome.ticks) <= 10
+    assert reasons(outcome)[Reason.OVERLOAD] > 400
+    assert max(w for w in latencies_ms(outcome) if w is not None) < 600
+
+
+def test_the_bounded_baseline_drops_what_could_not_be_in_time():
+    outcome = run(Bounded, duration_s=10, budget_ms=450)  # 300 ms to fill and two ticks of 100
+    assert reasons(outcome)[Reason.HOPELESS] > 10
+    assert not any(f.fate is Fate.LATE for f in outcome.frames if f.number >= 5)
+
+
+@pytest.mark.parametrize("policy", [Fifo, Bounded, Reference])
 def test_every_frame_is_accounted_for_once(policy):
     outcome = run(policy, duration_s=20, rate_hz=37, jitter_ms=20, reorder=True, duplicate_share=0.1)
     frames = [e for e in outcome.events if isinstance(e, FrameRecord)]

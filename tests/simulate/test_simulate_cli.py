@@ -52,13 +52,18 @@ def test_all_policies_are_compared_and_everything_is_written(simulate, trace, sl
     code, out, err = simulate(trace, slowed, "--policy", "all", "--json", numbers, "--picture", picture)
     assert code == 1  # nobody keeps 700 ms when a tick takes 800
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [
-        [name, policy] for name in ("small", "slowed") for policy in ("deadline", "fifo", "reference")
+        [name, policy]
+        for name in ("small", "slowed")
+        for policy in ("deadline", "bounded", "fifo", "reference")
     ]
     rows = json.loads(numbers.read_text())
-    assert [(row["trace"], row["policy"]) for row in rows][:2] == [("small", "deadline"), ("small", "fifo")]
+    assert [(row["trace"], row["policy"]) for row in rows][:2] == [
+        ("small", "deadline"),
+        ("small", "bounded"),
+    ]
     assert rows[0]["frames"] == rows[0]["shown"] == 192
     assert rows[0]["missed_goals"] == []
-    assert "misses" in rows[3]["missed_goals"]
+    assert "misses" in rows[4]["missed_goals"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert image.width > 1000

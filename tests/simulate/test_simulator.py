@@ -21,8 +21,10 @@ BELOW = (
     "bursts",
     "come_and_go",
     "device_half",
+    "eight",
     "faults",
     "jitter",
+    "light_30",
     "overlap",
     "pipeline",
     "stalls",
@@ -70,13 +72,33 @@ def small(duration_s: float = 1.3, **settings) -> Trace:
 
 @pytest.mark.parametrize("name", BELOW)
 def test_below_capacity_nothing_is_dropped_and_all_is_in_time(name):
-    outcome, row = run(shortened(name))
+    # Shortened, a camera would stop in every second chunk: latency would be that of the camera.
+    outcome, row = run(shortened(name, 1.0 if name == "stalls" else SHARE))
     assert row.missed_goals == ()
     assert row.late / (row.shown + row.late) < 0.001
     assert row.latency_ms[2] <= row.budget_ms[1]
     assert not {"overload", "hopeless"} & set(row.dropped)
     assert row.throughput is None
     assert not outcome.refused
+
+
+@pytest.mark.parametrize("name", ["light_30", "stalls", "steady_16"])
+def test_a_quiet_device_shows_frames_little_later_than_physics_asks(name):
+    _, row = run(read_trace(FOLDER / f"{name}.json"))
+    assert row.quiet
+    assert row.of_bound[0] <= 1.10
+    assert row.of_bound[1] <= 1.25
+
+
+def test_the_goal_of_latency_stands_where_a_tick_per_chunk_takes_less_than_half_of_the_time():
+    """A tick takes 100 ms; a chunk of 4 comes every 400 ms at 10 FPS, and takes 300 ms to fill and two ticks."""
+    row = run(small(12))[1]
+    assert (row.quiet, row.bound_ms) == (True, (500, 500))
+    assert row.missed_goals == ()
+    assert "bound" in dataclasses.replace(row, of_bound=(1.11, 1.2)).missed_goals
+    assert "bound" in dataclasses.replace(row, of_bound=(1.0, 1.26)).missed_goals
+    busy = run(small(12, rate_hz=20))[1]  # half of the time
+    assert not dataclasses.replace(busy, of_bound=(2.0, 2.0)).missed_goals
 
 
 @pytest.mark.parametrize("name", ABOVE)
