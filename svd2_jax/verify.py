@@ -171,11 +171,11 @@ def verify(
       ConversionError: its weights cannot be converted.
     """
     precision = matmul_precision(checked_dtype(dtype))
-    files, meshes = golden_files(folder), stage_meshes(1, stages)
+    files, (mesh,) = golden_files(folder), stage_meshes(1, stages)
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
         checkpoint, options = _convert(folder, Path(scratch), dtype), PipelineOptions(rebalance=None)
         engine = DeviceEngine.from_checkpoint(
-            checkpoint, dtype, meshes=meshes, options=options, weight_dtype=weight_dtype
+            checkpoint, dtype, mesh=mesh, options=options, weight_dtype=weight_dtype
         )
         for file in files:
             yield _run(engine, file, cache_dtype or "compute")

@@ -31,7 +31,7 @@ def batched(golden_checkpoint):
 def staged(golden_checkpoint):
     """The golden model, which has two blocks, on two devices."""
     options = PipelineOptions(rebalance=None)
-    return DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2), options=options)
+    return DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0], options=options)
 
 
 def clip(frames, seed=0):
@@ -70,8 +70,8 @@ def test_streams_that_share_ticks_give_what_each_gives_alone(batched, golden_che
     """They join and leave at any chunk, and take part in some ticks without a chunk."""
     engine = batched
     if stages == 2:
-        meshes = stage_meshes(1, 2)
-        engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=meshes, options=BATCHES)
+        (mesh,) = stage_meshes(1, 2)
+        engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=mesh, options=BATCHES)
     with engine.open(spec(1, cfg)) as a, engine.open(spec(2, cfg)) as b:
         inputs, out = {a: groups(7, 1), b: groups(4, 2)}, {a: [], b: []}
 
@@ -256,7 +256,7 @@ def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
 
 
 def test_steps_cannot_change_while_blocks_may_move(golden_checkpoint):
-    engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2))
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
     with engine.open(spec()) as session, pytest.raises(SessionError, match="without rebalancing"):
         session.set_steps(1)
 

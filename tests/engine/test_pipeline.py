@@ -356,7 +356,7 @@ def clip(frames, seed):
 
 
 @pytest.mark.slow
-def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
+def test_two_streams_on_replicas_of_two_stages_equal_their_own_single_runs():
     cfg = StreamConfig(height=HEIGHT, width=WIDTH)
     specs = [
         SessionSpec("a dog", cfg, seed=1, pixels="float32"),
@@ -364,8 +364,11 @@ def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
     ]
     inputs = [clip(27, seed) for seed in (0, 1)]
     options = PipelineOptions(rebalance=None)
-    both = DeviceEngine.random("golden", meshes=stage_meshes(2, 2), options=options)
-    sessions = [both.open(spec) for spec in specs]
+    meshes = stage_meshes(2, 2)
+    engine = DeviceEngine.random("golden", mesh=meshes[0], options=options)
+    engines = engine, engine.replica(meshes[1])
+    assert engines[1].prompts is engine.prompts  # nothing is encoded, nor the text encoder read, twice
+    sessions = [each.open(spec) for each, spec in zip(engines, specs, strict=True)]
     devices = [{d for x in jax.tree.leaves(s._pipeline.state) for d in x.devices()} for s in sessions]
     assert [len(d) for d in devices] == [2, 2]
     assert not devices[0] & devices[1]
@@ -394,7 +397,7 @@ def test_more_stages_than_devices_says_how_to_get_virtual_ones():
         match=r"9 stages need 9 devices, JAX sees 8 .*XLA_FLAGS=--xla_force_host_platform_device_count=9",
     ):
         stage_meshes(1, 9)
-    with pytest.raises(ConfigError, match="4 stages for each of 3 streams need 12 devices"):
+    with pytest.raises(ConfigError, match="4 stages for each of 3 replicas need 12 devices"):
         stage_meshes(3, 4)
     with pytest.raises(ConfigError, match="stages must be at least 1, got 0"):
         stage_meshes(1, 0)
@@ -402,13 +405,13 @@ def test_more_stages_than_devices_says_how_to_get_virtual_ones():
 
 def test_more_stages_than_blocks_is_refused():
     with pytest.raises(ConfigError, match="5 stages are more than the model's 4 blocks"):
-        DeviceEngine.random("golden", meshes=stage_meshes(1, 5))
+        DeviceEngine.random("golden", mesh=stage_meshes(1, 5)[0])
 
 
 @pytest.mark.parametrize("split", [(2, 1), (4,), (4, 0)])
 def test_a_split_that_does_not_add_up_is_refused(split):
     with pytest.raises(ConfigError, match="has to give 2 stages all 4 blocks"):
-        DeviceEngine.random("golden", meshes=stage_meshes(1, 2), options=PipelineOptions(split=split))
+        DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=PipelineOptions(split=split))
 
 
 def test_arrays_over_the_stages_keep_their_buffers():

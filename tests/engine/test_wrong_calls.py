@@ -37,7 +37,10 @@ def session(engine):
         (lambda: svd2_jax.load("tiny", dtype=16), "dtype must be one of float32, bfloat16"),
         (lambda: svd2_jax.load("tiny", text_encoder="gpu"), "text_encoder must be one of .*, got 'gpu'"),
         (lambda: svd2_jax.load("tiny", stages="2"), "stages must be a whole number, at least 1; got '2'"),
-        (lambda: svd2_jax.load("tiny", streams=0), "streams must be at least 1, got 0"),
+        (lambda: svd2_jax.load_replicas(0), "replicas must be at least 1, got 0"),
+        (lambda: svd2_jax.load_replicas("2"), "replicas must be a whole number, at least 1; got '2'"),
+        (lambda: svd2_jax.load_replicas(9), "1 stage for each of 9 replicas need 9 devices, JAX sees 8"),
+        (lambda: svd2_jax.load_replicas(2, stages=0), "stages must be at least 1, got 0"),
         (lambda: svd2_jax.load("tiny", batch_sizes=4), r"batch_sizes must be several numbers, as in \(1, 2, 4\)"),
         (lambda: svd2_jax.load("tiny", batch_sizes=("1",)), "a batch size must be a whole number"),
         (lambda: svd2_jax.load("tiny", weight_dtype="int4"), "weight_dtype must be one of"),
@@ -206,11 +209,11 @@ def test_steps_that_nobody_prepared_are_refused_and_those_prepared_compile_nothi
 
 
 def test_steps_are_not_prepared_where_blocks_may_move(golden_checkpoint):
-    engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2))
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
     with pytest.raises(ConfigError, match="load the model with rebalance=False"):
         engine.open(SessionSpec("a dog", STREAM), steps=(1,))
     fixed = DeviceEngine.from_checkpoint(
-        golden_checkpoint, meshes=stage_meshes(1, 2), options=PipelineOptions(rebalance=None)
+        golden_checkpoint, mesh=stage_meshes(1, 2)[0], options=PipelineOptions(rebalance=None)
     )
     fixed.prepare(SessionSpec("a dog", STREAM), (1,))
 
