@@ -154,6 +154,7 @@ class FakeSession:
         self._rows: Rows[_Entered] = Rows(spec.config.steps)
         self._prompts = [len(spec.prompt)]  # of the next chunks, the last one staying
         self._given = 0
+        self.noise_scale = spec.noise_scale
         self.started = self.closed = False
 
     @property
@@ -171,6 +172,10 @@ class FakeSession:
         assert prompt in self._engine.prepared_prompts, "the stream would wait for the text encoder"
         before, after, count = self._prompts[0], len(prompt), max(1, blend_chunks)
         self._prompts = [before + (after - before) * i // count for i in range(1, count + 1)]
+
+    def set_noise_scale(self, noise_scale: float) -> None:
+        self._check_open()
+        self.noise_scale = noise_scale
 
     def close(self) -> None:
         if not self.closed:

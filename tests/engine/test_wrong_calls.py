@@ -112,6 +112,12 @@ def test_an_engine_refuses_wrong_arguments_in_one_line(engine, call, message):
         (lambda s: s.set_prompt(3), "the prompt must be text, got int"),
         (lambda s: s.set_prompt("x", "2"), "blend_chunks must be a whole number, at least 0; got '2'"),
         (lambda s: s.set_prompt("x", 1.5), "blend_chunks must be a whole number"),
+        (lambda s: s.set_noise_scale("0.5"), "noise_scale must be a number, got '0.5'"),
+        (lambda s: s.set_noise_scale(None), "noise_scale must be a number, got None"),
+        (lambda s: s.set_noise_scale(True), "noise_scale must be a number, got True"),
+        (lambda s: s.set_noise_scale(0), r"noise_scale must be in \(0, 1\], got 0"),
+        (lambda s: s.set_noise_scale(1.5), r"noise_scale must be in \(0, 1\], got 1.5"),
+        (lambda s: s.set_noise_scale(float("nan")), r"noise_scale must be in \(0, 1\], got nan"),
         (lambda s: s.set_steps("1"), "steps must be a whole number"),
         (lambda s: s.set_steps(None), "steps must be a whole number"),
     ],
@@ -120,6 +126,14 @@ def test_a_session_refuses_wrong_arguments_in_one_line_and_goes_on(session, call
     with pytest.raises(Svd2Error, match=message):
         call(session)
     session.push(clip(1))
+
+
+def test_there_is_no_noise_scale_to_change_in_text_to_video_nor_in_a_closed_session(engine):
+    raised = pytest.raises(SessionError, match="starts from noise alone")
+    with engine.open(SessionSpec("a dog", T2V)) as session, raised:
+        session.set_noise_scale(0.5)
+    with pytest.raises(SessionError, match="the session is closed"):
+        session.set_noise_scale(0.5)
 
 
 def test_text_to_video_takes_a_count_and_no_frames(engine):
