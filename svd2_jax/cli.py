@@ -763,6 +763,10 @@ def _live(args: argparse.Namespace) -> int:
     sizes = tuple(2**n for n in range(args.streams.bit_length()))
     options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes, share_vae=args.share_vae)
     engine = _engine(args, stage_meshes(1, args.stages)[0], options)
+    if args.stages > 1 and not args.share_vae:
+        with progress.shown("measuring the stages", _say):
+            split = _device_errors(engine.measure_split, specs[0])
+        _say(f"blocks per stage, by measured times: {'+'.join(map(str, split))}")
     ended_well = _device_errors(live.run, engine, plan, PolicyConfig(), _say)
     return 0 if ended_well else EXIT_FAILED
 

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from svd2_jax.api import SessionSpec, Work, check_prompt
 from svd2_jax.config import ModelConfig, Storage, StreamConfig, check_choice, check_whole, preset
 from svd2_jax.engine import params as params_lib
-from svd2_jax.engine.balance import BalancePolicy
+from svd2_jax.engine.balance import BalancePolicy, measured_split
 from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.costs import default_split
 from svd2_jax.engine.kept_programs import keep_programs
@@ -33,6 +33,7 @@ from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.policy import checked_dtype, default_dtype
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
+from svd2_jax.engine.rebalance import Stopwatch
 from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
@@ -76,6 +77,7 @@ class PipelineOptions:
 
 
 DEFAULT_OPTIONS = PipelineOptions()
+NEVER = 1e9  # a gain in throughput for which blocks would move
 
 
 class DeviceEngine:
@@ -113,6 +115,8 @@ class DeviceEngine:
         if options.share_vae and len(mesh.local_stages) < mesh.stages:
             raise ConfigError("stages share the VAE within one process only; leave out --share-vae")
         self._weights = StageWeights(model, read_item, mesh)
+        self._measured_split: tuple[int, ...] | None = None
+        self._stopwatch: Stopwatch | None = None
         self._ends: dict[object, EndPrograms] = {}
         self._denoisers: dict[object, DenoiserPrograms] = {}
         self._open: weakref.WeakSet[DeviceSession] = weakref.WeakSet()
@@ -357,6 +361,63 @@ class DeviceEngine:
         """Raises CheckpointError where there are no weights for a stream; at once, not when they are to be read."""
         self._check_parts({"vae", params_lib.decoder_item(cfg.decoder).split(".")[0]})
 
+    def measure_split(self, spec: SessionSpec, stopwatch: Stopwatch | None = None) -> tuple[int, ...]:
+        """Measures the stages on a stream of noise, and returns how many blocks each of them gets from then on.
+
+        For streams whose blocks stay while they run: those that share ticks, or whose steps change. It takes some 80
+        chunks of such a stream, and the time to compile what measures. The split changes if by the measured times
+        another one is faster by more than 5 % (`balance.measured_split`), and if it fits into memory.
+        With `PipelineOptions.split`, one stage, a shared VAE, in sequential mode and in text-to-video nothing is
+        measured.
+
+        Args:
+          spec: what the streams will be like.
+          stopwatch: what measures; None is a new one.
+
+        Raises:
+          SessionError: sessions are open, beside which blocks stay.
+        """
+        spec = self.resolved(spec)
+        cfg, options = spec.config, self._options
+        if self._open or self._opening:
+            raise SessionError(
+                "the split can be measured only before sessions open; close those that are open"
+            )
+        present = self.split(cfg)
+        if (
+            self.stages == 1
+            or options.split
+            or options.share_vae
+            or (cfg.mode, cfg.task) != ("stream", "v2v")
+        ):
+            return present
+        policy = BalancePolicy()
+        watched = dataclasses.replace(
+            options, split=present, batch_sizes=(1,), rebalance=dataclasses.replace(policy, threshold=NEVER)
+        )
+        trial = type(self)(
+            self.model, self._read_item, self.prompts, self._dtype, self.mesh, watched, self._check_parts
+        )
+        trial._weights, trial._stopwatch = self._weights, stopwatch
+        draws = np.random.default_rng(0)
+        with working("measuring the stages"), trial.open(spec) as session:
+            held, count = [], cfg.first_frames
+            while len(session.pipeline.measured) < policy.samples:
+                frames = draws.integers(0, 256, (count, cfg.height, cfg.width, 3), np.uint8)
+                done, count = session.push(frames), cfg.chunk_frames
+                for chunk in held:
+                    chunk.wait()
+                held = done
+            times = session.pipeline.measured
+        if (wanted := measured_split(present, times, policy.threshold)) != present:
+            vae_devices = self._builder(cfg).vae_devices
+            with suppress(ConfigError):  # no room for it
+                check_memory(
+                    self.model, cfg, self._dtype, wanted, self.mesh, streams=1, vae_devices=vae_devices
+                )
+                self._measured_split = wanted
+        return self.split(cfg)
+
     def prepare_prompt(self, prompt: str) -> None:
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait; in any thread."""
         check_prompt(prompt)
@@ -411,7 +472,7 @@ class DeviceEngine:
         builder = self._builder(cfg)
         return Pipeline(
             builder, lambda other: self.denoiser(other, split), self._weights, split, embedding,
-            self._options.rebalance,
+            self._options.rebalance, self._stopwatch,
         )  # fmt: skip
 
     def split(self, cfg: StreamConfig) -> tuple[int, ...]:
@@ -419,8 +480,8 @@ class DeviceEngine:
         # Beside a session that is open, blocks stay where it has moved them.
         if self._open and (split := self._weights.split) is not None:
             return split
-        if self._options.split is not None:
-            return self._options.split
+        if (split := self._options.split or self._measured_split) is not None:
+            return split
         kind = self.mesh.first.device_kind
         vae_devices = self._builder(cfg).vae_devices
         return default_split(self.model, cfg, self._dtype, self.stages, kind, vae_devices)

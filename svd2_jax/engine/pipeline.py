@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import StreamConfig
-from svd2_jax.engine.balance import BalancePolicy
+from svd2_jax.engine.balance import BalancePolicy, StageTimes
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, Program, TickPrograms
@@ -161,6 +161,11 @@ class Pipeline:
     def state(self) -> StreamState:
         """The state over the stages; the next tick takes it away."""
         return self._state
+
+    @property
+    def measured(self) -> tuple[StageTimes, ...]:
+        """What the stages took under the present split, where they are measured; oldest first."""
+        return self._rebalancer.measured if self._rebalancer is not None else ()
 
     def entering(self, fresh: bool) -> list[int | None]:
         """Returns the numbers of the chunks that the next tick takes to each of the steps."""

@@ -23,7 +23,7 @@ from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.pipeline import Arrival, Pipeline
 from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.rebalance import INTERVAL, Rebalancer, Stopwatch
-from svd2_jax.errors import ConfigError
+from svd2_jax.errors import ConfigError, SessionError
 
 BLOCKS = 8
 MODEL = ModelConfig(
@@ -36,6 +36,7 @@ DTYPE = jnp.dtype(jnp.float32)
 TOLERANCE = 1e-4  # what is asked of any split; programs of other shapes round differently, by some 1e-6
 CHUNKS = 22  # the ring is full after 6, the time index restarts at 9
 MEASURED = BalancePolicy(threshold=0.05)
+HEIGHT, WIDTH = 32, 48
 BY_HAND = BalancePolicy(threshold=1e9)  # blocks can move, but only when they are told to
 
 
@@ -307,6 +308,47 @@ def test_blocks_move_to_where_they_are_fastest_while_the_stream_runs_and_nothing
     np.testing.assert_allclose(got, one, atol=TOLERANCE)
 
 
+def measured(engine, speed, rest):
+    """Measures the split of an engine whose devices take these times."""
+    stopwatch = ToldStopwatch(engine.mesh, speed, rest)
+    stopwatch.line = types.SimpleNamespace(mesh=engine.mesh, split=engine.split(SHARED.config))
+    return engine.measure_split(SHARED, stopwatch)
+
+
+SHARED = SessionSpec("a dog", StreamConfig(height=HEIGHT, width=WIDTH), pixels="float32")
+
+
+def test_streams_that_share_ticks_and_change_steps_run_on_the_split_that_was_measured():
+    options = PipelineOptions(batch_sizes=(1, 2))
+    engine = DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=options)
+    assert engine.split(SHARED.config) == (3, 1)
+    assert measured(engine, (3.0, 1.0), (0.0, 0.0)) == (1, 3)
+    frames = clip(17, 0)
+    with engine.open(SHARED, steps=(1, 2)) as session:
+        assert session.pipeline.split == (1, 3)
+        with pytest.raises(SessionError, match="only before sessions open"):
+            engine.measure_split(SHARED)
+        chunks = session.push(frames[:13])
+        session.set_steps(1)
+        chunks += [*session.push(frames[13:]), *session.finish()]
+        got = np.concatenate([chunk.frames() for chunk in chunks])
+    assert len(got) == 17
+    with DeviceEngine.random("golden", options=options).open(SHARED, steps=(1, 2)) as session:
+        first = np.concatenate([chunk.frames() for chunk in session.push(frames[:9])])
+    np.testing.assert_allclose(got[: len(first)], first, atol=TOLERANCE)
+
+
+def test_a_split_stays_where_little_is_gained_or_nothing_can_be_measured():
+    engine = DeviceEngine.random(
+        "golden", mesh=stage_meshes(1, 2)[0], options=PipelineOptions(rebalance=None)
+    )
+    assert measured(engine, (1.0, 1.0), (0.0, 1.0)) == (3, 1)  # 3 and 2, against 2 and 3
+    given = PipelineOptions(split=(3, 1))
+    engine = DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=given)
+    assert engine.measure_split(SHARED) == (3, 1)
+    assert DeviceEngine.random("golden").measure_split(SHARED) == (4,)
+
+
 def test_a_split_that_cannot_be_compiled_leaves_the_stream_as_it_is(caplog):
     split, mesh = (1, 3, 3, 1), stage_meshes(1, 4)[0]
     stopwatch = ToldStopwatch(mesh, (1.0, 1.0, 1.0, 1.0), (0.0,) * 4)
@@ -344,9 +386,6 @@ def test_a_stopwatch_tells_what_each_device_takes_in_order():
 
 
 # --- sessions
-
-
-HEIGHT, WIDTH = 32, 48
 
 
 def clip(frames, seed):
