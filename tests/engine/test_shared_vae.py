@@ -177,7 +177,7 @@ def test_several_processes_cannot_share():
     mesh = StageMesh((jax.devices()[0], elsewhere))
     draw = random_items(MODEL, 0, F32)
     with pytest.raises(ConfigError, match="share the VAE within one process only; leave out --share-vae"):
-        DeviceEngine(MODEL, draw, types.SimpleNamespace(), F32, [mesh], PipelineOptions(share_vae=True))
+        DeviceEngine(MODEL, draw, types.SimpleNamespace(), F32, mesh, PipelineOptions(share_vae=True))
 
 
 def test_sizes_that_are_shared_by_different_numbers_of_devices_are_both_described():
