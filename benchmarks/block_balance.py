@@ -12,7 +12,7 @@ from pathlib import Path
 
 import test_balance as simulated
 
-from svd2_jax.engine.balance import best_split, bottleneck
+from svd2_jax.engine.balance import BalancePolicy, best_split, bottleneck, measured_split
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "goldens" / "block_balance.json"
 SEEDS = 40
@@ -51,6 +51,22 @@ def settle(noise: float, outliers: float) -> None:
     )
 
 
+def decide_once(noise: float, outliers: float) -> None:
+    """Prints the throughput after one decision from a warm-up's measurements, as live streams have it."""
+    policy, before, after = BalancePolicy(), [], []
+    for seed in range(SEEDS):
+        devices = simulated.some_devices(seed, noise=noise, outliers=outliers)
+        counts = simulated.even(devices).counts
+        before.append(devices.throughput(counts))
+        times = [devices.draw(counts) for _ in range(policy.samples)]
+        after.append(devices.throughput(measured_split(counts, times, policy.threshold)))
+    print(
+        f"noise {noise:.0%}, outliers {outliers:.0%}, one decision after {policy.samples}: throughput of the best "
+        f"split's at least {min(after):.1%}, mean {statistics.mean(after):.1%}; even split: at "
+        f"least {min(before):.1%}, mean {statistics.mean(before):.1%}"
+    )
+
+
 def main() -> None:
     """Prints everything."""
     compare(alike=True)
@@ -65,6 +81,7 @@ def main() -> None:
     )
     for noise, outliers in ((0.01, 0.0), (0.1, 0.0), (0.1, 0.1), (0.2, 0.0)):
         settle(noise, outliers)
+        decide_once(noise, outliers)
 
 
 if __name__ == "__main__":

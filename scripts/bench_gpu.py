@@ -131,7 +131,7 @@ def _run(args: argparse.Namespace) -> None:
             engine.prepare(Bench.of(engine, of_size[0].cfg).spec, [job.steps for job in of_size])
             engine.params(of_size[0].cfg)
             say(f"compiled after {time.monotonic() - began:.1f} s")
-            ceiling = measured(engine.meshes[0].home, engine.dtype, ceiling)
+            ceiling = measured(engine.mesh.home, engine.dtype, ceiling)
             for job in of_size:
                 if time.monotonic() - started > args.budget:
                     break

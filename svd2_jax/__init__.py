@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from svd2_jax import shipped
 from svd2_jax.api import SessionSpec
@@ -49,6 +49,7 @@ __all__ = [
     "Svd2Error",
     "WhenSlow",
     "load",
+    "load_replicas",
 ]
 
 
@@ -57,7 +58,6 @@ def load(
     dtype: Literal["float32", "bfloat16"] | None = None,
     text_encoder: Literal["host", "device", "disk"] = "host",
     stages: int = 1,
-    streams: int = 1,
     batch_sizes: Sequence[int] = (1,),
     share_vae: bool = False,
     weight_dtype: Literal["int8", "fp8"] | None = None,
@@ -72,7 +72,6 @@ def load(
       dtype: to compute in; None takes the checkpoint's, but float32 for a small model on a CPU and for random weights.
       text_encoder: where it lives: host memory, the accelerator, or read anew for every prompt.
       stages: devices that each stream's transformer is cut over, see docs/pipeline.md.
-      streams: sets of so many devices; sessions open at once are spread over them.
       batch_sizes: how many sessions may share a tick, as in (1, 2, 4), see docs/streaming.md.
       share_vae: whether all stages' devices encode and decode together, see docs/pipeline.md.
       weight_dtype: 8 bits that the transformer's linear layers are held in; None: as they are computed with.
@@ -83,11 +82,10 @@ def load(
     Raises:
       CheckpointError: the folder is missing, unfinished or of another format.
       ConfigError: an argument is of another type or out of its range; there is no such preset, fewer devices than
-        stages * streams, fewer blocks than stages, or batch sizes that do not ascend from 1.
+        stages, fewer blocks than stages, or batch sizes that do not ascend from 1.
       EngineError: JAX has no device to run on.
     """
     check_whole("stages", stages, 1)
-    check_whole("streams", streams, 1)
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise ConfigError(f"checkpoint must be a folder or a name, got {type(checkpoint).__name__}")
     from svd2_jax.engine.balance import BalancePolicy
@@ -98,10 +96,32 @@ def load(
         batch_sizes=batch_sizes, share_vae=share_vae, rebalance=BalancePolicy() if rebalance else None
     )
     prepare_devices(keep_programs)
-    meshes = stage_meshes(streams, stages)
+    (mesh,) = stage_meshes(1, stages)
     if (name := shipped.random_preset(checkpoint)) is not None:
-        return DeviceEngine.random(name, 0, dtype or "float32", meshes, options, weight_dtype)
+        return DeviceEngine.random(name, 0, dtype or "float32", mesh, options, weight_dtype)
     folder = shipped.checkpoint_folder(checkpoint)
-    return DeviceEngine.from_checkpoint(
-        folder, dtype, text_encoder, meshes, options, weight_dtype=weight_dtype
-    )
+    return DeviceEngine.from_checkpoint(folder, dtype, text_encoder, mesh, options, weight_dtype=weight_dtype)
+
+
+def load_replicas(
+    replicas: int, checkpoint: str | os.PathLike[str] = "tiny", *, stages: int = 1, **settings: Any
+) -> tuple[DeviceEngine, ...]:
+    """Returns several engines of one checkpoint, each on devices of its own: `replicas` * `stages` in all.
+
+    They share the text encoder and the prompts that it has encoded. Each reads the other parameters to its own
+    devices, and compiles its own programs; no session of one waits for one of another.
+
+    Args:
+      replicas: number of engines.
+      checkpoint: see `load`.
+      stages: devices of each engine.
+      settings: the other arguments of `load`.
+
+    Raises:
+      ConfigError: fewer devices than replicas * stages; see also `load`.
+    """
+    check_whole("replicas", replicas, 1)
+    engine = load(checkpoint, stages=stages, **settings)
+    from svd2_jax.engine.mesh import stage_meshes
+
+    return (engine, *(engine.replica(mesh) for mesh in stage_meshes(replicas, stages)[1:]))

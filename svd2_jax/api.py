@@ -42,12 +42,7 @@ class SessionSpec:
             raise ConfigError(
                 f"stream must be a StreamConfig, got {type(self.stream).__name__}; engine.stream_config(...) makes one"
             )
-        if not is_number(self.noise_scale):
-            raise ConfigError(f"noise_scale must be a number, got {self.noise_scale!r}")
-        if not 0.0 < self.noise_scale <= 1.0:
-            raise ConfigError(
-                f"noise_scale must be in (0, 1], got {self.noise_scale}; 0.8 is the published default"
-            )
+        check_noise_scale(self.noise_scale)
         if not is_number(self.seed, numbers.Integral):
             raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
         if not 0 <= self.seed < 2**32:
@@ -69,6 +64,14 @@ def check_prompt(prompt: str) -> None:
         raise ConfigError(f"the prompt must be text, got {type(prompt).__name__}")
     if not prompt.strip():
         raise ConfigError("the prompt is empty; say in words what the video should look like")
+
+
+def check_noise_scale(noise_scale: float) -> None:
+    """Raises ConfigError for something that is no number in (0, 1]."""
+    if not is_number(noise_scale):
+        raise ConfigError(f"noise_scale must be a number, got {noise_scale!r}")
+    if not 0.0 < noise_scale <= 1.0:
+        raise ConfigError(f"noise_scale must be in (0, 1], got {noise_scale}; 0.8 is the published default")
 
 
 class Chunk(Protocol):
@@ -130,6 +133,17 @@ class Session(Protocol):
 
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
         """Changes the prompt from the next chunk on, in one go or over `blend_chunks` chunks."""
+        ...
+
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Changes the share of noise in (0, 1] from the next chunk on; chunks in flight keep theirs (video-to-video).
+
+        The noise scale of a stream follows with its usual smoothing: the next chunk goes nine tenths of the way.
+
+        Raises:
+          ConfigError: it is no number in (0, 1].
+          SessionError: the session is one of text-to-video, where nothing is mixed with noise, or closed.
+        """
         ...
 
     def finish(self) -> Sequence[Chunk]:

@@ -37,6 +37,7 @@ from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.quantised import dequantise
+from svd2_jax.rows import Rows
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -170,11 +171,11 @@ def verify(
       ConversionError: its weights cannot be converted.
     """
     precision = matmul_precision(checked_dtype(dtype))
-    files, meshes = golden_files(folder), stage_meshes(1, stages)
+    files, (mesh,) = golden_files(folder), stage_meshes(1, stages)
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
         checkpoint, options = _convert(folder, Path(scratch), dtype), PipelineOptions(rebalance=None)
         engine = DeviceEngine.from_checkpoint(
-            checkpoint, dtype, meshes=meshes, options=options, weight_dtype=weight_dtype
+            checkpoint, dtype, mesh=mesh, options=options, weight_dtype=weight_dtype
         )
         for file in files:
             yield _run(engine, file, cache_dtype or "compute")
@@ -427,9 +428,11 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
     source = RecordedNoise(cfg, draws)
 
     seen = _Seen(engine.split(cfg), kv_cache.frame_tokens(engine.model.dit, cfg))
+    # In sequential mode one row takes a chunk through all its steps, all stages in one tick.
+    held = Rows[int](cfg.rows, pipeline.stages if cfg.mode == "stream" else 1)
     clean = pipeline.mesh.part(pipeline.first_group(*source.first()), -1)
     check.close(clean, _latents_last(g["first_output"])[0], "first_output")
-    seen.note(pipeline, 0)
+    seen.note(pipeline, None)
     outputs = [_latents_last(x) for x in g["outputs"]]
     for tick in range(1, block_count + pipeline.depth):
         fresh = tick <= block_count
@@ -440,11 +443,14 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
         noisy, again = source.chunk(pipeline.entering(fresh))
         pipeline.tick(Arrival(noisy, timestep, again, fresh))
         clean = pipeline.mesh.part(pipeline.came_back, -1)
-        seen.note(pipeline, tick)
+        held = held.enter(tick if fresh else None)
+        seen.note(pipeline, held)
         for row in range(cfg.rows):
-            chunk = seen.chunk(pipeline, tick, pipeline.stages - 1, row)
-            at = chunk + row  # the tick in which one stage takes this step of the chunk
-            if chunk < 1 or at > block_count:
+            back = held.at(row, held.stages - 1)
+            if back is None:
+                continue
+            at = back.chunk + row  # the tick in which one stage takes this step of the chunk
+            if at > block_count:
                 continue
             got = clean[row]
             if row < cfg.rows - 1:  # one stage leaves the chunk re-noised to its next step
@@ -454,6 +460,7 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
                     jnp.int32(cfg.timesteps[row + 1])[None],
                 )[0]
             check.close(got, outputs[at - 1][row], f"tick {at}, row {row}: output")
+        held, _ = held.leave()
 
     rings_file = file.with_suffix("").with_suffix(".ring.json")
     layers, rows = range(engine.model.dit.num_layers), range(cfg.rows)
@@ -487,19 +494,19 @@ class _Seen:
 
     def __init__(self, split: Sequence[int], tokens: int):
         self._split, self._tokens = split, tokens
+        self._last: dict[tuple[int, int], int] = {}  # the chunk that each row of each stage has seen
         self.rings: dict[tuple[int, int, int], list[int]] = {}
         self.caches: dict[tuple[int, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def chunk(self, pipeline: Pipeline, tick: int, stage: int, row: int) -> int:
-        """Returns the chunk that a row of a stage has seen last."""
-        return tick - stage - row * pipeline.stages if pipeline.cfg.mode == "stream" else tick
+    def note(self, pipeline: Pipeline, rows: Rows[int] | None) -> None:
+        """Keeps what is in the caches after a tick; None: after the first group, chunk 0, which every row has seen.
 
-    def note(self, pipeline: Pipeline, tick: int) -> None:
-        """Keeps what is in the caches after a tick; tick 0 is the first group, which every row has seen."""
+        A row that holds no chunk has to leave its caches as they are.
+        """
         for stage, row in itertools.product(range(pipeline.stages), range(pipeline.cfg.rows)):
-            chunk = self.chunk(pipeline, tick, stage, row) if tick else 0
-            if chunk < 0:
-                continue
+            found = None if rows is None else rows.at(row, stage if rows.stages > 1 else 0)
+            chunk = found.chunk if found else self._last.get((stage, row), 0)
+            self._last[stage, row] = chunk
             layers = pipeline.mesh.part(pipeline.state.cache.layers, stage)[: self._split[stage]]
             for layer, held in enumerate(layers, start=sum(self._split[:stage])):
                 at = layer, row, chunk

@@ -20,6 +20,7 @@ import numpy as np
 from svd2_jax.api import SessionSpec, Work
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import SessionError
+from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime.work import MS, SECOND
 
 SMALL = StreamConfig(height=16, width=16)
@@ -136,35 +137,35 @@ class FakeChunk:
         return np.array(self.frames(), dtype, copy=copy)
 
 
-@dataclass
-class _Row:
-    """A chunk under way."""
+@dataclass(frozen=True, eq=False)
+class _Entered:
+    """What a chunk came in with."""
 
     frames: np.ndarray
     prompt: int
-    taken: int = 0
-    finished: bool = False
 
 
 class FakeSession:
     """A stream whose chunk is finished by its (steps)-th tick; see `svd2_jax.api.Session`."""
 
     def __init__(self, engine: FakeEngine, spec: SessionSpec):
-        self.spec, self.steps = spec, spec.config.steps
+        self.spec = spec
         self._engine = engine
-        self._rows: list[_Row] = []
+        self._rows: Rows[_Entered] = Rows(spec.config.steps)
         self._prompts = [len(spec.prompt)]  # of the next chunks, the last one staying
         self._given = 0
         self.noise_scale = spec.noise_scale
         self.started = self.closed = False
 
+    @property
+    def steps(self) -> int:
+        return self._rows.steps
+
     def set_steps(self, steps: int) -> None:
         self._check_open()
         if steps in self._engine.forbidden_steps:
             raise SessionError(f"no programs for {steps} steps")
-        for row in self._rows:
-            row.finished |= row.taken >= steps
-        self.steps = steps
+        self._rows = self._rows.with_steps(steps)
 
     def set_prompt(self, prompt: str, blend_chunks: int = 0) -> None:
         self._check_open()
@@ -189,23 +190,18 @@ class FakeSession:
             raise SessionError(f"expected {expected} frames, got {len(frames)}")
         if not self.started and frames is None:
             raise SessionError("nothing has started")
+        entering = None
         if frames is not None:
-            self._rows.append(_Row(frames, self._prompts[0]))
+            entering = _Entered(frames, self._prompts[0])
             self._prompts = self._prompts[1:] or self._prompts
-        for row in self._rows:
-            if not row.finished:
-                row.taken = row.taken + 1 if self.started else self.steps
-                row.finished = row.taken >= self.steps
+        self._rows, done = self._rows.enter(entering, whole=not self.started).leave()
         self.started = True
-        done = [row for row in self._rows if row.finished]
-        assert done == self._rows[: len(done)], "chunks finish in order"
-        self._rows = self._rows[len(done) :]
-        return [self._chunk(row) for row in done]
+        return [self._finished(held) for held in done]
 
-    def _chunk(self, row: _Row) -> FakeChunk:
-        pixels = row.frames.copy()
-        pixels[..., 0] += np.uint8(row.prompt % 256)
-        pixels[..., 1] = row.taken
+    def _finished(self, held: InFlight[_Entered]) -> FakeChunk:
+        pixels = held.chunk.frames.copy()
+        pixels[..., 0] += np.uint8(held.chunk.prompt % 256)
+        pixels[..., 1] = held.steps
         self._given += len(pixels)
         return FakeChunk(self._given - len(pixels), pixels, self._engine.read_error, self._engine.before_read)
 

@@ -42,6 +42,8 @@ def live(clip, *options):
         (["--picture", "."], "is a folder"),
         (["--output", "out.gif"], "cannot write the format '.gif'"),
         (["--stages", "99"], "99 stages need 99 devices"),
+        (["--replicas", "0"], "--replicas must be at least 1"),
+        (["--replicas", "5", "--stages", "2"], "need 10 devices"),
     ],
 )
 def test_bad_options_are_one_line_and_nothing_is_written(clip, tmp_path, capsys, options, message):

@@ -166,7 +166,7 @@ def _report(
     from svd2_jax.bench.run import cpu_threads, measure, settings
 
     engine = bench.engine
-    device = engine.meshes[0].home
+    device = engine.mesh.home
     against = None
     if reference is not None:
         say("the reference loads them")

@@ -227,7 +227,7 @@ class Bench:
         narrow = DeviceEngine.random(
             dataclasses.replace(model, dit=dit, vae=vae),
             dtype=self.engine.dtype.name,
-            meshes=self.engine.meshes,
+            mesh=self.engine.mesh,
         )
         cfg = dataclasses.replace(self.cfg, height=NARROW_PICTURE, width=NARROW_PICTURE)
         tick = Bench.of(narrow, cfg).tick()
@@ -257,7 +257,7 @@ class Bench:
         return tuple(self._put(np.zeros_like(like)) for _ in range(self.cfg.steps - 1))
 
     def _put(self, x: Any) -> jax.Array:
-        return jax.device_put(x, self.engine.meshes[0].home)
+        return jax.device_put(x, self.engine.mesh.home)
 
 
 PARTS: dict[str, Callable[[Bench], Part]] = {

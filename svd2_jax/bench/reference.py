@@ -74,7 +74,7 @@ class Reference:
 
     def load(self, bench: Bench, threads: int) -> str:
         """Loads the weights and the inputs; returns what the worker runs on."""
-        inputs, platform = self.folder / "inputs.npz", bench.engine.meshes[0].home.platform
+        inputs, platform = self.folder / "inputs.npz", bench.engine.mesh.home.platform
         np.savez(inputs, **dataclasses.asdict(bench.inputs))
         answer = self._ask(
             do="load", folder=str(self.folder), model=self._model, stream=bench.cfg.to_dict(),

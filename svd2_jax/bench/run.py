@@ -88,7 +88,7 @@ def settings(bench: Bench, checkpoint: str, attention: str = "auto", against: st
       against: the other implementation.
     """
     engine = bench.engine
-    device = engine.meshes[0].home
+    device = engine.mesh.home
     return Settings(
         checkpoint=checkpoint,
         blocks=engine.model.dit.num_layers,

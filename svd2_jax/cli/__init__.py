@@ -357,10 +357,10 @@ def _run(args: argparse.Namespace) -> int:
     options = _pipeline_options(args)
     with _join(args, spec, prompts) as group:
         _prepare_devices()
-        meshes = _meshes(args)
+        mesh = _mesh(args)
         if cfg.task == "t2v":
-            writer = _writer(args, T2V_FPS, cfg, meshes, group)
-            with _open(args, spec, meshes, options) as session:
+            writer = _writer(args, T2V_FPS, cfg, mesh, group)
+            with _open(args, spec, mesh, options) as session:
                 group.meet()
                 frames = session.run(
                     count=args.frames, prompts=prompts, blend_chunks=args.blend, on_step=group.step
@@ -368,8 +368,8 @@ def _run(args: argparse.Namespace) -> int:
                 _write(frames, writer, args.frames)
         else:
             with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
-                writer = _writer(args, reader.fps, cfg, meshes, group)
-                with _open(args, spec, meshes, options) as session:
+                writer = _writer(args, reader.fps, cfg, mesh, group)
+                with _open(args, spec, mesh, options) as session:
                     group.meet()
                     frames = session.run(reader, prompts=prompts, blend_chunks=args.blend, on_step=group.step)
                     _write(frames, writer, reader.frame_count)
@@ -428,10 +428,10 @@ def _stages(args: argparse.Namespace) -> int:
     return len(_parse_split(args.split) or (0,))
 
 
-def _meshes(args: argparse.Namespace) -> tuple[StageMesh, ...]:
+def _mesh(args: argparse.Namespace) -> StageMesh:
     from svd2_jax.engine.mesh import stage_meshes
 
-    return stage_meshes(1, _stages(args))
+    return stage_meshes(1, _stages(args))[0]
 
 
 def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
@@ -456,10 +456,10 @@ def _parse_split(text: str | None) -> tuple[int, ...] | None:
 
 
 def _writer(
-    args: argparse.Namespace, fps: float, cfg: StreamConfig, meshes: Sequence[StageMesh], group: Cluster
+    args: argparse.Namespace, fps: float, cfg: StreamConfig, mesh: StageMesh, group: Cluster
 ) -> media.VideoWriter | None:
     """Returns the writer of the output; None where another process has the finished frames."""
-    if not meshes[0].is_local(-1):
+    if not mesh.is_local(-1):
         return None
     writer = media.VideoWriter(args.output, _fps(args, fps), cfg.height, cfg.width)
     group.on_loss(writer.remove_part)
@@ -536,12 +536,12 @@ def _parse_prompt_at(text: str) -> tuple[int, str]:
 
 
 def _open(
-    args: argparse.Namespace, spec: SessionSpec, meshes: Sequence[StageMesh], options: PipelineOptions
+    args: argparse.Namespace, spec: SessionSpec, mesh: StageMesh, options: PipelineOptions
 ) -> DeviceSession:
     """Loads the model, compiles its programs and opens the session."""
     started = time.monotonic()
-    engine = _engine(args, meshes, options)
-    cfg, stages = spec.config, len(meshes[0].devices)
+    engine = _engine(args, mesh, options)
+    cfg, stages = spec.config, len(mesh.devices)
     _say(
         f"opening {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}"
         + (f", {stages} stages" if stages > 1 else "")
@@ -561,7 +561,7 @@ def _prepare_devices(keep: bool = True) -> None:
     prepare_devices(keep)
 
 
-def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: PipelineOptions) -> DeviceEngine:
+def _engine(args: argparse.Namespace, mesh: StageMesh, options: PipelineOptions) -> DeviceEngine:
     from svd2_jax.engine.engine import DeviceEngine
 
     if args.verbose:
@@ -570,11 +570,11 @@ def _engine(args: argparse.Namespace, meshes: Sequence[StageMesh], options: Pipe
     if shipped.random_preset(args.checkpoint) is not None:
         model = _model(args)
         _say(f"random weights in the sizes of {model.name}: the pictures will mean nothing")
-        return DeviceEngine.random(model, dtype=args.dtype or "float32", meshes=meshes, options=options)
+        return DeviceEngine.random(model, dtype=args.dtype or "float32", mesh=mesh, options=options)
     _say(f"loading {args.checkpoint}")
     folder, blocks = shipped.checkpoint_folder(args.checkpoint), getattr(args, "blocks", None)
     return DeviceEngine.from_checkpoint(
-        folder, args.dtype, args.text_encoder, meshes, options, blocks, args.weight_dtype
+        folder, args.dtype, args.text_encoder, mesh, options, blocks, args.weight_dtype
     )
 
 
@@ -686,6 +686,11 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "--stages", type=int, default=1, metavar="N",
         help="number of devices that the transformer is cut over (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--replicas", type=int, default=1, metavar="N",
+        help="number of copies of the model, each on devices of its own; a stream runs on one of them, where there is "
+        "room (default %(default)s)",
+    )  # fmt: skip
     _add_share_vae(parser)
     parser.set_defaults(mode=None, split=None)
 
@@ -699,8 +704,8 @@ def _live(args: argparse.Namespace) -> int:
     from svd2_jax.runtime.work import StreamSettings
 
     heap.share()  # before JAX, which starts threads
-    for name in ("streams", "blend"):
-        if getattr(args, name) < (least := int(name == "streams")):
+    for name, least in (("streams", 1), ("replicas", 1), ("blend", 0)):
+        if getattr(args, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if args.seconds is not None and not args.seconds > 0:
         raise ConfigError(f"--seconds must be above 0, got {args.seconds:g}")
@@ -764,8 +769,16 @@ def _live(args: argparse.Namespace) -> int:
 
     sizes = tuple(2**n for n in range(args.streams.bit_length()))
     options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes, share_vae=args.share_vae)
-    engine = _engine(args, stage_meshes(1, args.stages), options)
-    ended_well = _device_errors(live.run, [engine], plan, PolicyConfig(), _say)
+    first, *others = stage_meshes(args.replicas, args.stages)
+    engine = _engine(args, first, options)
+    engines = [engine, *(engine.replica(mesh) for mesh in others)]
+    if args.stages > 1 and not args.share_vae:
+        for i, engine in enumerate(engines):
+            with progress.shown("measuring the stages", _say):
+                split = _device_errors(engine.measure_split, specs[0])
+            name = f"replica {i}, " if others else ""
+            _say(f"{name}blocks per stage, by measured times: {'+'.join(map(str, split))}")
+    ended_well = _device_errors(live.run, engines, plan, PolicyConfig(), _say)
     return 0 if ended_well else EXIT_FAILED
 
 
@@ -840,7 +853,7 @@ def _eval(args: argparse.Namespace) -> int:
         from svd2_jax.engine.engine import PipelineOptions
         from svd2_jax.engine.mesh import stage_meshes
 
-        engine = _engine(args, stage_meshes(1, 1), PipelineOptions(args.attention, rebalance=None))
+        engine = _engine(args, stage_meshes(1, 1)[0], PipelineOptions(args.attention, rebalance=None))
         return engine, functools.partial(rebuild, engine, cfg)
 
     cfg = _stream_config(args)
@@ -877,7 +890,7 @@ class _BenchModel:
         if converted is not None:  # with as many blocks as were asked for
             options.update(checkpoint=str(converted), blocks=None)
         args = argparse.Namespace(**options)
-        return _engine(args, stage_meshes(1, 1), PipelineOptions(args.attention, rebalance=None))
+        return _engine(args, stage_meshes(1, 1)[0], PipelineOptions(args.attention, rebalance=None))
 
     def random_sizes(self) -> ModelConfig:
         if shipped.random_preset(self.args.checkpoint) is None:
@@ -1034,7 +1047,7 @@ def _demo(args: argparse.Namespace) -> int:
     changes = {frame: prompt for frame, prompt in prompts.items() if frame}
     spec = SessionSpec(prompts[0], cfg, args.noise_scale, args.seed)
     _prepare_devices()
-    with _open(args, spec, _meshes(args), _pipeline_options(args)) as session:
+    with _open(args, spec, _mesh(args), _pipeline_options(args)) as session:
         _write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
     sheet = args.out / "demo.png"
     media.contact_sheet(sheet, clip, shown, prompts)

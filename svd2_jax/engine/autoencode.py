@@ -25,7 +25,7 @@ def rebuild(engine: DeviceEngine, cfg: StreamConfig, frames: np.ndarray) -> np.n
     Raises:
       EngineError: another process has one of the stream's ends, or it is text to video.
     """
-    params, ends, mesh = engine.params(cfg), engine.ends(cfg), engine.meshes[0]
+    params, ends, mesh = engine.params(cfg), engine.ends(cfg), engine.mesh
     if not (ends.encode_first and ends.encode and ends.decode_first and ends.decode):
         raise EngineError("the VAE by itself needs both ends of a video-to-video stream in this process")
     first, step = cfg.first_frames, cfg.chunk_frames

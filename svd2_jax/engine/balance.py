@@ -261,18 +261,39 @@ def moved(state: Balancer, counts: Sequence[int]) -> Balancer:
     return Balancer(counts, state.policy)
 
 
-def _better_split(counts: Counts, measured: Sequence[StageTimes], policy: BalancePolicy) -> Counts | None:
-    """Returns the best split by these measurements if moving there pays for sure."""
-    stages_s = list(zip(*(t.stages for t in measured), strict=True))
-    overheads_s = list(zip(*(t.overheads for t in measured), strict=True))
+def measured_split(counts: Sequence[int], measured: Sequence[StageTimes], threshold: float = 0.05) -> Counts:
+    """Returns the best split by the medians of what was measured under a split; that one, if little is gained.
+
+    For a pipeline before it runs, where a move costs nothing and need not be sure to pay, as in `observe`.
+
+    Args:
+      counts: the split that was measured.
+      measured: at least one chunk's times.
+      threshold: gain in throughput up to which the split stays, as a fraction.
+
+    Raises:
+      ValueError: nothing was measured.
+    """
+    counts = _checked_counts(counts)
+    if not measured:
+        raise ValueError("expected at least one measurement")
+    stages_s = zip(*(t.stages for t in measured), strict=True)
     block_s = [statistics.median(values) / count for values, count in zip(stages_s, counts, strict=True)]
-    overhead_s = [statistics.median(values) for values in overheads_s]
+    overhead_s = [statistics.median(values) for values in zip(*(t.overheads for t in measured), strict=True)]
     block_costs = [1.0] * sum(counts)
     wanted = best_split(block_costs, overhead_s, block_s)
     now_s = bottleneck(counts, block_costs, overhead_s, block_s)
     then_s = bottleneck(wanted, block_costs, overhead_s, block_s)
-    if now_s <= (1 + policy.threshold) * then_s:
+    return wanted if now_s > (1 + threshold) * then_s else counts
+
+
+def _better_split(counts: Counts, measured: Sequence[StageTimes], policy: BalancePolicy) -> Counts | None:
+    """Returns the best split by these measurements if moving there pays for sure."""
+    wanted = measured_split(counts, measured, policy.threshold)
+    if wanted == counts:
         return None
+    stages_s = list(zip(*(t.stages for t in measured), strict=True))
+    overheads_s = list(zip(*(t.overheads for t in measured), strict=True))
 
     # How many of n draws lie below their distribution's median is binomial, with mean n / 2 and deviation
     # sqrt(n) / 2. So the draws that many deviations off the middle rank bound the median, whatever the

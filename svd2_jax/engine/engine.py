@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from svd2_jax.api import SessionSpec, Work, check_prompt
 from svd2_jax.config import ModelConfig, Storage, StreamConfig, check_choice, check_whole, preset
 from svd2_jax.engine import params as params_lib
-from svd2_jax.engine.balance import BalancePolicy
+from svd2_jax.engine.balance import BalancePolicy, measured_split
 from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.costs import default_split
 from svd2_jax.engine.kept_programs import keep_programs
@@ -33,6 +33,7 @@ from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.policy import checked_dtype, default_dtype
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
+from svd2_jax.engine.rebalance import Stopwatch
 from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
@@ -76,10 +77,11 @@ class PipelineOptions:
 
 
 DEFAULT_OPTIONS = PipelineOptions()
+NEVER = 1e9  # a gain in throughput for which blocks would move
 
 
 class DeviceEngine:
-    """A model on a mesh of devices; see `api.Engine`.
+    """A model on one mesh of devices; see `api.Engine`. Several meshes are several engines, see `replica`.
 
     Parameters are read when the first session needs them; sessions of the same shape share their compiled
     programs, and sessions on the same devices their parameters.
@@ -91,7 +93,7 @@ class DeviceEngine:
         read_item: ItemReader,
         prompts: PromptEncoder,
         dtype: jnp.dtype,
-        meshes: Sequence[StageMesh],
+        mesh: StageMesh,
         options: PipelineOptions = DEFAULT_OPTIONS,
         check_parts: Callable[[Iterable[str]], None] = lambda _: None,
     ):
@@ -102,21 +104,23 @@ class DeviceEngine:
           read_item: reads a checkpoint item onto a device.
           prompts: the text encoder.
           dtype: compute dtype.
-          meshes: where streams run, one mesh for each that is served at once.
+          mesh: where streams run.
           options: how they run there.
           check_parts: raises CheckpointError where weights of a part ("vae", "taehv") are not there.
         """
-        self._check_parts = check_parts
-        self.model, self.meshes, self.prompts = model, tuple(meshes), prompts
+        self._read_item, self._check_parts = read_item, check_parts
+        self.model, self.mesh, self.prompts = model, mesh, prompts
         self._dtype, self._options = dtype, options
         checked_split(options.split, model.dit.num_layers, self.stages)
-        if options.share_vae and not all(len(m.local_stages) == m.stages for m in self.meshes):
+        if options.share_vae and len(mesh.local_stages) < mesh.stages:
             raise ConfigError("stages share the VAE within one process only; leave out --share-vae")
-        self._weights = [StageWeights(model, read_item, mesh) for mesh in self.meshes]
+        self._weights = StageWeights(model, read_item, mesh)
+        self._measured_split: tuple[int, ...] | None = None
+        self._stopwatch: Stopwatch | None = None
         self._ends: dict[object, EndPrograms] = {}
         self._denoisers: dict[object, DenoiserPrograms] = {}
-        self._open: list[weakref.WeakSet[DeviceSession]] = [weakref.WeakSet() for _ in self.meshes]
-        self._opening = [0] * len(self.meshes)
+        self._open: weakref.WeakSet[DeviceSession] = weakref.WeakSet()
+        self._opening = 0
         self._lock = threading.Lock()  # of the two above: sessions may be opened by several threads
         self._prepared: dict[object, set[StreamConfig]] = {}  # see `_prepared_for`
         # One thread at a time hands work to the devices: a session is one stream, and two programs that start on the
@@ -129,7 +133,7 @@ class DeviceEngine:
         path: Path | str,
         dtype: str | None = None,
         text: TextPlacement = "host",
-        meshes: Sequence[StageMesh] | None = None,
+        mesh: StageMesh | None = None,
         options: PipelineOptions = DEFAULT_OPTIONS,
         blocks: int | None = None,
         weight_dtype: Storage | None = None,
@@ -140,7 +144,7 @@ class DeviceEngine:
           path: the folder that `svd2 convert` wrote.
           dtype: "float32" or "bfloat16" to compute in; None: see `default_dtype`.
           text: where the text encoder lives, see `PromptEncoder`.
-          meshes: see `stage_meshes`; None is one stage on JAX's default device.
+          mesh: see `stage_meshes`; None is one stage on JAX's default device.
           options: how the pipeline runs.
           blocks: take only the transformer's first ones, so many; None takes all.
           weight_dtype: "int8" or "fp8" for what its linear layers are held in; None: what is computed in.
@@ -153,19 +157,19 @@ class DeviceEngine:
         checkpoint = Checkpoint.open(Path(path))
         checkpoint.require(("dit", "vae", "text"))
         model = checkpoint.manifest.model.with_blocks(blocks).with_weight_dtype(weight_dtype)
-        meshes = _checked_meshes(model, meshes)
-        compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, meshes[0].first))
+        mesh = _checked_mesh(model, mesh)
+        compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, mesh.first))
 
         def read_item(item: str, device: Device) -> params_lib.Params:
             with working(f"reading {item}"):
                 return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
 
-        host = meshes[0].home if text == "device" else _host_device()
+        host = mesh.home if text == "device" else _host_device()
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_dir, model.dit.text_len)
         prompts = PromptEncoder(
             model.text, tokenizer, lambda item: read_item(item, host), keep=text != "disk"
         )
-        return cls(model, read_item, prompts, compute, meshes, options, checkpoint.require)
+        return cls(model, read_item, prompts, compute, mesh, options, checkpoint.require)
 
     @classmethod
     def random(
@@ -173,20 +177,34 @@ class DeviceEngine:
         model: ModelConfig | str,
         seed: int = 0,
         dtype: str = "float32",
-        meshes: Sequence[StageMesh] | None = None,
+        mesh: StageMesh | None = None,
         options: PipelineOptions = DEFAULT_OPTIONS,
         weight_dtype: Storage | None = None,
     ) -> Self:
         """Makes a model of these sizes with random weights: its pictures mean nothing, its speed does."""
         model = params_lib.with_random_text(preset(model) if isinstance(model, str) else model)
         model = model.with_weight_dtype(weight_dtype)
-        meshes = _checked_meshes(model, meshes)
+        mesh = _checked_mesh(model, mesh)
         compute = checked_dtype(dtype)
         read_item = params_lib.random_items(model, seed, compute)
         tokenizer = Tokenizer.bytes_fallback(model.dit.text_len, model.text.vocab)
-        home = meshes[0].home
+        home = mesh.home
         prompts = PromptEncoder(model.text, tokenizer, lambda item: read_item(item, home), keep=True)
-        return cls(model, read_item, prompts, compute, meshes, options)
+        return cls(model, read_item, prompts, compute, mesh, options)
+
+    def replica(self, mesh: StageMesh) -> Self:
+        """Returns an engine of the same model on other devices.
+
+        It shares the text encoder, and so every encoded prompt; parameters of its own are read to its own devices. No
+        session of one engine waits for one of the other.
+
+        Raises:
+          ConfigError: the mesh cannot hold the model, see `from_checkpoint`.
+        """
+        mesh = _checked_mesh(self.model, mesh)
+        return type(self)(
+            self.model, self._read_item, self.prompts, self._dtype, mesh, self._options, self._check_parts
+        )
 
     def stream_config(self, **settings: Any) -> StreamConfig:
         """Returns the published video-to-video configuration at the size that the model was trained at.
@@ -210,10 +228,9 @@ class DeviceEngine:
         return spec if spec.stream is not None else dataclasses.replace(spec, stream=self.stream_config())
 
     def __repr__(self) -> str:
-        platform, sessions = self.meshes[0].first.platform, sum(map(len, self._open))
+        platform, sessions = self.mesh.first.platform, len(self._open)
         stages = f"{self.stages} stage{'s'[: self.stages - 1]}"
-        lanes = f"{len(self.meshes)} x {stages}" if len(self.meshes) > 1 else stages
-        return f"<DeviceEngine {self.model.name}: {self._dtype}, {lanes} on {platform}, open sessions: {sessions}>"
+        return f"<DeviceEngine {self.model.name}: {self._dtype}, {stages} on {platform}, open sessions: {sessions}>"
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -223,7 +240,7 @@ class DeviceEngine:
     @property
     def stages(self) -> int:
         """Stages of each stream's pipeline."""
-        return self.meshes[0].stages
+        return self.mesh.stages
 
     def open(
         self,
@@ -233,7 +250,7 @@ class DeviceEngine:
         noise: NoiseSource | None = None,
         prompts: Prompts | None = None,
     ) -> DeviceSession:
-        """Compiles what a session needs (once per shape) and opens it where the fewest others run.
+        """Compiles what a session needs (once per shape) and opens it.
 
         Args:
           spec: what to do.
@@ -251,45 +268,42 @@ class DeviceEngine:
         if steps:
             self.prepare(spec, steps)
         with self._lock:
-            lane = min(range(len(self.meshes)), key=lambda i: len(self._open[i]) + self._opening[i])
-            self._opening[lane] += 1
+            self._opening += 1
         try:
-            session = self._open_on(lane, spec, noise, prompts)
-            self._open[lane].add(session)
+            session = self._opened(spec, noise, prompts)
+            self._open.add(session)
         finally:
             with self._lock:
-                self._opening[lane] -= 1
+                self._opening -= 1
         return session
 
-    def _open_on(
-        self, lane: int, spec: SessionSpec, noise: NoiseSource | None, prompts: Prompts | None
-    ) -> DeviceSession:
-        cfg, mesh, weights = spec.config, self.meshes[lane], self._weights[lane]
-        split = self.split(cfg, lane)  # once: another session may move blocks meanwhile
-        streams = len(self._open[lane]) + self._opening[lane]
-        vae_devices = self._builder(cfg, lane).vae_devices
+    def _opened(self, spec: SessionSpec, noise: NoiseSource | None, prompts: Prompts | None) -> DeviceSession:
+        cfg, mesh = spec.config, self.mesh
+        split = self.split(cfg)  # once: another session may move blocks meanwhile
+        streams = len(self._open) + self._opening
+        vae_devices = self._builder(cfg).vae_devices
         check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams, vae_devices=vae_devices)
         encode = (prompts or self.prompts).encode
         # Reading waits for the disk, compiling runs outside of Python: the first session gets all of it at once.
         with _threads() as pool:
-            reading = pool.submit(weights.params, split, cfg.decoder, vae_devices)
-            others = [pool.submit(self.denoiser, cfg, split, lane), pool.submit(encode, spec.prompt)]
-            ends = self.ends(cfg, spec.pixels, lane)
+            reading = pool.submit(self._weights.params, split, cfg.decoder, vae_devices)
+            others = [pool.submit(self.denoiser, cfg, split), pool.submit(encode, spec.prompt)]
+            ends = self.ends(cfg, spec.pixels)
             params = reading.result()
             for other in others:
                 other.result()
         if noise is None:
             noise = SeededNoise(
                 ends.draw_first,
-                lambda steps: self.denoiser(cfg.with_steps(steps), split, lane).draw_chunk,
+                lambda steps: self.denoiser(cfg.with_steps(steps), split).draw_chunk,
                 spec.seed,
                 mesh.home,
             )
         return DeviceSession(
             spec, params, ends, prompts or self.prompts,
-            lambda embedding: self._pipeline(cfg, embedding, lane, split), mesh.home, noise, self._dispatching,
-            is_prepared=lambda steps: {cfg, cfg.with_steps(steps)} <= self._prepared_for(cfg, split, lane),
-            on_close=self._open[lane].discard,
+            lambda embedding: self._pipeline(cfg, embedding, split), mesh.home, noise, self._dispatching,
+            is_prepared=lambda steps: {cfg, cfg.with_steps(steps)} <= self._prepared_for(cfg, split),
+            on_close=self._open.discard,
         )  # fmt: skip
 
     @property
@@ -322,33 +336,87 @@ class DeviceEngine:
                 "rebalance=False"
             )
         self._require(cfg)
-        for lane in range(len(self.meshes)):
-            split = self.split(cfg, lane)
-            prepared = self._prepared_for(cfg, split, lane)
-            several = sorted(asked | prepared, key=lambda one: one.steps)
-            changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
-            # Those of one number of steps first, as the others share many of them.
-            with _threads() as pool:
-                denoiser = pool.submit(self.denoiser, cfg, split, lane)
-                self.ends(cfg, spec.pixels, lane)
-                denoiser.result()
-                rest: list[Future[Any]] = [
-                    pool.submit(self.denoiser, other, split, lane) for other in several
-                ]
-                for before, after in changes:
-                    rest.append(pool.submit(self._builder(after, lane).resize, split, before.rows))
-                for one in rest:
-                    one.result()
-            prepared.update(asked)
+        split = self.split(cfg)
+        prepared = self._prepared_for(cfg, split)
+        several = sorted(asked | prepared, key=lambda one: one.steps)
+        changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
+        # Those of one number of steps first, as the others share many of them.
+        with _threads() as pool:
+            denoiser = pool.submit(self.denoiser, cfg, split)
+            self.ends(cfg, spec.pixels)
+            denoiser.result()
+            rest: list[Future[Any]] = [pool.submit(self.denoiser, other, split) for other in several]
+            for before, after in changes:
+                rest.append(pool.submit(self._builder(after).resize, split, before.rows))
+            for one in rest:
+                one.result()
+        prepared.update(asked)
 
-    def _prepared_for(self, cfg: StreamConfig, split: tuple[int, ...], lane: int) -> set[StreamConfig]:
+    def _prepared_for(self, cfg: StreamConfig, split: tuple[int, ...]) -> set[StreamConfig]:
         """Returns the configurations between which such streams can change without compiling anything."""
         shape = cfg.with_steps(1) if cfg.task == "v2v" else cfg
-        return self._prepared.setdefault((shape, lane, max(split), min(split)), set())
+        return self._prepared.setdefault((shape, max(split), min(split)), set())
 
     def _require(self, cfg: StreamConfig) -> None:
         """Raises CheckpointError where there are no weights for a stream; at once, not when they are to be read."""
         self._check_parts({"vae", params_lib.decoder_item(cfg.decoder).split(".")[0]})
+
+    def measure_split(self, spec: SessionSpec, stopwatch: Stopwatch | None = None) -> tuple[int, ...]:
+        """Measures the stages on a stream of noise, and returns how many blocks each of them gets from then on.
+
+        For streams whose blocks stay while they run: those that share ticks, or whose steps change. It takes some 80
+        chunks of such a stream, and the time to compile what measures. The split changes if by the measured times
+        another one is faster by more than 5 % (`balance.measured_split`), and if it fits into memory.
+        With `PipelineOptions.split`, one stage, a shared VAE, in sequential mode and in text-to-video nothing is
+        measured.
+
+        Args:
+          spec: what the streams will be like.
+          stopwatch: what measures; None is a new one.
+
+        Raises:
+          SessionError: sessions are open, beside which blocks stay.
+        """
+        spec = self.resolved(spec)
+        cfg, options = spec.config, self._options
+        if self._open or self._opening:
+            raise SessionError(
+                "the split can be measured only before sessions open; close those that are open"
+            )
+        present = self.split(cfg)
+        if (
+            self.stages == 1
+            or options.split
+            or options.share_vae
+            or (cfg.mode, cfg.task) != ("stream", "v2v")
+        ):
+            return present
+        policy = BalancePolicy()
+        watched = dataclasses.replace(
+            options, split=present, batch_sizes=(1,), rebalance=dataclasses.replace(policy, threshold=NEVER)
+        )
+        trial = type(self)(
+            self.model, self._read_item, self.prompts, self._dtype, self.mesh, watched, self._check_parts
+        )
+        trial._weights, trial._stopwatch = self._weights, stopwatch
+        draws = np.random.default_rng(0)
+        with working("measuring the stages"), trial.open(spec) as session:
+            held, count = [], cfg.first_frames
+            while len(session.pipeline.measured) < policy.samples:
+                frames = draws.integers(0, 256, (count, cfg.height, cfg.width, 3), np.uint8)
+                done, count = session.push(frames), cfg.chunk_frames
+                for chunk in held:
+                    chunk.wait()
+                held = done
+            times = session.pipeline.measured
+        if (wanted := measured_split(present, times, policy.threshold)) != present:
+            vae_devices = self._builder(cfg).vae_devices
+            with suppress(ConfigError):  # no room for it
+                check_memory(
+                    self.model, cfg, self._dtype, wanted, self.mesh, streams=1, vae_devices=vae_devices
+                )
+                self._measured_split = wanted
+        return self.split(cfg)
 
     def prepare_prompt(self, prompt: str) -> None:
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait; in any thread."""
@@ -377,48 +445,45 @@ class DeviceEngine:
                 raise SessionError("a session can have one part of a tick only")
             return tick_sessions(parts, self.batch_sizes)
 
-    def params(self, cfg: StreamConfig, lane: int = 0) -> EngineParams:
+    def params(self, cfg: StreamConfig) -> EngineParams:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
-        vae_devices = self._builder(cfg, lane).vae_devices
-        return self._weights[lane].params(self.split(cfg, lane), cfg.decoder, vae_devices)
+        return self._weights.params(self.split(cfg), cfg.decoder, self._builder(cfg).vae_devices)
 
-    def ends(self, cfg: StreamConfig, pixels: str = "uint8", lane: int = 0) -> EndPrograms:
+    def ends(self, cfg: StreamConfig, pixels: str = "uint8") -> EndPrograms:
         """Returns the compiled programs of a stream's two ends."""
-        key = (cfg, pixels, lane)
+        key = (cfg, pixels)
         if key not in self._ends:
-            self._ends[key] = self._builder(cfg, lane, pixels).ends()
+            self._ends[key] = self._builder(cfg, pixels).ends()
         return self._ends[key]
 
-    def denoiser(self, cfg: StreamConfig, split: tuple[int, ...], lane: int = 0) -> DenoiserPrograms:
+    def denoiser(self, cfg: StreamConfig, split: tuple[int, ...]) -> DenoiserPrograms:
         """Returns the compiled programs of a stream's stages."""
-        key = (cfg, lane, max(split), min(split))
+        key = (cfg, max(split), min(split))
         if key not in self._denoisers:
             movable = self._options.rebalance is not None
-            self._denoisers[key] = self._builder(cfg, lane).denoiser(split, movable)
+            self._denoisers[key] = self._builder(cfg).denoiser(split, movable)
         return self._denoisers[key]
 
-    def pipeline(self, cfg: StreamConfig, embedding: jax.Array, lane: int = 0) -> Pipeline:
+    def pipeline(self, cfg: StreamConfig, embedding: jax.Array) -> Pipeline:
         """Returns the denoiser of a stream with a text embedding [1, P, text_dim] as its prompt."""
-        return self._pipeline(cfg, embedding, lane, self.split(cfg, lane))
+        return self._pipeline(cfg, embedding, self.split(cfg))
 
-    def _pipeline(
-        self, cfg: StreamConfig, embedding: jax.Array, lane: int, split: tuple[int, ...]
-    ) -> Pipeline:
-        builder = self._builder(cfg, lane)
+    def _pipeline(self, cfg: StreamConfig, embedding: jax.Array, split: tuple[int, ...]) -> Pipeline:
+        builder = self._builder(cfg)
         return Pipeline(
-            builder, lambda other: self.denoiser(other, split, lane), self._weights[lane], split, embedding,
-            self._options.rebalance,
+            builder, lambda other: self.denoiser(other, split), self._weights, split, embedding,
+            self._options.rebalance, self._stopwatch,
         )  # fmt: skip
 
-    def split(self, cfg: StreamConfig, lane: int = 0) -> tuple[int, ...]:
+    def split(self, cfg: StreamConfig) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""
         # Beside a session that is open, blocks stay where it has moved them.
-        if self._open[lane] and (split := self._weights[lane].split) is not None:
+        if self._open and (split := self._weights.split) is not None:
             return split
-        if self._options.split is not None:
-            return self._options.split
-        kind = self.meshes[lane].first.device_kind
-        vae_devices = self._builder(cfg, lane).vae_devices
+        if (split := self._options.split or self._measured_split) is not None:
+            return split
+        kind = self.mesh.first.device_kind
+        vae_devices = self._builder(cfg).vae_devices
         return default_split(self.model, cfg, self._dtype, self.stages, kind, vae_devices)
 
     def describe(self, cfg: StreamConfig) -> str:
@@ -443,19 +508,18 @@ class DeviceEngine:
             f"{self.model.name}: {count / 1e6:.1f} million parameters as {self._dtype}{blocks}, "
             f"{held / 2**30:.2f} GiB in all"
         ]
-        for lane, weights in enumerate(self._weights):
-            held, start = weights.resident_bytes(), 0
-            for stage, blocks in enumerate(self.split(cfg, lane)):
-                if (device := weights.mesh.devices[stage]) in held:
-                    lines.append(
-                        f"  stage {stage}, blocks {start} to {start + blocks - 1}: {held[device] / 2**30:.3f} GiB of "
-                        f"parameters on {device.device_kind} {device.id}"
-                    )
-                start += blocks
+        held, start = self._weights.resident_bytes(), 0
+        for stage, blocks in enumerate(self.split(cfg)):
+            if (device := self.mesh.devices[stage]) in held:
+                lines.append(
+                    f"  stage {stage}, blocks {start} to {start + blocks - 1}: {held[device] / 2**30:.3f} GiB of "
+                    f"parameters on {device.device_kind} {device.id}"
+                )
+            start += blocks
         return "\n".join(lines)
 
-    def _builder(self, cfg: StreamConfig, lane: int, pixels: str = "uint8") -> Builder:
-        options, mesh = self._options, self.meshes[lane]
+    def _builder(self, cfg: StreamConfig, pixels: str = "uint8") -> Builder:
+        options, mesh = self._options, self.mesh
         return Builder(
             self.model, cfg, self._dtype, mesh, pixels, options.attention, self.batch_sizes, options.share_vae
         )  # fmt: skip
@@ -489,19 +553,19 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _checked_meshes(model: ModelConfig, meshes: Sequence[StageMesh] | None) -> tuple[StageMesh, ...]:
-    meshes = tuple(meshes) if meshes else (StageMesh((jax.devices()[0],)),)
-    if not all(mesh.local_stages for mesh in meshes):
+def _checked_mesh(model: ModelConfig, mesh: StageMesh | None) -> StageMesh:
+    mesh = mesh or StageMesh((jax.devices()[0],))
+    if not mesh.local_stages:
         raise ConfigError(
-            f"process {jax.process_index()} drives no device of a pipeline of {meshes[0].stages} stages; start fewer "
-            "processes, or let every stream have a stage in each"
+            f"process {jax.process_index()} drives no device of a pipeline of {mesh.stages} stages; start fewer "
+            "processes, or use more stages"
         )
-    if meshes[0].stages > model.dit.num_layers:
+    if mesh.stages > model.dit.num_layers:
         raise ConfigError(
-            f"{meshes[0].stages} stages are more than the model's {model.dit.num_layers} blocks; use at most "
+            f"{mesh.stages} stages are more than the model's {model.dit.num_layers} blocks; use at most "
             f"{model.dit.num_layers}"
         )
-    return meshes
+    return mesh
 
 
 def checked_split(split: tuple[int, ...] | None, layers: int, stages: int) -> None:

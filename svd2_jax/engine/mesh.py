@@ -165,33 +165,35 @@ def on(device: Device, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def stage_meshes(data: int, stages: int, devices: Sequence[Device] | None = None) -> tuple[StageMesh, ...]:
-    """Returns the rows of a mesh of data x stage devices.
+def stage_meshes(
+    replicas: int, stages: int, devices: Sequence[Device] | None = None
+) -> tuple[StageMesh, ...]:
+    """Returns the devices of several replicas of a pipeline, one mesh each.
 
     Args:
-      data: streams served at once.
-      stages: stages of each stream's pipeline.
-      devices: in the order of the stages, one stream after another; None takes JAX's, of all processes.
+      replicas: pipelines that run beside one another.
+      stages: of each of them.
+      devices: in the order of the stages, one replica after another; None takes JAX's, of all processes.
 
     Raises:
       ConfigError: fewer devices than the mesh needs, or none asked for.
     """
     devices = jax.devices() if devices is None else devices
-    for name, count in (("stages", stages), ("streams", data)):
+    for name, count in (("stages", stages), ("replicas", replicas)):
         if count < 1:
             raise ConfigError(f"{name} must be at least 1, got {count}")
-    if data * stages > len(devices):
+    if replicas * stages > len(devices):
         platform = devices[0].platform
         virtual = (
-            f"; for virtual CPU devices set XLA_FLAGS=--xla_force_host_platform_device_count={data * stages}"
+            f"; for virtual CPU devices set XLA_FLAGS=--xla_force_host_platform_device_count={replicas * stages}"
             if platform == "cpu"
             else ""
         )
         raise ConfigError(
-            f"{stages} stage{'s'[: stages - 1]}{f' for each of {data} streams' if data > 1 else ''} need "
-            f"{data * stages} devices, JAX sees {len(devices)} ({platform}){virtual}"
+            f"{stages} stage{'s'[: stages - 1]}{f' for each of {replicas} replicas' if replicas > 1 else ''} need "
+            f"{replicas * stages} devices, JAX sees {len(devices)} ({platform}){virtual}"
         )
     if stages > 1 and devices[0].platform == "gpu":
         # One process that drives several GPUs may hand two collectives to them in different orders.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-    return tuple(StageMesh(tuple(devices[d * stages : (d + 1) * stages])) for d in range(data))
+    return tuple(StageMesh(tuple(devices[d * stages : (d + 1) * stages])) for d in range(replicas))

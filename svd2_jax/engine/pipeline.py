@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import StreamConfig
-from svd2_jax.engine.balance import BalancePolicy
+from svd2_jax.engine.balance import BalancePolicy, StageTimes
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, Program, TickPrograms
@@ -34,6 +34,7 @@ from svd2_jax.engine.rebalance import Rebalancer, Stopwatch
 from svd2_jax.errors import SessionError
 from svd2_jax.models.dit import PromptKV
 from svd2_jax.nn.kv_cache import KVCache, LayerCache
+from svd2_jax.rows import Rows
 from svd2_jax.stream.state import Entry, StreamState
 
 _log = logging.getLogger(__name__)
@@ -79,12 +80,12 @@ class Finished:
     clean: jax.Array
 
 
-@dataclass
-class _MicroBatch:
-    """The chunks that the rows of a micro-batch hold, and the steps after which each of them is finished."""
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """A chunk's number, and the prompt that it came in with."""
 
-    chunks: list[int | None]
-    steps: int
+    number: int
+    prompt: Prompt
 
 
 class Pipeline:
@@ -119,15 +120,14 @@ class Pipeline:
         self._use(builder.cfg)
         self._state: StreamState = self._programs.init_state()
         self._started = False
-        self._steps = self.cfg.steps
-        self._next_chunk = self._next_finished = 1
+        self._rows: Rows[_Chunk] = Rows(self.cfg.steps, self.stages)
+        self._next_chunk = 1
         self.came_back: tuple[jax.Array, ...] = ()
         """Clean latents of each row that came back with the last tick, or of the first group; see `Finished.clean`."""
-        self._finished: dict[int, Finished] = {}  # chunks that wait for an earlier one
+        self._finished: dict[int, Finished] = {}  # those that are through their steps and have not left
         self._span = self._spans([(0, count) for count in split])
         self._prompt = self._read_prompt(embedding)
-        self._empty_rows()
-        self._joined: tuple[list[Prompt], list[PromptKV]] = ([], [])
+        self._joined: tuple[list[list[Prompt]], list[PromptKV]] = ([], [])
         self._ticked = 0
         self._wanted: tuple[tuple[int, ...], TickPrograms] | None = None
         self._rebalancer = None
@@ -150,7 +150,7 @@ class Pipeline:
     @property
     def steps(self) -> int:
         """Denoising steps of the chunks that enter now."""
-        return self._steps
+        return self._rows.steps
 
     @property
     def first_timestep(self) -> jax.Array:
@@ -162,12 +162,19 @@ class Pipeline:
         """The state over the stages; the next tick takes it away."""
         return self._state
 
+    @property
+    def measured(self) -> tuple[StageTimes, ...]:
+        """What the stages took under the present split, where they are measured; oldest first."""
+        return self._rebalancer.measured if self._rebalancer is not None else ()
+
     def entering(self, fresh: bool) -> list[int | None]:
         """Returns the numbers of the chunks that the next tick takes to each of the steps."""
         new = self._next_chunk if fresh else None
         if self.cfg.mode != "stream":
             return [new] * self.cfg.steps
-        return [new, *self._under_way[-1].chunks[: self.cfg.rows - 1]]
+        coming = self._rows.enter(None if new is None else _Chunk(new, self._prompt))
+        held = (coming.at(row, 0) for row in range(self.cfg.rows))
+        return [found and found.chunk.number for found in held]
 
     def set_prompt(self, embedding: jax.Array) -> None:
         """Makes chunks that enter from now on follow another text embedding [1, P, text_dim]."""
@@ -185,19 +192,16 @@ class Pipeline:
             raise SessionError(
                 "the steps of a stream cannot change while its blocks may move; open the engine without rebalancing"
             )
-        self._steps = steps
+        self._rows = self._rows.with_steps(steps)
         if not self._started:
             self._use(cfg if steps < opened.steps else opened)  # for more there are no draws yet
-            self._empty_rows()
             return
         if cfg.mode != "stream":
             self._use(cfg)
             return
         if steps > self.cfg.rows:
             self._resize(cfg)
-        for batch in self._under_way:
-            batch.steps = min(batch.steps, steps)
-        self._collect(self._under_way[-1], self.came_back)
+        self._collect()
         self._drop_empty_rows()
 
     def first_group(self, noisy: Any, again: Sequence[Any]) -> jax.Array:
@@ -215,8 +219,8 @@ class Pipeline:
         ((clean,),) = _all_steps(self._programs.step_first, [self], [blank], [arrival])
         self._state = self._programs.open_rows(self._state)
         self._started, self.came_back = True, (clean,)
-        if self._steps > self.cfg.steps:
-            self.set_steps(self._steps)
+        if self.steps > self.cfg.steps:
+            self.set_steps(self.steps)
         return clean
 
     def tick(self, arrival: Arrival) -> list[Finished]:
@@ -274,7 +278,7 @@ class Pipeline:
         """Frees the state."""
         if self._rebalancer is not None:
             self._rebalancer.close()
-        del self._state, self._prompts, self._prompt, self._joined, self.came_back, self._finished
+        del self._state, self._rows, self._prompt, self._joined, self.came_back, self._finished
 
     def _prepare(self, split: Sequence[int]) -> TickPrograms:
         """Gets ready for another split, in any thread, while the present one is in use."""
@@ -290,13 +294,6 @@ class Pipeline:
         batch = "rows" if cfg.mode == "stream" else "single"
         self._blank_later = self._blank(self._builder_for(cfg).entry(batch, cfg.frames_per_block))
 
-    def _empty_rows(self) -> None:
-        """Takes note that nothing is under way."""
-        # Newest first; the last one is back at the first stage.
-        self._under_way = [_MicroBatch([None] * self.cfg.rows, self._steps) for _ in range(self.stages)]
-        # The prompts of the chunks under way, newest first: each chunk keeps the one that it came in with.
-        self._prompts = [self._prompt] * self.depth
-
     def _builder_for(self, cfg: StreamConfig) -> Builder:
         return dataclasses.replace(self._builder, cfg=cfg)
 
@@ -311,45 +308,42 @@ class Pipeline:
             layers[i] = programs.layer(layers[i])
         self._state = StreamState(KVCache(tuple(layers), filled, held), start, message)
         self._use(cfg)
-        for batch in self._under_way:
-            batch.chunks = (batch.chunks + [None] * cfg.rows)[: cfg.rows]
-        self._prompts = (self._prompts + self._prompts[-1:] * self.depth)[: self.depth]
 
     def _drop_empty_rows(self) -> None:
         """Drops the rows that no chunk is to enter any more, once they are empty."""
-        beyond = (chunk for batch in self._under_way for chunk in batch.chunks[self._steps :])
-        if self._steps < self.cfg.rows and all(chunk is None for chunk in beyond):
-            self._resize(self._builder.cfg.with_steps(self._steps))
+        if self._rows.width == self.steps < self.cfg.rows:
+            self._resize(self._builder.cfg.with_steps(self.steps))
 
-    def _collect(self, batch: _MicroBatch, clean: Sequence[jax.Array]) -> None:
-        """Takes what is finished out of a micro-batch that came back."""
-        for row, chunk in enumerate(batch.chunks):
-            if chunk is not None and row >= batch.steps - 1:
-                self._finished[chunk] = Finished(chunk, clean[row])
-                batch.chunks[row] = None
+    def _collect(self) -> None:
+        """Keeps what came back with the last tick of the chunks that are finished with it."""
+        for held in filter(self._rows.is_finished, self._rows.chunks):
+            number, row = held.chunk.number, held.steps - 1 if self.cfg.mode == "stream" else 0
+            if number not in self._finished:
+                self._finished[number] = Finished(number, self.came_back[row])
 
     def _take_in(self, arrival: Arrival) -> Entry:
         """Returns what enters with a tick, and takes note of it."""
         chunks = self.entering(arrival.fresh)
-        self._next_chunk += arrival.fresh
-        self._under_way = [_MicroBatch(chunks, self._steps), *self._under_way[:-1]]
-        self._prompts = [self._prompt, *self._prompts[:-1]]
+        self._advance(arrival.fresh)
         conditioning = None
         if self.mesh.is_local(0):
             conditioning = self._programs.condition(self._params.conditioner, arrival.timestep)
         is_open = tuple(chunk is not None for chunk in chunks)
         return self._enter(self._blank_later, arrival.noisy, is_open, conditioning, arrival.again)
 
+    def _advance(self, fresh: bool) -> None:
+        """Takes note of a tick, and of the chunk that enters with it."""
+        entering = _Chunk(self._next_chunk, self._prompt) if fresh else None
+        self._rows = self._rows.enter(entering, whole=self.cfg.mode != "stream")
+        self._next_chunk += fresh
+
     def _bring_out(self, clean: tuple[jax.Array, ...]) -> list[Finished]:
         """Returns the chunks that are finished and that no earlier one is missing before, in order."""
         self.came_back = clean
-        self._collect(self._under_way[-1], clean)
-        done = []
-        while self._next_finished in self._finished:
-            done.append(self._finished.pop(self._next_finished))
-            self._next_finished += 1
+        self._collect()
+        self._rows, done = self._rows.leave()
         self._drop_empty_rows()
-        return done
+        return [self._finished.pop(held.chunk.number) for held in done]
 
     def _enter_step(self, blank: list[Entry], arrival: Arrival, k: int) -> Entry:
         """Returns what enters for step k of a chunk that takes its steps one after another."""
@@ -371,7 +365,8 @@ class Pipeline:
         if any(shift > 0 for shift in shifts):
             assert self._ticks.catch_up is not None
             spans = self._spans([(0, max(0, shift)) for shift in shifts])
-            prompts = tuple(self._row_prompt(row, coming=True) for row in range(self.cfg.rows))
+            coming = self._rows.enter()
+            prompts = tuple(self._over_stages(self._row_prompt(r, coming)) for r in range(self.cfg.rows))
             self._state = self._ticks.catch_up(self._params.dit, prompts, spans, self._state)
         _log.info("blocks per stage: %s -> %s", "+".join(map(str, self.split)), "+".join(map(str, split)))
         layers = self._moved_layers(split)
@@ -382,12 +377,16 @@ class Pipeline:
         if self._rebalancer is not None:
             self._rebalancer.moved(split)
         self._span = self._spans([(max(0, -shift), n) for shift, n in zip(shifts, split, strict=True)])
-        again = {id(p): p for p in (self._prompt, *self._prompts)}
+        again = {id(p): p for p in (self._prompt, *(held.chunk.prompt for held in self._rows.chunks))}
         again = {
             key: Prompt(p.context, ticks.prompt_kv(self._params.dit.blocks, p.context))
             for key, p in again.items()
         }
-        self._prompts = [again[id(p)] for p in self._prompts]
+        held = (
+            dataclasses.replace(c, chunk=_Chunk(c.chunk.number, again[id(c.chunk.prompt)]))
+            for c in self._rows.chunks
+        )
+        self._rows = dataclasses.replace(self._rows, chunks=tuple(held))
         self._prompt = again[id(self._prompt)]
 
     def _moved_layers(self, split: tuple[int, ...]) -> tuple[LayerCache, ...]:
@@ -440,18 +439,23 @@ class Pipeline:
 
     def _row_prompts(self) -> list[PromptKV]:
         """Returns the rows' prompts: what each row of each stage works on came in with another tick."""
-        if self._joined[0] != self._prompts:
-            self._joined = (list(self._prompts), [self._row_prompt(r) for r in range(self.cfg.rows)])
+        held = [self._row_prompt(row, self._rows) for row in range(self.cfg.rows)]
+        if self._joined[0] != held:
+            self._joined = (held, [self._over_stages(prompts) for prompts in held])
         return self._joined[1]
 
-    def _row_prompt(self, row: int, coming: bool = False) -> PromptKV:
-        """Returns a row's prompts on all stages in the last tick, or in the one that is to come."""
-        ago = {s: row * self.stages + s - coming for s in self.mesh.local_stages}
-        of_stage = {s: self._prompts[max(0, age)] for s, age in ago.items()}
-        first, *others = of_stage.values()
+    def _row_prompt(self, row: int, rows: Rows[_Chunk]) -> list[Prompt]:
+        """Returns the prompt of a row on each local stage; where it holds no chunk any of them will do."""
+        held = [rows.at(row, stage) for stage in self.mesh.local_stages]
+        some = next((found.chunk.prompt for found in held if found), self._prompt)
+        return [found.chunk.prompt if found else some for found in held]
+
+    def _over_stages(self, prompts: Sequence[Prompt]) -> PromptKV:
+        first, *others = prompts
         if all(other is first for other in others):
             return first.kv
-        return self.mesh.join([self.mesh.part(prompt.kv, s) for s, prompt in of_stage.items()])
+        stages = self.mesh.local_stages
+        return self.mesh.join([self.mesh.part(p.kv, stage) for stage, p in zip(stages, prompts, strict=True)])
 
     def _spans(self, spans: Sequence[tuple[int, int]]) -> jax.Array:
         parts = [
@@ -480,9 +484,7 @@ def tick_together(
     ticks, program = lead._ticks, lead._ticks.tick[len(pipelines)]
     if lead.cfg.mode != "stream":
         for line, arrival in zip(pipelines, arrivals, strict=True):
-            line._prompts = [line._prompt]
-            line._under_way = [_MicroBatch([line._next_chunk if arrival.fresh else None], steps=1)]
-            line._next_chunk += arrival.fresh
+            line._advance(arrival.fresh)
         clean = _all_steps(program, pipelines, [line._blank_later for line in pipelines], arrivals)
         return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
     entries = [line._take_in(arrival) for line, arrival in zip(pipelines, arrivals, strict=True)]

@@ -196,6 +196,11 @@ class Rebalancer:
         elif self._is_mark:
             self._stopwatch.lap(self._mesh.devices[stage], result, given_ns, None)
 
+    @property
+    def measured(self) -> tuple[StageTimes, ...]:
+        """What was measured under the present split, oldest first; the same in every process."""
+        return self._balancer.history
+
     def close(self) -> None:
         """Stops watching."""
         self._stopwatch.close()

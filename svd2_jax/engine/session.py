@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from svd2_jax.api import SessionSpec, check_prompt
+from svd2_jax.api import SessionSpec, check_noise_scale, check_prompt
 from svd2_jax.config import check_whole
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams
@@ -136,7 +136,7 @@ class DeviceSession:
         self._blend_steps: list[jax.Array] = []
         self._blend_from = self._embedding
         self._pipeline = pipeline(self._embedding)
-        self._noise_scale = jax.device_put(np.float32(spec.noise_scale), programs.scale or device)
+        self._noise_scale = self._put_scale(spec.noise_scale)
         self._input = self._decoder = None
         self._waiting: list[np.ndarray] = []  # input frames that do not fill a chunk yet
         self._taken = self._given = 0
@@ -244,6 +244,17 @@ class DeviceSession:
             self._check_open()
             self._blend_from, self._target = self._embedding, target
             self._blend_steps = [self._put(np.float32(i / count)) for i in range(1, count + 1)]
+
+    @_one_at_a_time
+    def set_noise_scale(self, noise_scale: float) -> None:
+        """Changes the share of noise from the next chunk on; see `api.Session`. Nothing is compiled for it."""
+        self._check_open()
+        if self._cfg.task != "v2v":
+            raise SessionError(
+                "a text-to-video session starts from noise alone; its noise scale cannot change"
+            )
+        check_noise_scale(noise_scale)
+        self._noise_scale = self._put_scale(noise_scale)
 
     def run(
         self,
@@ -439,6 +450,9 @@ class DeviceSession:
 
     def _embed(self, prompt: str) -> jax.Array:
         return self._put(self._prompts.encode(prompt).astype(self._params.dit.dtype))
+
+    def _put_scale(self, noise_scale: float) -> jax.Array:
+        return jax.device_put(np.float32(noise_scale), self._programs.scale or self._device)
 
     def _put(self, x: object) -> jax.Array:
         return jax.device_put(x, self._device)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import deque
 from dataclasses import dataclass
 
+from svd2_jax.rows import Rows
 from svd2_jax.runtime.work import Part, StreamId, StreamSettings, Tick
 from svd2_jax.simulate.trace import DeviceTrace
-
-
-@dataclass
-class _Row:
-    """A chunk under way: its frames and how many ticks of its stream it has been in."""
-
-    frames: tuple[int, ...]
-    ticks: int = 0
 
 
 @dataclass
@@ -34,14 +28,13 @@ class _Flight:
 class SimulatedDevice:
     """Runs one tick at a time, finishes the frames of the one before meanwhile, and keeps the rows of every stream.
 
-    A chunk is finished by the tick in which it is at least the (steps * stages)-th of its stream's, with the steps
-    that the stream has then: fewer steps let out what has taken as many, more keep back what has not.
+    Which tick finishes a chunk, also after a change of the steps, is what `Rows` says.
     """
 
     def __init__(self, trace: DeviceTrace, seed: int):
         self._trace = trace
         self._random = random.Random(f"{seed} device")
-        self._rows: dict[StreamId, deque[_Row]] = {}
+        self._rows: dict[StreamId, Rows[tuple[int, ...]]] = {}  # chunks as the numbers of their frames
         self._settings: dict[StreamId, StreamSettings] = {}
         self._flight: deque[_Flight] = deque()  # oldest first
         self.busy_ns = 0
@@ -58,7 +51,7 @@ class SimulatedDevice:
 
     def open(self, stream: StreamId, settings: StreamSettings) -> None:
         """Makes room for a stream."""
-        self._rows[stream] = deque()
+        self._rows[stream] = Rows(settings.steps, settings.stages)
         self._settings[stream] = settings
 
     def under_way(self, stream: StreamId) -> int:
@@ -67,7 +60,7 @@ class SimulatedDevice:
 
     def drop_rows(self, stream: StreamId) -> None:
         """Forgets what is under way, as a change between stream batch and sequential does in the reference."""
-        self._rows[stream].clear()
+        self._rows[stream] = dataclasses.replace(self._rows[stream], chunks=())
 
     def start(self, tick: Tick, now_ns: int) -> tuple[int, int]:
         """Starts a tick; returns when it will be through the stages, and when its frames will be finished."""
@@ -110,18 +103,9 @@ class SimulatedDevice:
         return self._sample_ms(self._trace.tick_ms(batch, steps))
 
     def _advance(self, part: Part) -> list[tuple[int, ...]]:
-        rows = self._rows[part.stream]
-        if part.first:
-            return [part.frames]
-        if part.frames:
-            rows.append(_Row(part.frames))
-        for row in rows:
-            row.ticks += 1
-        needed = part.steps * self._settings[part.stream].stages
-        finished = []
-        while rows and rows[0].ticks >= needed:
-            finished.append(rows.popleft().frames)
-        return finished
+        rows = self._rows[part.stream].with_steps(part.steps).enter(part.frames or None, whole=part.first)
+        self._rows[part.stream], finished = rows.leave()
+        return [held.chunk for held in finished]
 
     def _sample_ms(self, work_ms: float) -> float:
         trace, draw = self._trace, self._random

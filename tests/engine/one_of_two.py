@@ -39,7 +39,7 @@ def main():
     port, process, checkpoint, result = sys.argv[1:]
     with cluster.join(f"localhost:{port}", int(process), 2) as group:
         # Three stages: the second process drives one of them.
-        engine = DeviceEngine.from_checkpoint(checkpoint, meshes=stage_meshes(1, 3))
+        engine = DeviceEngine.from_checkpoint(checkpoint, mesh=stage_meshes(1, 3)[0])
         if frames := draw(engine, MOVES, group.meet):
             np.save(result, np.concatenate(frames))
 

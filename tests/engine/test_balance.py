@@ -20,6 +20,7 @@ from svd2_jax.engine.balance import (
     best_split,
     bottleneck,
     init_balancer,
+    measured_split,
     moved,
     observe,
     towards,
@@ -409,3 +410,38 @@ def test_bad_input_is_one_clear_line(call, message):
     with pytest.raises(ValueError, match=message) as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+# --- the split that a warm-up's measurements ask for
+
+
+def times(stages, overheads, count=3):
+    return [StageTimes(stages, overheads)] * count
+
+
+def test_a_measured_split_is_the_best_by_medians():
+    slow = StageTimes((90.0, 4.0), (0.0, 90.0))  # one chunk that took long does not count
+    assert measured_split((4, 4), [*times((4.0, 12.0), (0.0, 0.0)), slow]) == (6, 2)
+
+
+def test_a_measured_split_stays_where_little_is_gained():
+    assert measured_split((4, 4), times((4.0, 4.0), (0.0, 1.04), 1)) == (4, 4)
+    assert measured_split((10, 10), times((10.0, 10.0), (0.0, 2.0))) == (11, 9)  # 12 and then 11: 9 %
+    assert measured_split((10, 10), times((10.0, 10.0), (0.0, 2.0)), threshold=0.1) == (10, 10)
+
+
+def test_a_split_needs_a_measurement():
+    with pytest.raises(ValueError, match="at least one measurement"):
+        measured_split((4, 4), [])
+
+
+# It may rest 5 % below the best throughput: 1 / 1.05. Noise adds what wrong medians cost.
+@pytest.mark.parametrize(
+    ("noise", "outliers", "least"), [(0.01, 0.0, 0.95), (0.1, 0.0, 0.9), (0.1, 0.1, 0.9)]
+)
+def test_nine_measurements_come_near_the_best_split(noise, outliers, least):
+    for seed in range(40):
+        devices = some_devices(seed, noise=noise, outliers=outliers)
+        counts = even(devices).counts
+        wanted = measured_split(counts, [devices.draw(counts) for _ in range(9)])
+        assert devices.throughput(wanted) >= least

@@ -31,7 +31,7 @@ def batched(golden_checkpoint):
 def staged(golden_checkpoint):
     """The golden model, which has two blocks, on two devices."""
     options = PipelineOptions(rebalance=None)
-    return DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2), options=options)
+    return DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0], options=options)
 
 
 def clip(frames, seed=0):
@@ -70,8 +70,8 @@ def test_streams_that_share_ticks_give_what_each_gives_alone(batched, golden_che
     """They join and leave at any chunk, and take part in some ticks without a chunk."""
     engine = batched
     if stages == 2:
-        meshes = stage_meshes(1, 2)
-        engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=meshes, options=BATCHES)
+        (mesh,) = stage_meshes(1, 2)
+        engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=mesh, options=BATCHES)
     with engine.open(spec(1, cfg)) as a, engine.open(spec(2, cfg)) as b:
         inputs, out = {a: groups(7, 1), b: groups(4, 2)}, {a: [], b: []}
 
@@ -256,7 +256,7 @@ def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
 
 
 def test_steps_cannot_change_while_blocks_may_move(golden_checkpoint):
-    engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2))
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
     with engine.open(spec()) as session, pytest.raises(SessionError, match="without rebalancing"):
         session.set_steps(1)
 
@@ -265,3 +265,74 @@ def test_steps_cannot_change_while_blocks_may_move(golden_checkpoint):
 def test_batch_sizes_have_to_ascend_from_one(sizes):
     with pytest.raises(ConfigError, match="batch_sizes must ascend from 1"):
         PipelineOptions(batch_sizes=sizes)
+
+
+# --- noise scales that change in mid-stream
+
+
+def redraw(engine, scales, chunks=7, noise_scale=0.8):
+    """One stream's frames for each chunk; sets these noise scales before some chunks."""
+    with engine.open(dataclasses.replace(spec(1), noise_scale=noise_scale)) as session:
+        out = []
+        for n, group in enumerate(groups(chunks, 1)):
+            for scale in scales.get(n, ()):
+                session.set_noise_scale(scale)
+            out += session.push(group)
+        return [chunk.frames() for chunk in [*out, *session.finish()]]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_noise_scale_changes_the_chunks_that_enter_from_then_on(engine, staged, stages):
+    engine = engine if stages == 1 else staged
+    as_it_was, changed = redraw(engine, {}), redraw(engine, {4: (0.5,)})
+    for n, (before, after) in enumerate(zip(as_it_was, changed, strict=True)):
+        # Chunks in flight at the change keep theirs, and nothing that they leave behind depends on later ones.
+        assert (before == after).all() == (n < 4), n
+
+
+def test_a_noise_scale_set_before_the_first_group_is_that_of_the_session(engine):
+    for got, wanted in zip(redraw(engine, {0: (0.5,)}), redraw(engine, {}, noise_scale=0.5), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_noise_scale_that_is_set_back_before_the_next_chunk_changes_nothing(engine):
+    for got, wanted in zip(redraw(engine, {2: (0.8,), 4: (0.3, 0.8)}), redraw(engine, {}), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_streams_of_different_noise_scales_share_ticks_and_change_them_without_compiling(batched):
+    scales = {1: {3: 0.4}, 2: {3: 1.0, 5: 0.6}}
+    specs = {1: spec(1), 2: dataclasses.replace(spec(2), noise_scale=0.5)}
+    with batched.open(specs[1]) as a, batched.open(specs[2]) as b:
+        out = {1: a.push(groups(0, 1)[0]), 2: b.push(groups(0, 2)[0])}
+        compiled = []
+
+        def listen(event, duration, **_):
+            if "compile" in event or "trace" in event:
+                compiled.append(event)
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for n in range(1, 7):
+                for session in (a, b):
+                    if n in scales[session.spec.seed]:
+                        session.set_noise_scale(scales[session.spec.seed][n])
+                work = [Work(s, groups(6, s.spec.seed)[n]) for s in (a, b)]
+                for seed, chunks in zip((1, 2), batched.tick(work).chunks, strict=True):
+                    out[seed] += chunks
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        for session in (a, b):
+            out[session.spec.seed] += session.finish()
+        assert not compiled
+        together = {seed: np.concatenate([chunk.frames() for chunk in done]) for seed, done in out.items()}
+    for seed, one in specs.items():
+        with batched.open(one) as session:
+            alone = []
+            for n, group in enumerate(groups(6, seed)):
+                if n in scales[seed]:
+                    session.set_noise_scale(scales[seed][n])
+                alone += session.push(group)
+            alone += session.finish()
+            wanted = np.concatenate([chunk.frames() for chunk in alone])
+        np.testing.assert_allclose(together[seed], wanted, atol=TOLERANCE)

@@ -23,7 +23,7 @@ from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.pipeline import Arrival, Pipeline
 from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.rebalance import INTERVAL, Rebalancer, Stopwatch
-from svd2_jax.errors import ConfigError
+from svd2_jax.errors import ConfigError, SessionError
 
 BLOCKS = 8
 MODEL = ModelConfig(
@@ -36,6 +36,7 @@ DTYPE = jnp.dtype(jnp.float32)
 TOLERANCE = 1e-4  # what is asked of any split; programs of other shapes round differently, by some 1e-6
 CHUNKS = 22  # the ring is full after 6, the time index restarts at 9
 MEASURED = BalancePolicy(threshold=0.05)
+HEIGHT, WIDTH = 32, 48
 BY_HAND = BalancePolicy(threshold=1e9)  # blocks can move, but only when they are told to
 
 
@@ -307,6 +308,47 @@ def test_blocks_move_to_where_they_are_fastest_while_the_stream_runs_and_nothing
     np.testing.assert_allclose(got, one, atol=TOLERANCE)
 
 
+def measured(engine, speed, rest):
+    """Measures the split of an engine whose devices take these times."""
+    stopwatch = ToldStopwatch(engine.mesh, speed, rest)
+    stopwatch.line = types.SimpleNamespace(mesh=engine.mesh, split=engine.split(SHARED.config))
+    return engine.measure_split(SHARED, stopwatch)
+
+
+SHARED = SessionSpec("a dog", StreamConfig(height=HEIGHT, width=WIDTH), pixels="float32")
+
+
+def test_streams_that_share_ticks_and_change_steps_run_on_the_split_that_was_measured():
+    options = PipelineOptions(batch_sizes=(1, 2))
+    engine = DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=options)
+    assert engine.split(SHARED.config) == (3, 1)
+    assert measured(engine, (3.0, 1.0), (0.0, 0.0)) == (1, 3)
+    frames = clip(17, 0)
+    with engine.open(SHARED, steps=(1, 2)) as session:
+        assert session.pipeline.split == (1, 3)
+        with pytest.raises(SessionError, match="only before sessions open"):
+            engine.measure_split(SHARED)
+        chunks = session.push(frames[:13])
+        session.set_steps(1)
+        chunks += [*session.push(frames[13:]), *session.finish()]
+        got = np.concatenate([chunk.frames() for chunk in chunks])
+    assert len(got) == 17
+    with DeviceEngine.random("golden", options=options).open(SHARED, steps=(1, 2)) as session:
+        first = np.concatenate([chunk.frames() for chunk in session.push(frames[:9])])
+    np.testing.assert_allclose(got[: len(first)], first, atol=TOLERANCE)
+
+
+def test_a_split_stays_where_little_is_gained_or_nothing_can_be_measured():
+    engine = DeviceEngine.random(
+        "golden", mesh=stage_meshes(1, 2)[0], options=PipelineOptions(rebalance=None)
+    )
+    assert measured(engine, (1.0, 1.0), (0.0, 1.0)) == (3, 1)  # 3 and 2, against 2 and 3
+    given = PipelineOptions(split=(3, 1))
+    engine = DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=given)
+    assert engine.measure_split(SHARED) == (3, 1)
+    assert DeviceEngine.random("golden").measure_split(SHARED) == (4,)
+
+
 def test_a_split_that_cannot_be_compiled_leaves_the_stream_as_it_is(caplog):
     split, mesh = (1, 3, 3, 1), stage_meshes(1, 4)[0]
     stopwatch = ToldStopwatch(mesh, (1.0, 1.0, 1.0, 1.0), (0.0,) * 4)
@@ -346,9 +388,6 @@ def test_a_stopwatch_tells_what_each_device_takes_in_order():
 # --- sessions
 
 
-HEIGHT, WIDTH = 32, 48
-
-
 def clip(frames, seed):
     rng = np.random.default_rng(seed)
     scene = rng.integers(0, 255, (HEIGHT, WIDTH + frames, 3), np.uint8)
@@ -356,7 +395,7 @@ def clip(frames, seed):
 
 
 @pytest.mark.slow
-def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
+def test_two_streams_on_replicas_of_two_stages_equal_their_own_single_runs():
     cfg = StreamConfig(height=HEIGHT, width=WIDTH)
     specs = [
         SessionSpec("a dog", cfg, seed=1, pixels="float32"),
@@ -364,8 +403,11 @@ def test_two_streams_on_a_mesh_of_two_by_two_equal_their_own_single_runs():
     ]
     inputs = [clip(27, seed) for seed in (0, 1)]
     options = PipelineOptions(rebalance=None)
-    both = DeviceEngine.random("golden", meshes=stage_meshes(2, 2), options=options)
-    sessions = [both.open(spec) for spec in specs]
+    meshes = stage_meshes(2, 2)
+    engine = DeviceEngine.random("golden", mesh=meshes[0], options=options)
+    engines = engine, engine.replica(meshes[1])
+    assert engines[1].prompts is engine.prompts  # nothing is encoded, nor the text encoder read, twice
+    sessions = [each.open(spec) for each, spec in zip(engines, specs, strict=True)]
     devices = [{d for x in jax.tree.leaves(s._pipeline.state) for d in x.devices()} for s in sessions]
     assert [len(d) for d in devices] == [2, 2]
     assert not devices[0] & devices[1]
@@ -394,7 +436,7 @@ def test_more_stages_than_devices_says_how_to_get_virtual_ones():
         match=r"9 stages need 9 devices, JAX sees 8 .*XLA_FLAGS=--xla_force_host_platform_device_count=9",
     ):
         stage_meshes(1, 9)
-    with pytest.raises(ConfigError, match="4 stages for each of 3 streams need 12 devices"):
+    with pytest.raises(ConfigError, match="4 stages for each of 3 replicas need 12 devices"):
         stage_meshes(3, 4)
     with pytest.raises(ConfigError, match="stages must be at least 1, got 0"):
         stage_meshes(1, 0)
@@ -402,13 +444,13 @@ def test_more_stages_than_devices_says_how_to_get_virtual_ones():
 
 def test_more_stages_than_blocks_is_refused():
     with pytest.raises(ConfigError, match="5 stages are more than the model's 4 blocks"):
-        DeviceEngine.random("golden", meshes=stage_meshes(1, 5))
+        DeviceEngine.random("golden", mesh=stage_meshes(1, 5)[0])
 
 
 @pytest.mark.parametrize("split", [(2, 1), (4,), (4, 0)])
 def test_a_split_that_does_not_add_up_is_refused(split):
     with pytest.raises(ConfigError, match="has to give 2 stages all 4 blocks"):
-        DeviceEngine.random("golden", meshes=stage_meshes(1, 2), options=PipelineOptions(split=split))
+        DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=PipelineOptions(split=split))
 
 
 def test_arrays_over_the_stages_keep_their_buffers():

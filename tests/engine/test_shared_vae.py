@@ -38,7 +38,7 @@ T2V = StreamConfig.for_task("t2v", 1, height=32, width=WIDTH, cache_frames=9)
 @functools.cache
 def engine(stages, share_vae=False):
     options = PipelineOptions(rebalance=None, share_vae=share_vae)
-    return DeviceEngine.random(MODEL, meshes=stage_meshes(1, stages), options=options)
+    return DeviceEngine.random(MODEL, mesh=stage_meshes(1, stages)[0], options=options)
 
 
 def clip(cfg, frames):
@@ -68,7 +68,7 @@ def test_stages_that_share_the_vae_give_the_video_of_one_device(cfg):
 @pytest.mark.slow
 def test_two_streams_in_one_tick_share_the_vae_too():
     options = PipelineOptions(batch_sizes=(1, 2), share_vae=True)
-    both = DeviceEngine.random(MODEL, meshes=stage_meshes(1, 4), options=options)
+    both = DeviceEngine.random(MODEL, mesh=stage_meshes(1, 4)[0], options=options)
     specs = [SessionSpec("a dog", STREAM, seed=i, pixels="float32") for i in range(2)]
     sessions = [both.open(spec) for spec in specs]
     frames = clip(STREAM, 13)
@@ -177,7 +177,7 @@ def test_several_processes_cannot_share():
     mesh = StageMesh((jax.devices()[0], elsewhere))
     draw = random_items(MODEL, 0, F32)
     with pytest.raises(ConfigError, match="share the VAE within one process only; leave out --share-vae"):
-        DeviceEngine(MODEL, draw, types.SimpleNamespace(), F32, [mesh], PipelineOptions(share_vae=True))
+        DeviceEngine(MODEL, draw, types.SimpleNamespace(), F32, mesh, PipelineOptions(share_vae=True))
 
 
 def test_sizes_that_are_shared_by_different_numbers_of_devices_are_both_described():

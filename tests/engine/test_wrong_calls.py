@@ -37,7 +37,10 @@ def session(engine):
         (lambda: svd2_jax.load("tiny", dtype=16), "dtype must be one of float32, bfloat16"),
         (lambda: svd2_jax.load("tiny", text_encoder="gpu"), "text_encoder must be one of .*, got 'gpu'"),
         (lambda: svd2_jax.load("tiny", stages="2"), "stages must be a whole number, at least 1; got '2'"),
-        (lambda: svd2_jax.load("tiny", streams=0), "streams must be at least 1, got 0"),
+        (lambda: svd2_jax.load_replicas(0), "replicas must be at least 1, got 0"),
+        (lambda: svd2_jax.load_replicas("2"), "replicas must be a whole number, at least 1; got '2'"),
+        (lambda: svd2_jax.load_replicas(9), "1 stage for each of 9 replicas need 9 devices, JAX sees 8"),
+        (lambda: svd2_jax.load_replicas(2, stages=0), "stages must be at least 1, got 0"),
         (lambda: svd2_jax.load("tiny", batch_sizes=4), r"batch_sizes must be several numbers, as in \(1, 2, 4\)"),
         (lambda: svd2_jax.load("tiny", batch_sizes=("1",)), "a batch size must be a whole number"),
         (lambda: svd2_jax.load("tiny", weight_dtype="int4"), "weight_dtype must be one of"),
@@ -109,6 +112,12 @@ def test_an_engine_refuses_wrong_arguments_in_one_line(engine, call, message):
         (lambda s: s.set_prompt(3), "the prompt must be text, got int"),
         (lambda s: s.set_prompt("x", "2"), "blend_chunks must be a whole number, at least 0; got '2'"),
         (lambda s: s.set_prompt("x", 1.5), "blend_chunks must be a whole number"),
+        (lambda s: s.set_noise_scale("0.5"), "noise_scale must be a number, got '0.5'"),
+        (lambda s: s.set_noise_scale(None), "noise_scale must be a number, got None"),
+        (lambda s: s.set_noise_scale(True), "noise_scale must be a number, got True"),
+        (lambda s: s.set_noise_scale(0), r"noise_scale must be in \(0, 1\], got 0"),
+        (lambda s: s.set_noise_scale(1.5), r"noise_scale must be in \(0, 1\], got 1.5"),
+        (lambda s: s.set_noise_scale(float("nan")), r"noise_scale must be in \(0, 1\], got nan"),
         (lambda s: s.set_steps("1"), "steps must be a whole number"),
         (lambda s: s.set_steps(None), "steps must be a whole number"),
     ],
@@ -117,6 +126,14 @@ def test_a_session_refuses_wrong_arguments_in_one_line_and_goes_on(session, call
     with pytest.raises(Svd2Error, match=message):
         call(session)
     session.push(clip(1))
+
+
+def test_there_is_no_noise_scale_to_change_in_text_to_video_nor_in_a_closed_session(engine):
+    raised = pytest.raises(SessionError, match="starts from noise alone")
+    with engine.open(SessionSpec("a dog", T2V)) as session, raised:
+        session.set_noise_scale(0.5)
+    with pytest.raises(SessionError, match="the session is closed"):
+        session.set_noise_scale(0.5)
 
 
 def test_text_to_video_takes_a_count_and_no_frames(engine):
@@ -206,11 +223,11 @@ def test_steps_that_nobody_prepared_are_refused_and_those_prepared_compile_nothi
 
 
 def test_steps_are_not_prepared_where_blocks_may_move(golden_checkpoint):
-    engine = DeviceEngine.from_checkpoint(golden_checkpoint, meshes=stage_meshes(1, 2))
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
     with pytest.raises(ConfigError, match="load the model with rebalance=False"):
         engine.open(SessionSpec("a dog", STREAM), steps=(1,))
     fixed = DeviceEngine.from_checkpoint(
-        golden_checkpoint, meshes=stage_meshes(1, 2), options=PipelineOptions(rebalance=None)
+        golden_checkpoint, mesh=stage_meshes(1, 2)[0], options=PipelineOptions(rebalance=None)
     )
     fixed.prepare(SessionSpec("a dog", STREAM), (1,))
 
