@@ -50,17 +50,19 @@ def test_a_training_sequence_gives_what_a_stream_computes_tick_by_tick(later):
     conditionings = [
         step.condition(model, STREAM, "rows", jnp.float32, conditioner, jnp.int32(t)) for t in (700, later)
     ]
+    tick = jax.jit(step.tick, static_argnums=(0, 1, 2))  # else each operation is compiled by itself
     state, streamed = state_lib.init_stream_state(model, STREAM, jnp.float32), []
     for chunk in (latents[:2], *(latents[i : i + 1] for i in range(2, 9))):
         if chunk.shape[0] != state.message.latents.shape[1]:
             state = state_lib.open_rows(model, STREAM, state)
         entry = Entry(chunk, jnp.array([True]), conditionings[bool(streamed)], ())
-        (state,), ((clean,),) = step.tick(model, STREAM, ring, of_tick, [prompt], span, [state], [entry])
+        (state,), ((clean,),) = tick(model, STREAM, ring, of_tick, [prompt], span, [state], [entry])
         streamed.append(clean)
 
     timestep = jnp.full((1, 9), later, jnp.int32).at[:, :2].set(700)
     start = jnp.arange(9, dtype=jnp.int32)[None]
-    flow = denoiser.velocity(model, STREAM, items, latents[None], timestep, start, embedded)
+    velocity = jax.jit(denoiser.velocity, static_argnums=(0, 1))
+    flow = velocity(model, STREAM, items, latents[None], timestep, start, embedded)
     clean = flow_match.clean_prediction(latents[:, None], flow[0][:, None], timestep[0])
     # Sums in another order, through two blocks.
     np.testing.assert_allclose(clean[:, 0], jnp.concatenate(streamed), atol=2e-5)
@@ -130,6 +132,7 @@ def test_a_few_steps_lower_the_loss_on_one_batch(tmp_path):
     _, made = batch()
     run = fit.Run("x", steps=30, rate=0.02, vector_rate=5e-3, warmup=5)
 
+    @jax.jit
     def loss(params, batch, key):
         return denoiser.loss(MODEL, STREAM, params, batch, jax.random.key(0))
 
