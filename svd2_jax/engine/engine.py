@@ -440,6 +440,8 @@ class DeviceEngine:
                         f"a tick takes Work(session, frames) with sessions of this engine, got {type(given).__name__}"
                     )
                 part.session.check_part(part.frames)
+                if part.session not in self._open:  # it has another engine's lock and programs
+                    raise SessionError("a session shares ticks in the engine that opened it only")
                 parts.append((part.session, part.frames))
             if len({id(session) for session, _ in parts}) < len(parts):
                 raise SessionError("a session can have one part of a tick only")

@@ -263,7 +263,11 @@ def decide(
     jobs = {view.stream: Job(view.stream, view.group, view.flight) for view in views if view.flight}
     saved = rescue(jobs.values(), now_ns, costs)
     must_push = saved.spare_ns <= guard
-    drops, offers, wakes = _offers(now_ns, views, costs, guard, load)
+    tick_ns = costs[jobs[saved.first[0]].group].bound_ns[len(saved.first)] if jobs else 0
+    # The device may be busy when a stream's time has come: with others, or with a push that cannot wait.
+    busy = max((cost.bound_ns[cost.knee] for cost in costs.values()), default=0) if len(views) > 1 else 0
+    busy = max(busy, tick_ns) if must_push else busy
+    drops, offers, wakes = _offers(now_ns, views, costs, guard, busy, load)
     chosen = _choose(offers, views, now_ns, jobs, costs, guard, load)
     if (
         not chosen and saved.lost
@@ -283,23 +287,39 @@ def decide(
     if jobs:
         until = now_ns
         if not (offers or must_push):
-            group = jobs[saved.first[0]].group
-            until = _push_ns(now_ns, views, costs[group].bound_ns[len(saved.first)], load)
+            until = _push_ns(now_ns, tick_ns, views, costs, guard, load)
         if until <= now_ns:
             return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
         wakes += [until, now_ns + saved.spare_ns - guard]
     return Decision(tuple(drops), (), max(min(wakes), now_ns + 1) if wakes else None)
 
 
-def _push_ns(now_ns: int, views: Sequence[View], tick_ns: int, load: Load) -> int:
+def _push_ns(
+    now_ns: int,
+    tick_ns: int,
+    views: Sequence[View],
+    costs: Mapping[Group, Costs],
+    guard_ns: int,
+    load: Load,
+) -> int:
     """Returns when chunks in flight are pushed on if nothing else happens before: now, unless a chunk is due soon.
 
     A push that still runs when a chunk becomes whole makes that one wait. A device with room takes this risk for up
-    to half a tick, a busier one not at all.
+    to half a tick, a busier one not at all. A queued frame that would expire during the push enters together with it,
+    as late as it can.
     """
     near = round(tick_ns * (ROOMY_SHARE if load is Load.ROOMY else 1.0))
-    soon = [view.next_ns + near for view in views if not view.ended and abs(view.next_ns - now_ns) < near]
-    return max(soon, default=now_ns)
+    until = [view.next_ns + near for view in views if not view.ended and abs(view.next_ns - now_ns) < near]
+    for view in views:
+        entries = (_latest_entry(view, deadline_ns, costs) - guard_ns for deadline_ns in view.queue)
+        until += [entry_ns for entry_ns in entries if now_ns <= entry_ns < now_ns + tick_ns][:1]
+    return max(until, default=now_ns)
+
+
+def _latest_entry(view: View, deadline_ns: int, costs: Mapping[Group, Costs]) -> int:
+    """Returns when a queued frame must enter to be finished by its deadline, if its stream has the device alone."""
+    cost = costs[view.group]
+    return deadline_ns - (cost.first_bound_ns if view.first else view.ticks * cost.bound_ns[1])
 
 
 def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
@@ -311,17 +331,18 @@ def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
 
 
 def _offers(
-    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], guard_ns: int, load: Load
+    now_ns: int,
+    views: Sequence[View],
+    costs: Mapping[Group, Costs],
+    guard_ns: int,
+    busy_ns: int,
+    load: Load,
 ) -> tuple[list[Drop], list[Offer], list[int]]:
     """Returns the expired frames, the chunks that could enter now, most urgent first, and when others could."""
-    # Others may keep the device busy when a stream's time has come.
-    busy = max((cost.bound_ns[cost.knee] for cost in costs.values()), default=0) if len(views) > 1 else 0
     drops, offers, wakes = [], [], []
     for view in views:
         queue, start = view.queue, 0
-        cost = costs[view.group]
-        lone = cost.first_bound_ns if view.first else view.ticks * cost.bound_ns[1]
-        while start < len(queue) and queue[start] < now_ns + lone + guard_ns:
+        while start < len(queue) and _latest_entry(view, queue[start], costs) < now_ns + guard_ns:
             start += 1
         if start:
             drops.append(Drop(view.stream, tuple(range(start)), Reason.HOPELESS))
@@ -329,10 +350,10 @@ def _offers(
         if not count:
             continue
         # Part of a chunk enters when nothing more comes, or its oldest frame would be lost by waiting for more.
-        latest = queue[start] - lone
-        ready = count >= view.need or view.ended or latest - guard_ns - busy <= now_ns
+        latest = _latest_entry(view, queue[start], costs)
+        ready = count >= view.need or view.ended or latest - guard_ns - busy_ns <= now_ns
         if not ready and (load is Load.OVER or now_ns < view.overdue_ns):
-            wakes.append(latest - guard_ns - busy)
+            wakes.append(latest - guard_ns - busy_ns)
             if now_ns < view.overdue_ns:
                 wakes.append(view.overdue_ns)
         elif load is Load.OVER:  # who waited longest

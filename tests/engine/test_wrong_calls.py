@@ -93,6 +93,14 @@ def test_an_engine_refuses_wrong_arguments_in_one_line(engine, call, message):
         call(engine)
 
 
+def test_a_tick_takes_no_session_of_another_engine(engine):
+    other = engine.replica(engine.mesh)
+    with engine.open(SessionSpec("a dog", STREAM)) as session:
+        with pytest.raises(SessionError, match="shares ticks in the engine that opened it only"):
+            other.tick([Work(session, clip(5))])
+        assert len(engine.tick([Work(session, clip(5))]).chunks[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

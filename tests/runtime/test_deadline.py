@@ -81,11 +81,24 @@ def test_part_of_a_chunk_enters_when_its_source_stalls_and_the_device_is_free():
     assert decided(stalled, now=400, load=Load.OVER) == Decision((), (), 1840 * MS)
 
 
-def test_part_of_a_chunk_enters_when_it_could_not_wait_for_a_push():
-    """Two ticks of 80 ms for the frame that waits must begin at 80, and the push would end there."""
+def test_part_of_a_chunk_enters_with_a_push_that_it_cannot_wait_for():
+    """The push takes 80 ms, and two more ticks for the frame that waits end at 240."""
+    after, before = view(flight=((2000, 1),), queue=(240,)), view(flight=((2000, 1),), queue=(239,))
+    for load in Load:
+        assert decided(after, load=load).parts == (Choice(0),)
+        assert decided(before, load=load) == Decision((), (), 79 * MS)
+        assert decided(before, now=79, load=load).parts == (Choice(0, (0,)),)
+
+
+def test_part_of_a_chunk_enters_at_once_with_a_push_that_must_be():
     for deadline, enter in ((240, (0,)), (241, ())):
-        waiting = view(flight=((200, 1),), queue=(deadline,), next_ns=900, overdue_ns=900)
-        assert decided(waiting, now=80).parts == (Choice(0, enter),)
+        assert decided(view(flight=((80, 1),), queue=(deadline,))).parts == (Choice(0, enter),)
+
+
+def test_a_frame_that_has_expired_holds_up_no_push():
+    decision = decided(view(flight=((2000, 1),), queue=(159,)))
+    assert decision == Decision((Drop(0, (0,), Reason.HOPELESS),), (Choice(0),), None)
+    assert decided(view(flight=((2000, 1),), queue=(159, 200))).until_ns == 40 * MS
 
 
 def test_frames_that_cannot_be_in_time_are_dropped():
