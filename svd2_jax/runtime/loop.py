@@ -62,9 +62,7 @@ from svd2_jax.runtime.work import (
 T = TypeVar("T")
 
 HANG_EXIT_CODE = 3
-WAITING_OFFERS = (
-    256  # messages that may wait for the loop's thread when a frame is offered; it takes microseconds each
-)
+WAITING_OFFERS = 256  # messages that may wait when a frame is offered; the loop takes microseconds for each
 
 Sink: TypeAlias = Callable[[np.ndarray, FrameRecord], object]
 """Takes a frame, uint8 [H, W, 3], when it is due, and its record. Called in a thread of the stream's own.
@@ -276,7 +274,7 @@ class _StreamState:
       session: its device side; None until it is open, and again once its closing began.
       inputs: pixels of the frames that have not entered a tick, by number.
       flight: numbers of the frames of each chunk on the device, oldest first.
-      finished: pixels of finished frames that were not passed on, by number.
+      finished: pixels of finished frames that were not passed on, by number; None while they are copied.
       due: frames to pass on, oldest first.
       changes: updates that are not in place yet.
       arrived: frames offered so far.
@@ -292,7 +290,7 @@ class _StreamState:
     session: Session | None = None
     inputs: dict[int, np.ndarray] = field(default_factory=dict)
     flight: deque[tuple[int, ...]] = field(default_factory=deque)
-    finished: dict[int, np.ndarray] = field(default_factory=dict)
+    finished: dict[int, np.ndarray | None] = field(default_factory=dict)
     due: deque[FrameRecord] = field(default_factory=deque)
     changes: set[Future[None]] = field(default_factory=set)
     arrived: int = 0
@@ -619,9 +617,11 @@ class LiveLoop:
                 session.set_noise_scale(noise_scale)
 
         def encoded(_: object, error: Exception | None) -> None:
-            if error is not None or state.session is None:
+            if error is not None:
                 changed(0, None, error)
                 return
+            if state.session is None:
+                return  # the stream ends, and this change is told so with it
             then = functools.partial(changed, state.next_frame)
             what = f"a change of stream {stream}"
             self._call(self._device, functools.partial(change, state.session), then, what)
@@ -629,7 +629,7 @@ class LiveLoop:
         def changed(frame: int, _: object, error: Exception | None) -> None:
             if error is not None:
                 self._close(state, error)
-            elif prompt is not None and state.session is not None:
+            elif prompt is not None:
                 self._report(PromptRecord(stream, self._driver.now_ns, prompt, frame))
             if done in state.changes:  # else the stream is over, and it was told so
                 state.changes.remove(done)
@@ -702,13 +702,13 @@ class LiveLoop:
         self._fail_tick(flight, error)
         finished: dict[StreamId, int] = {}
         for state, chunks in zip(flight.states, flight.ticket.chunks if flight.ticket else (), strict=False):
-            if (
-                state.stream.life is Life.CLOSED
-            ):  # if a tick of it failed, nobody knows whose frames these are
-                continue
+            if state.stream.life is Life.CLOSED:
+                continue  # if a tick of it failed, nobody knows whose frames these are
             finished[state.stream.id] = len(chunks)
             for chunk in chunks:
-                then = functools.partial(self._read, state, state.flight.popleft())
+                numbers = state.flight.popleft()
+                state.finished.update(dict.fromkeys(numbers))
+                then = functools.partial(self._read, state, numbers)
                 self._call(self._reader, chunk.frames, then, f"reading frames (stream {state.stream.id})")
         # Their pixels follow within the time of a copy.
         self._scheduler.done(finished, self._driver.now_ns)
@@ -748,10 +748,8 @@ class LiveLoop:
             self._close(state, error)
             self._forget_if_over(state)
             return
-        wanted = {record.number for record in state.due}
-        is_closed = state.stream.life is Life.CLOSED
         for i, number in enumerate(numbers):
-            if number in wanted or not is_closed:
+            if number in state.finished:  # else it was dropped meanwhile
                 state.finished[number] = pixels[i].copy()  # so each can be freed by itself
         self._pass_on(state)
 
@@ -764,15 +762,17 @@ class LiveLoop:
 
     def _pass_on(self, state: _StreamState) -> None:
         """Gives the sink its next frame, if it is due and the sink has none; deals with a sink that is slow."""
-        if not state.is_passing and state.due and state.due[0].number in state.finished:
+        pixels = state.finished.get(state.due[0].number) if state.due else None
+        if not state.is_passing and pixels is not None:
             record = state.due.popleft()
+            del state.finished[record.number]
             now_ns = self._driver.now_ns
             fate = Fate.SHOWN if now_ns <= record.deadline_ns else Fate.LATE
             record = dataclasses.replace(record, shown_ns=now_ns, fate=fate)
             self._report(record)
             state.is_passing = True
             state.pending += 1
-            take = functools.partial(state.sink, state.finished.pop(record.number), record)
+            take = functools.partial(state.sink, pixels, record)
             state.sinker.do(take, functools.partial(self._sunk, state))
         if (excess := len(state.due) - self._config.sink_frames) <= 0:
             return

@@ -860,6 +860,24 @@ def test_pixels_are_freed_when_their_fate_is_known():
         assert not state.finished
 
 
+def test_pixels_of_frames_that_are_dropped_when_they_are_finished_are_freed():
+    """A tick that takes as long as the budget makes frames late; only the newest late one of a chunk is shown."""
+    clock = FakeClock()
+    engine = FakeEngine(clock)
+    with bench(clock=clock, engine=engine) as b:
+        stream = b.open(source=camera(b.clock, 200))
+        state = b.loop._states[stream.id]
+        b.clock.run(2.0)
+        for _ in range(3):
+            engine.device_ms = lambda streams, steps, first: 950.0
+            b.clock.run(2.0)
+            engine.device_ms = lambda streams, steps, first: 20.0
+            b.clock.run(1.5)
+        assert any(e.fate is Fate.DROPPED and e.done_ns is not None for e in b.frames)
+        assert set(state.finished) <= {n for n in range(state.arrived)} - {e.number for e in b.frames}
+        b.clock.run_until(b.over(stream))
+
+
 def test_it_runs_on_the_real_clock():
     engine = FakeEngine(device_ms=lambda streams, steps, first: 1.0)
     shown = []
