@@ -25,6 +25,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from svd2_jax.errors import ConfigError, SessionError
+from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime import ingest, overload, pacing
 from svd2_jax.runtime.deadline import (
     Choice,
@@ -88,22 +89,6 @@ class _Frame:
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """A chunk under way: its frames, the steps that it takes, and how many more ticks of its stream it needs.
-
-    Ticks in flight are not among these; with 0 left it is finished by one of them.
-    """
-
-    frames: list[_Frame]
-    steps: int
-    left: int
-
-    @property
-    def deadline_ns(self) -> int:
-        return self.frames[0].deadline_ns
-
-
-@dataclass(slots=True)
 class _Stream:
     """All that is known of one stream."""
 
@@ -112,7 +97,7 @@ class _Stream:
     steps: int  # wanted from its next tick on
     clock: ingest.SourceClock
     playout: pacing.Playout
-    device_steps: int  # that the device knows of
+    rows: Rows[list[_Frame]]  # chunks in flight that need more ticks, besides those in flight
     served_ns: int  # when its last chunk entered
     interval_ns: int
     budget_ns: int
@@ -120,7 +105,7 @@ class _Stream:
     chunks_per_ns: float  # as promised
     frames: int = 0  # arrived so far
     queue: deque[_Frame] = field(default_factory=deque)
-    flight: deque[_Chunk] = field(default_factory=deque)
+    leaving: deque[InFlight[list[_Frame]]] = field(default_factory=deque)  # that a tick in flight finishes
     finished: dict[int, _Frame] = field(default_factory=dict)  # waiting to be shown, by number
     started: bool = False  # whether its first group has entered
     ended: bool = False
@@ -132,13 +117,13 @@ class _Stream:
         return self.settings.chunk_frames if self.started else self.settings.first_frames
 
     @property
-    def unfinished(self) -> bool:
-        """Whether there are chunks under way that need more ticks; the newest needs most."""
-        return bool(self.flight) and self.flight[-1].left > 0
+    def in_flight(self) -> list[_Frame]:
+        """Frames on the device, oldest first."""
+        return [frame for chunk in (*self.leaving, *self.rows.chunks) for frame in chunk.chunk]
 
     @property
     def over(self) -> bool:
-        return self.ended and not (self.queue or self.flight or self.finished)
+        return self.ended and not (self.queue or self.rows or self.leaving or self.finished)
 
 
 @dataclass(slots=True)
@@ -264,7 +249,7 @@ class Scheduler:
             steps=settings.steps,
             clock=ingest.SourceClock(gap_ns=settings.interval_ns),
             playout=pacing.Playout(0, changed_ns=now_ns),
-            device_steps=settings.steps,
+            rows=Rows(settings.steps, settings.stages),
             served_ns=now_ns,
             interval_ns=settings.interval_ns,
             budget_ns=settings.budget_ns,
@@ -341,7 +326,7 @@ class Scheduler:
         s = self._streams.pop(stream, None)
         if s is None:
             return
-        frames = [*s.finished.values(), *(f for c in s.flight for f in c.frames), *s.queue]
+        frames = [*s.finished.values(), *s.in_flight, *s.queue]
         for frame in frames:
             self._drop(s, frame, Reason.CLOSED)
         self._controlled_ns = self._waiting = None
@@ -433,17 +418,14 @@ class Scheduler:
         if self.model.knows_tails:  # which the views' deadlines hold
             for s in self._streams.values():
                 s.view = None
-        again = {part.stream for behind in self._running for part in behind.tick.parts}
         for part in tick.parts:
             s = self._streams.get(part.stream)
             if s is None:  # closed meanwhile
                 continue
             s.view = None
-            for _ in range(min(finished.get(part.stream, 0), len(s.flight))):
-                self._finish(s, s.flight.popleft(), now_ns)
-            # Whether the others are finished is for the device to say, not for our arithmetic.
-            for chunk in s.flight if part.stream not in again else ():
-                chunk.left = max(chunk.left, 1)
+            for _ in range(min(finished.get(part.stream, 0), len(s.leaving))):
+                chunk = s.leaving.popleft()
+                self._finish(s, chunk.chunk, chunk.steps, now_ns)
             self._forget_if_over(s)
 
     def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
@@ -470,7 +452,9 @@ class Scheduler:
     def _is_stuck(self, decision: Decision, now_ns: int) -> bool:
         """Whether frames are given up as hopeless and nothing runs that could show that the device is fast again."""
         hopeless = any(drop.reason is Reason.HOPELESS for drop in decision.drops)
-        idle = not (decision.parts or self._running or any(s.flight for s in self._streams.values()))
+        idle = not (
+            decision.parts or self._running or any(s.rows or s.leaving for s in self._streams.values())
+        )
         return self._lost and hopeless and idle and now_ns - self._ran_ns >= PROBE_NS
 
     def _probe(self, decision: Decision, views: Sequence[View], now_ns: int) -> Decision:
@@ -523,7 +507,7 @@ class Scheduler:
     def _take_updates(self, now_ns: int, start_ns: int) -> None:
         """Gives streams the new settings whose next chunk is whole, or which have nothing in flight."""
         for s in self._streams.values():
-            if s.update is None or (s.unfinished and len(s.queue) < s.need and not s.ended):
+            if s.update is None or (s.rows and len(s.queue) < s.need and not s.ended):
                 continue
             new = s.update
             steps = (
@@ -538,7 +522,7 @@ class Scheduler:
 
     def _spare_ns(self, start_ns: int) -> int:
         """Returns the time to spare for the chunks under way, on a device that is free at `start_ns`."""
-        views = [self._view(s) for s in self._streams.values() if s.unfinished]
+        views = [self._view(s) for s in self._streams.values() if s.rows]
         costs = {view.group: self.model.costs(*view.group) for view in views}
         return rescue((Job(view.stream, view.group, view.flight) for view in views), start_ns, costs).spare_ns
 
@@ -557,7 +541,7 @@ class Scheduler:
             settings, gap = s.settings, round(s.clock.gap_ns)
             gap = max(gap, s.interval_ns // 2)
             missing = max(0, s.need - len(s.queue))
-            change = (s.steps - s.device_steps) * settings.stages
+            rows = s.rows.with_steps(s.steps) if s.rows.steps != s.steps else s.rows
             # What a tick adds is what the policy counts with, so all has to be through by a tail before its deadline.
             tail = self.model.costs(settings.shape, s.steps).tail_bound_ns
             s.view = View(
@@ -568,7 +552,12 @@ class Scheduler:
                 not s.started,
                 s.steps * settings.stages,
                 tuple(
-                    [Flight(c.deadline_ns - tail, max(1, c.left + change)) for c in s.flight if c.left > 0]
+                    [
+                        Flight(
+                            chunk.chunk[0].deadline_ns - tail, max(1, left)
+                        )  # what is finished needs a tick to leave
+                        for chunk, left in zip(rows.chunks, rows.ticks_left, strict=True)
+                    ]
                 ),
                 next_ns=s.clock.arrival_ns + missing * gap,
                 overdue_ns=s.clock.arrival_ns + round(self.config.stall_intervals * max(gap, s.interval_ns)),
@@ -606,9 +595,11 @@ class Scheduler:
         """Moves frames from the queue into the device, and returns the stream's part of the tick."""
         s = self._streams[choice.stream]
         s.view = None
-        self._change_steps(s, now_ns)
-        for chunk in s.flight:
-            chunk.left -= 1
+        if s.rows.steps != s.steps:
+            self._report(StepChange(s.id, now_ns, s.rows.steps, s.steps))
+            s.rows = s.rows.with_steps(s.steps)
+        s.rows, leaving = s.rows.enter(frames or None, whole=choice.first).leave()
+        s.leaving.extend(leaving)
         fill = 0
         if frames:
             fill = s.need - len(frames)
@@ -616,36 +607,20 @@ class Scheduler:
             s.queue = deque(frame for frame in s.queue if frame.number not in entered)
             for frame in frames:
                 frame.started_ns = now_ns
-            s.flight.append(_Chunk(frames, s.steps, 0 if choice.first else s.steps * s.settings.stages - 1))
             s.started = True
             s.served_ns = now_ns
         return Part(s.id, tuple(frame.number for frame in frames), fill, s.steps, choice.first)
 
-    def _change_steps(self, s: _Stream, now_ns: int) -> None:
-        """Brings the device to the steps that are wanted of a stream, and its chunks under way with it."""
-        before, after = s.device_steps, s.steps
-        if before == after:
-            return
-        stages = s.settings.stages
-        for chunk in s.flight:
-            if chunk.left <= 0:  # it is finished with the steps that it had
-                continue
-            taken = before * stages - chunk.left
-            chunk.steps = max(after, taken // stages)
-            chunk.left = max(1, chunk.left + (after - before) * stages)
-        s.device_steps = after
-        self._report(StepChange(s.id, now_ns, before, after))
-
-    def _finish(self, s: _Stream, chunk: _Chunk, now_ns: int) -> None:
+    def _finish(self, s: _Stream, frames: Sequence[_Frame], steps: int, now_ns: int) -> None:
         """Gives the frames of a finished chunk the times at which they are shown.
 
         Of those that are late already only the newest is shown: the others would hold it up.
         """
         nominal = overload.nominal_ns(s.settings, self.model.costs)
-        s.playout = pacing.chunk_finished(s.playout, nominal, chunk.frames[0].media_ns, now_ns, s.budget_ns)
-        late = sum(frame.deadline_ns < now_ns for frame in chunk.frames)  # the oldest are
-        for i, frame in enumerate(chunk.frames):
-            frame.done_ns, frame.steps = now_ns, chunk.steps
+        s.playout = pacing.chunk_finished(s.playout, nominal, frames[0].media_ns, now_ns, s.budget_ns)
+        late = sum(frame.deadline_ns < now_ns for frame in frames)  # the oldest are
+        for i, frame in enumerate(frames):
+            frame.done_ns, frame.steps = now_ns, steps
             if i < late - 1:
                 self._drop(s, frame, Reason.HOPELESS)
                 continue
@@ -657,7 +632,7 @@ class Scheduler:
 
     def _show_sooner(self, s: _Stream, budget_ns: int, now_ns: int) -> None:
         """Brings forward the frames that have arrived, those that wait to be shown included, for a shorter budget."""
-        for frame in (*s.finished.values(), *(f for chunk in s.flight for f in chunk.frames), *s.queue):
+        for frame in (*s.finished.values(), *s.in_flight, *s.queue):
             frame.show_by_ns = min(frame.show_by_ns, frame.arrival_ns + budget_ns)
         last = now_ns
         for i, (due, stream, number) in enumerate(self._due):

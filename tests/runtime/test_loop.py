@@ -83,9 +83,8 @@ def bench(**loop):
         left = []
         stopper = threading.Thread(target=lambda: left.append(made.loop.stop()))
         stopper.start()
-        while stopper.is_alive():
+        while any(thread.is_alive() for thread in (stopper, *made.feeders)):
             made.clock.run(0.1)
-        stopper.join()
     assert left == [()]
     assert set(threading.enumerate()) == before
     assert made.engine.open_sessions == 0
