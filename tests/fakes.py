@@ -39,6 +39,7 @@ class FakeClock:
         self._now_ns = start_ns
         self._lock = threading.Lock()
         self._waiting: dict[threading.Thread, tuple[int, int | None]] = {}  # times waited, until when
+        self._woken = 0  # waits that another thread ended
 
     def now_ns(self) -> int:
         return self._now_ns
@@ -48,13 +49,18 @@ class FakeClock:
         with self._lock:
             count, _ = self._waiting.get(thread, (0, None))
             self._waiting[thread] = (count + 1, until_ns)
-        condition.wait(0.001)  # everybody looks again and again, as the time may have come
+        if condition.wait(0.001):  # everybody looks again and again, as the time may have come
+            self._woken += 1
 
     def settle(self) -> None:
         """Returns when all threads wait, and nothing that one of them did wakes another."""
         goal: dict[threading.Thread, int] = {}
         late: list[str] = []
+        woken = self._woken
         for _ in range(20_000):
+            if woken != self._woken:
+                woken = self._woken
+                goal.clear()
             alive = [t for t in threading.enumerate() if t.name.startswith("svd2-")]
             with self._lock:
                 self._waiting = {t: w for t, w in self._waiting.items() if t.is_alive()}
