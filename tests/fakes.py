@@ -82,7 +82,9 @@ class FakeClock:
             with self._lock:
                 times = [until for _, until in self._waiting.values() if until is not None]
             times = [t for t in times if t > self._now_ns]
-            idle = 0 if times else idle + 1  # threads that only pass something to and fro take more than one look
+            idle = (
+                0 if times else idle + 1
+            )  # threads that only pass something to and fro take more than one look
             assert idle < 1000, "nobody waits for a time"
             assert self._now_ns < end_ns, f"not so after {limit_s} s"
             self._now_ns = min(times, default=self._now_ns)

@@ -79,6 +79,18 @@ def test_a_file_is_re_drawn_live(clip, tmp_path, capsys):
     assert f"{out}: 9 frames at 8 fps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_replicas_of_several_stages_run_a_stream_each(clip, tmp_path, capsys):
+    options = ["--replicas", "2", "--stages", "2", "--streams", "2", "--budget", "60000", "--steps", "1"]
+    assert live(clip, *options, "--output", str(tmp_path / "out.mkv")) == 0
+    shown = capsys.readouterr()
+    for i in range(2):
+        assert f"replica {i}, blocks per stage, by measured times: " in shown.err
+        with media.VideoReader(tmp_path / f"out-{i}.mkv") as reader:
+            assert len(list(reader)) == 9
+    assert "of 1.00 streams (at most 1)" in shown.out  # no tick is shared
+
+
 def test_a_budget_that_cannot_be_met_is_refused_with_one_that_can(clip, tmp_path, capsys):
     out = tmp_path / "out.mp4"
     assert live(clip, "--steps", "1", "--budget", "300", "--output", str(out)) == EXIT_BAD_INPUT

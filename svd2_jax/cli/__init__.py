@@ -767,7 +767,8 @@ def _live(args: argparse.Namespace) -> int:
     from svd2_jax.engine.engine import PipelineOptions
     from svd2_jax.engine.mesh import stage_meshes
 
-    sizes = tuple(2**n for n in range(args.streams.bit_length()))
+    on_one = -(-args.streams // args.replicas)
+    sizes = tuple(2**n for n in range(on_one.bit_length()))
     options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes, share_vae=args.share_vae)
     first, *others = stage_meshes(args.replicas, args.stages)
     engine = _engine(args, first, options)
