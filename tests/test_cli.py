@@ -387,6 +387,24 @@ def run_fake(svd2, monkeypatch, tmp_path, clip):
     return run
 
 
+def test_a_second_prompt_of_a_run_is_pointed_out(svd2, monkeypatch, tmp_path, clip):
+    monkeypatch.setattr(cli, "_engine", lambda *_: FakeEngine(FakeSession(1, None)))
+    args = [
+        "--input",
+        clip,
+        "--prompt",
+        "sunset",
+        "--prompt",
+        "winter",
+        "--output",
+        tmp_path / "out.mp4",
+        *SIZE,
+    ]
+    code, _, err = svd2("run", *RANDOM, *args)
+    assert code == 0
+    assert "note: a run has one prompt, and 2 were given; the last is taken: 'winter'" in err
+
+
 @contextlib.contextmanager
 def file_size_limit(size: int):
     """Makes writing beyond `size` fail as a full disk does; Python ignores the signal that comes with it."""

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -273,6 +274,18 @@ def test_the_end_of_the_time_is_said(clip):
     assert "the input has ended" not in said
 
 
+def test_a_run_without_a_terminal_says_now_and_then_how_it_goes(clip, monkeypatch):
+    monkeypatch.setattr(live, "TELL_S", 0.3)
+    _, said = run(plan(clip, again=True, seconds=1.2))
+    lines = [line for line in said.splitlines() if " frames in, " in line]
+    assert 2 <= len(lines) <= 4
+    assert re.fullmatch(
+        r"\d+ s: \d+ frames in, \d+ shown, \d+ late, \d+ dropped; [\d.]+ FPS a stream(, latency \d+ ms)?, "
+        r"device busy \d+ %",
+        lines[-1],
+    )
+
+
 def test_a_run_without_an_output_says_at_its_end_that_no_video_was_kept(clip, tmp_path, capsys):
     run(plan(clip, metrics=tmp_path / "out.jsonl"))
     assert "no video was kept; --output FILE keeps it" in capsys.readouterr().out
@@ -323,6 +336,18 @@ def test_lines_come_from_a_pipe():
         os.close(write)
         until(lambda: len(lines) == 3)
     assert lines == ["a red house", "a blue one", "and the last"]
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="pseudo-terminals are there on Unix only")
+def test_what_was_typed_on_a_terminal_before_is_taken():
+    ours, theirs = os.openpty()
+    lines = []
+    with os.fdopen(theirs) as terminal:
+        os.write(ours, b"winter\n")
+        with TypedLines(lines.append, lambda text: None, terminal):
+            until(lambda: lines)
+    os.close(ours)
+    assert lines == ["winter"]
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="pseudo-terminals are there on Unix only")

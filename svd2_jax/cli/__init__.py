@@ -192,7 +192,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument(
-        "--prompt", required=True, help="what the video should look like; --prompt-at changes it"
+        "--prompt",
+        required=True,
+        action="append",
+        help="what the video should look like; --prompt-at changes it",
     )
     parser.add_argument(
         "--output", required=True, type=Path, help="video file to write; replaced if it exists"
@@ -343,8 +346,14 @@ def _note_unknown_styles(checkpoint: str, prompts: Iterable[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    *unused, prompt = args.prompt
+    if unused:
+        _say(
+            f"note: a run has one prompt, and {len(args.prompt)} were given; the last is taken: {prompt!r}. "
+            "--prompt-at FRAME=TEXT changes it at a frame"
+        )
     cfg = _stream_config(args)
-    spec = SessionSpec(args.prompt, cfg, args.noise_scale, args.seed)
+    spec = SessionSpec(prompt, cfg, args.noise_scale, args.seed)
     prompts = dict(_parse_prompt_at(text) for text in args.prompt_at)
     if args.frames is not None and args.frames < 1:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
@@ -353,7 +362,7 @@ def _run(args: argparse.Namespace) -> int:
 
     if cfg.task == "t2v" and args.frames is None:
         raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
-    _note_unknown_styles(args.checkpoint, (args.prompt, *prompts.values()))
+    _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
     options = _pipeline_options(args)
     with _join(args, spec, prompts) as group:
         _prepare_devices()
@@ -775,10 +784,13 @@ def _live(args: argparse.Namespace) -> int:
     engines = [engine, *(engine.replica(mesh) for mesh in others)]
     if args.stages > 1 and not args.share_vae:
         for i, engine in enumerate(engines):
-            with progress.shown("measuring the stages", _say):
+            with progress.shown("getting ready", _say):
                 split = _device_errors(engine.measure_split, specs[0])
             name = f"replica {i}, " if others else ""
             _say(f"{name}blocks per stage, by measured times: {'+'.join(map(str, split))}")
+    if args.verbose:
+        for engine in engines:
+            _say(engine.describe(cfg))
     ended_well = _device_errors(live.run, engines, plan, PolicyConfig(), _say)
     return 0 if ended_well else EXIT_FAILED
 

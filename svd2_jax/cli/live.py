@@ -31,6 +31,7 @@ from svd2_jax.service import LiveService
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
 STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
+TELL_S = 10.0  # how often a run without a terminal says how it goes
 CLOSE_S = 10.0  # how long to finish videos when the device hangs
 
 
@@ -216,7 +217,7 @@ def _run_service(
                 say(_not_started(i, error))
             say("live; type a prompt and press enter to change it, Ctrl-C ends")
             with typed:  # not before, as a prompt is for streams that are there
-                _wait(service, stop, plan.seconds, interrupts, say)
+                _wait(service, stop, plan.seconds, interrupts, say, tell_often=not on_screen)
     finally:
         stop.set()
         if stuck := service.stop():
@@ -264,10 +265,15 @@ def _wait(
     seconds: float | None,
     interrupts: Interrupts,
     say: Callable[[str], None],
+    tell_often: bool,
 ) -> None:
     """Waits until all streams are over; ends them when the time has come or at Ctrl-C, at once at a second one."""
-    ends, seen = None if seconds is None else time.monotonic() + seconds, 0
+    started = told = time.monotonic()
+    ends, seen = None if seconds is None else started + seconds, 0
     while not service.wait(timeout_s=LOOK_S):
+        if tell_often and time.monotonic() >= told + TELL_S:
+            told = time.monotonic()
+            say(_state_now(service.metrics, told - started))
         if seen == 0 and interrupts.count == 1:
             say("interrupted: finishing what is in flight (Ctrl-C again drops it)")
         if seen < 2 <= interrupts.count:
@@ -281,6 +287,17 @@ def _wait(
             stop.set()
             for stream in service.streams:
                 stream.end()
+
+
+def _state_now(metrics: Metrics, seconds: float) -> str:
+    """Returns a line that says how a run goes, where no table does."""
+    whole, now = metrics.summary(), metrics.summary(recent=True)
+    latency = "" if now.latency_p50_ms is None else f", latency {now.latency_p50_ms:.0f} ms"
+    return (
+        f"{seconds:.0f} s: {whole.frames_in} frames in, {whole.shown + whole.late} shown, {whole.late} late, "
+        f"{whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS a stream{latency}, device busy "
+        f"{100 * now.utilisation:.0f} %"
+    )
 
 
 def _change_prompt(metrics: Metrics, plan: LiveRun, streams: Mapping[int, Stream], line: str) -> str:

@@ -93,7 +93,7 @@ class TypedLines:
                 except ImportError:  # not on Windows
                     return self
                 self._before = termios.tcgetattr(fd)
-                tty.setcbreak(fd)
+                tty.setcbreak(fd, termios.TCSANOW)  # what was typed while programs were compiled is kept
                 body = self._read_keys
         self._thread = threading.Thread(target=body, args=(fd,), name="svd2-typed", daemon=True)
         self._thread.start()
