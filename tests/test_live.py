@@ -280,7 +280,7 @@ def test_a_run_without_a_terminal_says_now_and_then_how_it_goes(clip, monkeypatc
     lines = [line for line in said.splitlines() if " frames in, " in line]
     assert 2 <= len(lines) <= 4
     assert re.fullmatch(
-        r"\d+ s: \d+ frames in, \d+ shown, \d+ late, \d+ dropped; [\d.]+ FPS a stream(, latency \d+ ms)?, "
+        r"\d+ s: \d+ frames in, \d+ shown, \d+ late, \d+ dropped; [\d.]+ FPS in all(, latency \d+ ms)?, "
         r"device busy \d+ %",
         lines[-1],
     )

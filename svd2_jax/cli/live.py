@@ -295,7 +295,7 @@ def _state_now(metrics: Metrics, seconds: float) -> str:
     latency = "" if now.latency_p50_ms is None else f", latency {now.latency_p50_ms:.0f} ms"
     return (
         f"{seconds:.0f} s: {whole.frames_in} frames in, {whole.shown + whole.late} shown, {whole.late} late, "
-        f"{whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS a stream{latency}, device busy "
+        f"{whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS in all{latency}, device busy "
         f"{100 * now.utilisation:.0f} %"
     )
 

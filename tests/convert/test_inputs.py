@@ -1,6 +1,5 @@
 """A path that is not what it should be is an error that names the one that was meant, and all of them at once."""
 
-import functools
 import hashlib
 import re
 import shlex
@@ -272,14 +271,10 @@ def test_a_wan_folder_given_as_the_generator_is_pointed_out(tmp_path, capsys):
 def test_a_conversion_that_is_terminated_leaves_nothing(tmp_path, name):
     before = {path: hashlib.sha256(path.read_bytes()).digest() for path in WAN.rglob("*") if path.is_file()}
     command = [sys.executable, "-m", "convert", "--wan", WAN, "--out", tmp_path / "c", "--no-progress"]
-    number = getattr(signal, name)
-    unignored = functools.partial(signal.signal, number, signal.SIG_DFL)  # the tests may run under nohup
-    with subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=unignored
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not list(tmp_path.glob(".c.*.partial/*")):
             time.sleep(0.01)
-        process.send_signal(number)
+        process.send_signal(getattr(signal, name))
         _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "interrupted; nothing was kept\n")
     assert list(tmp_path.iterdir()) == []
