@@ -410,9 +410,7 @@ class Cluster:
             self._wait.tell(what, idle_s)
             return
         text = f"gave up after {self._wait.timeout_s:g} s waiting for {what}"
-        for link in self._links.values() if self.process_id else ():
-            link.send(kind="failed", text=text)
-        self._lost(text)
+        self._lost(text, is_own=True)
 
     def _names(self, processes: Iterable[int]) -> str:
         return ", ".join(f"process {p} ({self.hosts[p]})" for p in processes)
@@ -440,13 +438,17 @@ class Cluster:
                 case {"kind": "bye"}:
                     self._gone.add(process)
 
-    def _lost(self, text: str) -> None:
+    def _lost(self, text: str, is_own: bool = False) -> None:
+        """Ends this process; `is_own` says that the reason is its own, and not what another process told it."""
         with self._lock:
             if self._over:
                 return
-            self._over = True
-        for link in self._links.values() if self.process_id == 0 else ():
-            link.send(kind="lost", text=text)
+            self._over = True  # before the others hear of it, as they tell everybody
+        for link in self._links.values():
+            if self.process_id == 0:
+                link.send(kind="lost", text=text)
+            elif is_own:
+                link.send(kind="failed", text=text)
         guard = threading.Timer(CLEANUP_S, _end, (text,))
         guard.daemon = True
         guard.start()
