@@ -21,6 +21,9 @@ def params():
     return jax.tree.map(jnp.asarray, autoencoder.init_params(CFG, seed=0))
 
 
+reconstruct = jax.jit(autoencoder.reconstruct, static_argnums=0)
+
+
 def clip(frames=9):
     return pixels_from_uint8(jnp.asarray(scenes.clip(scenes.make_scene(4), frames, 16, 16))[None])
 
@@ -28,8 +31,8 @@ def clip(frames=9):
 def test_a_still_clip_starts_as_good_as_its_picture():
     picture = clip()[:, :1]
     still = jnp.repeat(picture, 9, axis=1)
-    _, of_picture = jax.jit(autoencoder.reconstruct, static_argnums=0)(CFG, params(), picture)
-    _, of_still = jax.jit(autoencoder.reconstruct, static_argnums=0)(CFG, params(), still)
+    _, of_picture = reconstruct(CFG, params(), picture)
+    _, of_still = reconstruct(CFG, params(), still)
     np.testing.assert_allclose(of_still, jnp.repeat(of_picture, 9, axis=1), atol=1e-4)
 
 
@@ -39,19 +42,20 @@ def test_a_whole_clip_is_drawn_as_a_stream_draws_it():
     full = jax.tree.map(
         lambda x: x + 0.05 * np.random.default_rng(1).standard_normal(x.shape, np.float32), params()
     )
-    latents, drawn = jax.jit(autoencoder.reconstruct, static_argnums=0)(CFG, full, clip())
-    streamed, _ = vae.encode_first(CFG, full["vae.encoder"], clip())
-    pixels, _ = vae.decode_first(CFG, full["vae.decoder"], streamed)
+    latents, drawn = reconstruct(CFG, full, clip())
+    encode, decode = (jax.jit(f, static_argnums=0) for f in (vae.encode_first, vae.decode_first))
+    streamed, _ = encode(CFG, full["vae.encoder"], clip())
+    pixels, _ = decode(CFG, full["vae.decoder"], streamed)
     np.testing.assert_allclose(latents, streamed, atol=1e-4)
     np.testing.assert_allclose(jnp.clip(drawn, -1, 1), pixels, atol=1e-4)
 
 
 def test_scaled_latents_have_the_wanted_size_and_give_the_same_pictures():
-    latents, drawn = autoencoder.reconstruct(CFG, params(), clip())
+    latents, drawn = reconstruct(CFG, params(), clip())
     flat = np.asarray(latents, np.float64).reshape(-1, 16)
     scaled = autoencoder.scale_latents(CFG, params(), flat.mean(0), flat.std(0), 8.0)
     scaled = jax.tree.map(jnp.asarray, scaled)
-    again, same = autoencoder.reconstruct(CFG, scaled, clip())
+    again, same = reconstruct(CFG, scaled, clip())
     flat = np.asarray(again).reshape(-1, 16)
     np.testing.assert_allclose(flat.mean(0), 0, atol=1e-2)
     np.testing.assert_allclose(flat.std(0), 8, rtol=1e-3)
