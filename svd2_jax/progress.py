@@ -107,7 +107,9 @@ def _live_line(line: Callable[[], str], terminal: TextIO) -> Iterator[None]:
     def now() -> Text:
         return Text(line(), style="dim", no_wrap=True, overflow="ellipsis")
 
-    with Live(console=Console(file=terminal), get_renderable=now, transient=True):
+    # What goes to a file must not come out on the terminal instead.
+    console, into_it = Console(file=terminal), sys.stdout.isatty()
+    with Live(console=console, get_renderable=now, transient=True, redirect_stdout=into_it):
         yield
 
 

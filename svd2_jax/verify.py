@@ -37,6 +37,7 @@ from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.quantised import dequantise
+from svd2_jax.progress import working
 from svd2_jax.rows import Rows
 
 Arrays = Mapping[str, np.ndarray]
@@ -173,12 +174,16 @@ def verify(
     precision = matmul_precision(checked_dtype(dtype))
     files, (mesh,) = golden_files(folder), stage_meshes(1, stages)
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
-        checkpoint, options = _convert(folder, Path(scratch), dtype), PipelineOptions(rebalance=None)
+        with working("converting the weights"):
+            checkpoint = _convert(folder, Path(scratch), dtype)
+        options = PipelineOptions(rebalance=None)
         engine = DeviceEngine.from_checkpoint(
             checkpoint, dtype, mesh=mesh, options=options, weight_dtype=weight_dtype
         )
         for file in files:
-            yield _run(engine, file, cache_dtype or "compute")
+            with working(f"computing {file.name}"):
+                outcome = _run(engine, file, cache_dtype or "compute")
+            yield outcome
 
 
 def golden_files(folder: Path) -> list[Path]:

@@ -825,16 +825,15 @@ def _verify(args: argparse.Namespace) -> int:
         files.check_target(args.json)
     _prepare_devices()
     stage_meshes(1, args.stages)
-    goldens = verify.golden_files(args.folder)
+    verify.golden_files(args.folder)  # an error at once
     outcomes = []
     computed_in = args.dtype + held_in(args.weight_dtype or "compute", args.cache_dtype or "compute")
-    with tqdm(total=len(goldens), unit="golden", desc="verifying", dynamic_ncols=True) as bar:
+    with progress.shown("verifying", (lambda _: None) if sys.stderr.isatty() else _say):
         for outcome in _guarded(
             verify.verify(args.folder, args.dtype, args.stages, args.weight_dtype, args.cache_dtype)
         ):
             outcomes.append(outcome)
-            bar.write(outcome.line(), file=sys.stdout)
-            bar.update()
+            print(outcome.line(), flush=True)
     if args.json:
         files.write_json(args.json, verify.report(outcomes, computed_in))
     failed = [o.name for o in outcomes if not o.passed]
