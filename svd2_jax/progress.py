@@ -6,6 +6,7 @@ person: one line that is kept up to date on a terminal, a line every few seconds
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import sys
@@ -37,18 +38,22 @@ def working(what: str) -> Iterator[None]:
 
 @contextmanager
 def shown(
-    title: str, say: Callable[[str], None], stream: TextIO | None = None, quiet_s: float = QUIET_S
+    title: str,
+    say: Callable[[str], None] | None = None,
+    stream: TextIO | None = None,
+    quiet_s: float = QUIET_S,
 ) -> Iterator[None]:
     """Tells a person what `working` blocks of all threads are at, while this block runs.
 
     Args:
       title: what all of it is for, such as "getting ready".
-      say: takes a line: of what took long, and where the stream is no terminal also of what is not over yet.
+      say: takes a line, of what took long, and where the stream is no terminal also of what is not over yet; None
+        prints it on standard error.
       stream: terminal whose last line is kept up to date; None: standard error.
       quiet_s: longest time without a line where the stream is no terminal.
     """
     terminal = stream or sys.stderr
-    follower = _Follower(title, say)
+    follower = _Follower(title, say or functools.partial(print, file=sys.stderr, flush=True))
     before = _log.level, _log.propagate
     _log.addHandler(follower)
     _log.setLevel(logging.INFO)

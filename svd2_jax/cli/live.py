@@ -31,7 +31,7 @@ from svd2_jax.service import LiveService
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
 STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
-TELL_S = 10.0  # how often a run without a terminal says how it goes
+TELL_S = 3.0  # how often a run without a terminal says how it goes
 CLOSE_S = 10.0  # how long to finish videos when the device hangs
 
 
