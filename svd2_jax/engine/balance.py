@@ -261,7 +261,9 @@ def moved(state: Balancer, counts: Sequence[int]) -> Balancer:
     return Balancer(counts, state.policy)
 
 
-def measured_split(counts: Sequence[int], measured: Sequence[StageTimes], threshold: float = 0.05) -> Counts:
+def measured_split(
+    counts: Sequence[int], measured: Sequence[StageTimes], threshold: float = BalancePolicy.threshold
+) -> Counts:
     """Returns the best split by the medians of what was measured under a split; that one, if little is gained.
 
     For a pipeline before it runs, where a move costs nothing and need not be sure to pay, as in `observe`.

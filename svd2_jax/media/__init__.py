@@ -1,4 +1,4 @@
-"""Where frames come from and go to: files, cameras, network streams. Colour and geometry are in `video`."""
+"""Where frames come from and go to: files and cameras. Colour and geometry are in `video`."""
 
 from svd2_jax.media.video import (
     CAPTION_HEIGHT,

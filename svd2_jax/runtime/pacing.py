@@ -10,9 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 WINDOW = 32  # chunks that the playout delay is chosen from
-LEFT_OUT = (
-    2  # of a full window: one slow tick can delay two chunks, and is no reason to delay all that follow
-)
+LEFT_OUT = 2  # of a full window: one slow tick can delay two chunks; that is no reason to delay all
 CATCH_UP = 20  # a delay that is too long loses a 20th of the time that passes
 
 

@@ -129,12 +129,9 @@ def summarise(outcome: Outcome) -> Row:
     budgets = [source.budget_ms for source in trace.sources]
     bounds = [bound_ms(trace.device, source) for source in trace.sources]
     multiples = [
-        (
-            (metrics.summary(s).latency_p50_ms or 0.0) / bound,
-            (metrics.summary(s).latency_p99_ms or 0.0) / bound,
-        )
-        for s in metrics.streams
-        for bound in [bound_ms(trace.device, outcome.streams[s])]
+        ((one.latency_p50_ms or 0.0) / bound, (one.latency_p99_ms or 0.0) / bound)
+        for stream, one in zip(metrics.streams, streams, strict=True)
+        for bound in [bound_ms(trace.device, outcome.streams[stream])]
     ]
     return Row(
         trace=trace.name,
