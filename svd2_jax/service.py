@@ -19,7 +19,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Self
 
 from svd2_jax.api import Engine, SessionSpec
@@ -101,9 +100,7 @@ class LiveService:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 from svd2_jax.errors import ConfigError
 from svd2_jax.runtime.latency import Costs, LatencyConfig
-from svd2_jax.runtime.work import MS, Reason, StreamId
+from svd2_jax.runtime.work import MS, NEVER_NS, Reason, StreamId
 
-NEVER_NS = 1 << 62  # later than any deadline
 ROOMY_SHARE = 0.5  # of a tick by which a chunk that is due soon may be held up for pushing others on
 MOST_TRIES = 8  # of possible ticks in one decision; what fails so often waits for the next one
 
@@ -269,9 +268,8 @@ def decide(
     busy = max(busy, tick_ns) if must_push else busy
     drops, offers, wakes = _offers(now_ns, views, costs, guard, busy, load)
     chosen = _choose(offers, views, now_ns, jobs, costs, guard, load)
-    if (
-        not chosen and saved.lost
-    ):  # too late for these: they go first, but must not hold up what can be in time
+    if not chosen and saved.lost:
+        # Too late for these: they go first, but must not hold up what can be in time.
         late = [Candidate(view) for view in views if view.stream in saved.lost][:1]
         for stream, positions in saved.lost.items():
             jobs[stream] = _without_deadlines(jobs[stream], positions)

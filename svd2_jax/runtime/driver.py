@@ -70,15 +70,17 @@ class Driver:
 
     def __init__(
         self,
+        policy: Policy,
         inbox: Inbox,
         now_ns: Callable[[], int],
         start: Callable[[Tick], None],
         show: Callable[[list[Show]], None],
         check: Callable[[], int | None] = lambda: None,
     ):
-        """Creates a driver; `policy` is set before `run`.
+        """Creates a driver.
 
         Args:
+          policy: decides.
           inbox: where messages come from.
           now_ns: the clock.
           start: hands a tick to the device. When its stages are through, `policy.free` is called, and when its
@@ -87,8 +89,7 @@ class Driver:
           check: is called after each step; returns when it wants the next one, if nothing happens before.
         """
         self.now_ns = 0  # the time of the messages at hand; never goes back
-        self.policy: Policy
-        self._inbox, self._clock_ns = inbox, now_ns
+        self._policy, self._inbox, self._clock_ns = policy, inbox, now_ns
         self._start, self._show, self._check = start, show, check
 
     def run(self) -> None:
@@ -104,12 +105,12 @@ class Driver:
     def _step(self) -> int | None:
         """Starts what can start and shows what is due; returns when to come again."""
         wakes: list[int | None] = []
-        decision = self.policy.next(self.now_ns)
+        decision = self._policy.next(self.now_ns)
         if isinstance(decision, Tick):
             self._start(decision)
         else:
             wakes.append(decision.until_ns)
-        shows, again_ns = self.policy.shows(self.now_ns)
+        shows, again_ns = self._policy.shows(self.now_ns)
         self._show(shows)
         wakes += [again_ns, self._check()]
         return min((wake for wake in wakes if wake is not None), default=None)

@@ -31,7 +31,6 @@ from concurrent.futures import wait as wait_futures
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
@@ -54,9 +53,11 @@ from svd2_jax.runtime.work import (
     Part,
     PromptRecord,
     Reason,
+    Show,
     StreamId,
     StreamSettings,
     Tick,
+    shown_fate,
 )
 
 T = TypeVar("T")
@@ -279,7 +280,7 @@ class _StreamState:
       changes: updates that are not in place yet.
       arrived: frames offered so far.
       next_frame: number of the first frame that the next chunk can begin with.
-      pending: calls that somebody has to come back from before nothing is left: opening, closing, the sink.
+      pending: what has to come back before nothing is left: opening, closing, the sink, ticks.
       is_passing: whether the sink has a frame.
     """
 
@@ -374,15 +375,15 @@ class LiveLoop:
         self._inbox: Mailbox[Message] = Mailbox(self._clock)
         self._events: Mailbox[Event] = Mailbox(self._clock)
         self._observers = list(observers)
+        self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event, ids)
         self._driver = Driver(
+            self._scheduler,
             self._inbox,
             self._clock.now_ns,
             self._start_tick,
-            lambda _: self._pass_all_on(),
+            self._pass_all_on,
             self._look_for_hangs,
         )
-        self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event, ids)
-        self._driver.policy = self._scheduler
         self._sinkers: set[Worker] = set()
         self._states: dict[StreamId, _StreamState] = {}
         self._failed_ticks = 0
@@ -434,9 +435,7 @@ class LiveLoop:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, e: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -576,7 +575,6 @@ class LiveLoop:
         if stream.life is Life.LIVE:
             stream.life = Life.DRAINING
             self._scheduler.end(stream.id, self._driver.now_ns)
-            self._look_for_ends()
 
     def _close_stream(self, stream: Stream, error: BaseException | None) -> None:
         if (state := self._states.get(stream.id)) is not None:
@@ -589,7 +587,7 @@ class LiveLoop:
             return
         stream.error = stream.error or error
         self._scheduler.close(stream.id, self._driver.now_ns)
-        self._look_for_ends()
+        self._shut(state)
 
     def _change(
         self,
@@ -701,7 +699,8 @@ class LiveLoop:
         """Tells the scheduler which chunks are finished, and has their pixels read."""
         self._fail_tick(flight, error)
         finished: dict[StreamId, int] = {}
-        for state, chunks in zip(flight.states, flight.ticket.chunks if flight.ticket else (), strict=False):
+        done = flight.ticket.chunks if flight.ticket is not None else [()] * len(flight.states)
+        for state, chunks in zip(flight.states, done, strict=True):
             if state.stream.life is Life.CLOSED:
                 continue  # if a tick of it failed, nobody knows whose frames these are
             finished[state.stream.id] = len(chunks)
@@ -715,7 +714,6 @@ class LiveLoop:
         for state in flight.states:
             state.pending -= 1
             self._forget_if_over(state)
-        self._look_for_ends()
         if flight.error is None:
             self._failed_ticks = 0
         elif flight.is_new:
@@ -753,12 +751,13 @@ class LiveLoop:
                 state.finished[number] = pixels[i].copy()  # so each can be freed by itself
         self._pass_on(state)
 
-    def _pass_all_on(self) -> None:
-        """Passes on what has become due."""
+    def _pass_all_on(self, _: Sequence[Show]) -> None:
+        """Passes on what has become due, and shuts the streams that the scheduler is through with."""
         for state in tuple(self._states.values()):
             if state.due:
                 self._pass_on(state)
-        self._look_for_ends()
+            if state.stream.life is not Life.CLOSED and self._scheduler.is_over(state.stream.id):
+                self._shut(state)
 
     def _pass_on(self, state: _StreamState) -> None:
         """Gives the sink its next frame, if it is due and the sink has none; deals with a sink that is slow."""
@@ -767,7 +766,7 @@ class LiveLoop:
             record = state.due.popleft()
             del state.finished[record.number]
             now_ns = self._driver.now_ns
-            fate = Fate.SHOWN if now_ns <= record.deadline_ns else Fate.LATE
+            fate = shown_fate(now_ns, record.deadline_ns)
             record = dataclasses.replace(record, shown_ns=now_ns, fate=fate)
             self._report(record)
             state.is_passing = True
@@ -805,22 +804,18 @@ class LiveLoop:
         self._pass_on(state)
         self._forget_if_over(state)
 
-    def _look_for_ends(self) -> None:
-        """Closes the device side of streams that the scheduler is through with."""
-        for state in tuple(self._states.values()):
-            stream = state.stream
-            if stream.life is Life.CLOSED or not self._scheduler.is_over(stream.id):
-                continue
-            stream.life = Life.CLOSED
-            state.inputs.clear()
-            due = {record.number for record in state.due}
-            state.finished = {number: pixels for number, pixels in state.finished.items() if number in due}
-            if state.session is not None:
-                session, state.session = state.session, None
-                state.pending += 1
-                closed = functools.partial(self._session_closed, state)
-                self._call(self._device, session.close, closed, f"closing a session (stream {stream.id})")
-            self._forget_if_over(state)
+    def _shut(self, state: _StreamState) -> None:
+        """Closes the device side of a stream that the scheduler is through with."""
+        state.stream.life = Life.CLOSED
+        state.inputs.clear()
+        due = {record.number for record in state.due}
+        state.finished = {number: pixels for number, pixels in state.finished.items() if number in due}
+        if state.session is not None:
+            session, state.session = state.session, None
+            state.pending += 1
+            closed = functools.partial(self._session_closed, state)
+            self._call(self._device, session.close, closed, f"closing a session (stream {state.stream.id})")
+        self._forget_if_over(state)
 
     def _session_closed(self, state: _StreamState, _: object, error: Exception | None) -> None:
         state.pending -= 1

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from svd2_jax.runtime.clock import Clock
+from svd2_jax.runtime.work import NEVER_NS
 
 T = TypeVar("T")
-NEVER_NS = 1 << 62  # longer than any call
 
 Message: TypeAlias = Callable[[], object]
 """What the loop's thread is to do next."""

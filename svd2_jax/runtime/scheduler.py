@@ -56,6 +56,7 @@ from svd2_jax.runtime.work import (
     Tick,
     TickRecord,
     Wait,
+    shown_fate,
 )
 
 __all__ = ["LatencySample", "PolicyConfig", "Refused", "Scheduler"]
@@ -437,8 +438,7 @@ class Scheduler:
             if s is None:
                 continue
             frame = s.finished.pop(number)
-            fate = Fate.SHOWN if now_ns <= frame.deadline_ns else Fate.LATE
-            self._record(s, frame, fate, shown_ns=now_ns)
+            self._record(s, frame, shown_fate(now_ns, frame.deadline_ns), shown_ns=now_ns)
             shows.append(Show(stream, number, due))
             self._forget_if_over(s)
         while self._due and self._due[0][1] not in self._streams:
@@ -552,10 +552,8 @@ class Scheduler:
                 not s.started,
                 s.steps * settings.stages,
                 tuple(
-                    [
-                        Flight(
-                            chunk.chunk[0].deadline_ns - tail, max(1, left)
-                        )  # what is finished needs a tick to leave
+                    [  # what fewer steps have finished takes a tick to leave, too
+                        Flight(chunk.chunk[0].deadline_ns - tail, max(1, left))
                         for chunk, left in zip(rows.chunks, rows.ticks_left, strict=True)
                     ]
                 ),

@@ -17,6 +17,7 @@ StreamId: TypeAlias = int
 
 MS = 1_000_000
 SECOND = 1_000_000_000
+NEVER_NS = 1 << 62  # later than any deadline, longer than any call
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class Fate(Enum):
     SHOWN = "shown"  # by its deadline
     LATE = "late"  # shown, but behind its deadline
     DROPPED = "dropped"
+
+
+def shown_fate(shown_ns: int, deadline_ns: int) -> Fate:
+    """Returns what a frame that is shown at a time is: in time, or late."""
+    return Fate.SHOWN if shown_ns <= deadline_ns else Fate.LATE
 
 
 class Reason(Enum):

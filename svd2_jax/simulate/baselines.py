@@ -33,6 +33,7 @@ from svd2_jax.runtime.work import (
     Tick,
     TickRecord,
     Wait,
+    shown_fate,
 )
 
 POLL_NS = 100 * MS  # the reference's, between two looks at its queue
@@ -156,7 +157,7 @@ class Fifo:
         """Returns what was finished just now."""
         frames, self._shows = self._shows, []
         for frame in frames:
-            self._report(replace(frame, fate=Fate.SHOWN if now_ns <= frame.deadline_ns else Fate.LATE))
+            self._report(replace(frame, fate=shown_fate(now_ns, frame.deadline_ns)))
         for stream in {frame.stream for frame in frames}:
             self._settle(self._streams[stream])
         return [Show(frame.stream, frame.number, now_ns) for frame in frames], None

@@ -188,8 +188,7 @@ class _Run:
         self.ids: dict[int, StreamId] = {}  # by source; a refused one has none
         self.ticks = 0
         self.events = VirtualInbox(self._inputs(), progress)
-        self.driver = Driver(self.events, lambda: self.events.now_ns, self._start, self._show)
-        self.driver.policy = self.policy
+        self.driver = Driver(self.policy, self.events, lambda: self.events.now_ns, self._start, self._show)
 
     def run(self) -> Outcome:
         """Plays all events in order of time."""
