@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from svd2_jax.errors import exit_code
+from svd2_jax.errors import OptionParser, exit_code
 from svd2_jax.text import si
 
 DTYPES = ("bfloat16", "float32")
@@ -133,7 +133,7 @@ def _whole_conversion(lacking: Sequence[str], args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; bad input becomes one message on standard error and exit code 2."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m convert",
         description="Converts PyTorch weights into a checkpoint for svd2-jax.",
         epilog=EXAMPLES,

@@ -5,8 +5,10 @@ And how a command ends with one.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # as shells report it
@@ -38,6 +40,13 @@ class SessionError(Svd2Error):
 
 class EngineError(Svd2Error):
     """The device side failed."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Says what is wrong with a command's options in one line, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_BAD_INPUT, f"error: {message}; `{self.prog} --help` shows the options\n")
 
 
 def exit_code(run: Callable[[], int | None], interrupted: str) -> int:

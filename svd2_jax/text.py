@@ -16,6 +16,11 @@ def aligned(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> list[
     return [line(row) for row in rows]
 
 
+def blocks_named(first: int, count: int) -> str:
+    """Returns what a stage's blocks are called: "block 4", "blocks 0 to 3"."""
+    return f"block {first}" if count == 1 else f"blocks {first} to {first + count - 1}"
+
+
 def held_in(weight_dtype: str, cache_dtype: str) -> str:
     """Returns what is held in another way than it is computed in, to go behind the dtype; may be nothing."""
     held = (("weights", weight_dtype), ("cache", cache_dtype))

@@ -199,7 +199,7 @@ CASES = {
     "cut item": (["--checkpoint", "cut_item"], "dit.block.001/"),
     "missing item": (["--checkpoint", "missing_item"], "items are missing: dit.block.001; convert again"),
     "other version": (["--checkpoint", "other_version"], "format version 7, but this program reads version"),
-    "no taehv": (["--checkpoint", "golden", "--decoder", "taehv"], "holds no TAEHV decoder; convert again with"),
+    "no taehv": (["--checkpoint", "golden", "--decoder", "taehv"], "no TAEHV decoder; use --decoder wan, or convert"),
     "no vae": (["--checkpoint", "bare"], "bare: holds no VAE; convert again with --wan FOLDER or --vae"),
     "no output folder": (["--output", "a/b.mp4"], "a/b.mp4: the folder a does not exist; create it first"),
     "output is a folder": (["--output", "folder"], "folder: is a folder, expected a file name"),
@@ -304,6 +304,20 @@ def test_bad_input_is_one_clear_line(svd2, bad_files, monkeypatch, case):
         check_refused(svd2("run", *RANDOM, *defaults, *args), message)
 
 
+def test_more_frames_than_the_input_has_are_pointed_out(svd2, tmp_path, clip):
+    args = ["--input", clip, "--prompt", "x", *SIZE, "--frames"]
+    assert (
+        "note: the input has 11 frames, not the 12 of"
+        in svd2("run", *RANDOM, *args, 12, "--output", tmp_path / "out.mp4")[2]
+    )
+    assert "note: the input" not in svd2("run", *RANDOM, *args, 11, "--output", tmp_path / "out.mp4")[2]
+
+
+def test_a_missing_video_is_told_before_an_unknown_style(svd2, tmp_path):
+    out = ["--prompt", "x", "--output", tmp_path / "out.mp4"]
+    check_refused(svd2("run", "--input", tmp_path / "none.mp4", *out), "none.mp4")
+
+
 def test_text_to_video_asks_for_its_length(svd2, tmp_path):
     with unchanged(tmp_path):
         result = svd2("run", *RANDOM, "--prompt", "x", "--output", tmp_path / "o.mp4")
@@ -324,8 +338,8 @@ def test_options_that_cannot_be_parsed_are_explained(svd2, clip, tmp_path, args)
         code, _, err = svd2(
             "run", *RANDOM, "--input", clip, "--prompt", "x", "--output", tmp_path / "o.mp4", *args
         )
-    assert code == 2
-    assert args[0] in err.splitlines()[-1]
+    check_refused((code, "", err), f"{args[0]}")
+    assert err.endswith("--help` shows the options\n")
 
 
 def test_a_video_that_ends_early_leaves_nothing_and_says_what_can_be_used(svd2, tmp_path):

@@ -27,7 +27,7 @@ from svd2_jax import files, media, progress, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
 from svd2_jax.dataset import phrasings
-from svd2_jax.errors import ConfigError, EngineError, MediaError, exit_code
+from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
 from svd2_jax.text import held_in
 
@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     from svd2_jax.evaluate import cli as evaluate_cli
     from svd2_jax.simulate import cli as simulate_cli
 
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="svd2",
         description="Live video re-drawn to a text prompt.",
         epilog="`svd2 COMMAND --help` shows each command's options and examples.",
@@ -362,12 +362,12 @@ def _run(args: argparse.Namespace) -> int:
 
     if cfg.task == "t2v" and args.frames is None:
         raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
-    _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
     options = _pipeline_options(args)
     with _join(args, spec, prompts) as group:
         _prepare_devices()
         mesh = _mesh(args)
         if cfg.task == "t2v":
+            _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
             writer = _writer(args, T2V_FPS, cfg, mesh, group)
             with _open(args, spec, mesh, options) as session:
                 group.meet()
@@ -377,11 +377,14 @@ def _run(args: argparse.Namespace) -> int:
                 _write(frames, writer, args.frames)
         else:
             with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
+                _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
                 writer = _writer(args, reader.fps, cfg, mesh, group)
                 with _open(args, spec, mesh, options) as session:
                     group.meet()
                     frames = session.run(reader, prompts=prompts, blend_chunks=args.blend, on_step=group.step)
                     _write(frames, writer, reader.frame_count)
+    if writer and args.frames is not None and writer.frames_written < args.frames:
+        _say(f"note: the input has {writer.frames_written} frames, not the {args.frames} of --frames")
     for frame in sorted(prompts):
         if writer and frame >= writer.frames_written:
             _say(

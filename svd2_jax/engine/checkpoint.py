@@ -44,7 +44,7 @@ PARTS = {  # what an item belongs to, by the first part of its name, and the con
     "dit": ("transformer", "--generator FILE or --wan FOLDER"),
     "vae": ("VAE", "--wan FOLDER or --vae FILE"),
     "text": ("text encoder", "--wan FOLDER or --text-encoder FILE"),
-    "taehv": ("TAEHV decoder", "--taehv FILE (or use --decoder wan)"),
+    "taehv": ("TAEHV decoder", "--taehv FILE"),
 }
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -225,7 +225,8 @@ class Checkpoint:
         for part in parts:
             if part not in held:
                 name, source = PARTS[part]
-                raise CheckpointError(f"{self.path}: holds no {name}; convert again with {source}")
+                instead = "use --decoder wan, or " if part == "taehv" else ""
+                raise CheckpointError(f"{self.path}: holds no {name}; {instead}convert again with {source}")
 
     def abstract(self, item: str) -> dict[str, Any]:
         """Returns the item's tree as ShapeDtypeStructs."""

@@ -39,6 +39,7 @@ from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.progress import working
+from svd2_jax.text import blocks_named
 from svd2_jax.types import Device
 
 
@@ -514,7 +515,7 @@ class DeviceEngine:
         for stage, blocks in enumerate(self.split(cfg)):
             if (device := self.mesh.devices[stage]) in held:
                 lines.append(
-                    f"  stage {stage}, blocks {start} to {start + blocks - 1}: {held[device] / 2**30:.3f} GiB of "
+                    f"  stage {stage}, {blocks_named(start, blocks)}: {held[device] / 2**30:.3f} GiB of "
                     f"parameters on {device.device_kind} {device.id}"
                 )
             start += blocks

@@ -16,6 +16,7 @@ from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.programs import Builder
 from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB
+from svd2_jax.text import blocks_named
 
 JAX_SHARE = (
     0.75  # of a GPU's memory, which JAX takes for itself unless XLA_CLIENT_MEM_FRACTION says otherwise
@@ -144,7 +145,7 @@ def check_memory(
         return
     first = sum(split[:stage])
     raise ConfigError(
-        f"stage {stage} (blocks {first} to {first + split[stage] - 1}) needs {needs[stage] / GIB:.1f} GiB, its device "
+        f"stage {stage} ({blocks_named(first, split[stage])}) needs {needs[stage] / GIB:.1f} GiB, its device "
         f"has {limit / GIB:.1f} GiB for JAX, {lacks[stage] / GIB:.1f} GiB too little"
         f"{f' for {streams} streams' if streams > 1 else ''}; use "
         + _remedies(model, dtype, len(split), needs[stage] / limit, streams)

@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
         files.write_whole(args.picture, lambda path: draw(path, sketches))
     print(table(rows, DEADLINE))
+    for path in filter(None, (args.json, args.picture)):
+        print(f"{path}: written")
     ours = [row for row in rows if row.policy == DEADLINE]
     return EXIT_MISSED if any(row.missed_goals for row in ours) else 0
 

@@ -18,7 +18,7 @@ from svd2_jax.dataset import scenes
 from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.engine.checkpoint import MANIFEST, TOKENIZER, CheckpointWriter, Manifest
 from svd2_jax.engine.tokenizer import Tokenizer
-from svd2_jax.errors import ConfigError, exit_code
+from svd2_jax.errors import ConfigError, OptionParser, exit_code
 from svd2_jax.models import vae
 from svd2_jax.training import autoencoder, denoiser, fit, pairs, words
 from svd2_jax.training.fit import Run
@@ -36,7 +36,7 @@ SCENES = 256
 
 def main() -> int:
     """Trains what is not trained yet, and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of all that is made")
     parser.add_argument("--only", choices=("vae", "transformer", "export"), help="one part")
     parser.add_argument("--checkpoint", type=Path, help="folder to export to (default OUT/checkpoint)")

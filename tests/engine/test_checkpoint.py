@@ -122,7 +122,10 @@ def test_the_tokenizer_folder_is_found_or_missed_clearly(tmp_path, written):
 
 
 def test_an_unknown_item_names_those_there_are(written):
-    with pytest.raises(CheckpointError, match=r"holds no TAEHV decoder; convert again with --taehv FILE"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds no TAEHV decoder; use --decoder wan, or convert again with --taehv FILE",
+    ):
         Checkpoint.open(written).restore("taehv")
 
 

@@ -51,7 +51,9 @@ def test_all_policies_are_compared_and_everything_is_written(simulate, trace, sl
     numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
     code, out, err = simulate(trace, slowed, "--policy", "all", "--json", numbers, "--picture", picture)
     assert code == 1  # nobody keeps 700 ms when a tick takes 800
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+    *lines, first, second = out.splitlines()[1:]
+    assert (first, second) == (f"{numbers}: written", f"{picture}: written")
+    assert [line.split()[:2] for line in lines] == [
         [name, policy]
         for name in ("small", "slowed")
         for policy in ("deadline", "bounded", "fifo", "reference")
