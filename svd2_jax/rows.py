@@ -116,6 +116,21 @@ class Rows(Generic[Chunk]):
         # No two have taken part in equally many ticks.
         return next((c for c in self.chunks if c.ticks == ticks and ticks <= c.steps * self.stages), None)
 
+    @property
+    def lone(self) -> tuple[int, ...] | None:
+        """The row of each stage that worked on a chunk in the last tick, 0 where none did; None if any had several."""
+        rows = [0] * self.stages
+        held: set[int] = set()
+        for chunk in self.chunks:
+            if chunk.ticks > chunk.steps * self.stages:  # it waits for an older one
+                continue
+            row, stage = divmod(chunk.ticks - 1, self.stages)
+            if stage in held:
+                return None
+            held.add(stage)
+            rows[stage] = row
+        return tuple(rows)
+
     def is_finished(self, chunk: InFlight[Chunk]) -> bool:
         """Returns whether a chunk is through its steps."""
         return chunk.ticks >= chunk.steps * self.stages

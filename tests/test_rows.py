@@ -1,6 +1,7 @@
 """The record of rows: small truths by hand, and every history against a list of rows and stages that moves."""
 
 import dataclasses
+import random
 
 import pytest
 from hypothesis import given
@@ -198,3 +199,21 @@ def test_the_record_is_what_happens_on_the_stages(steps, stages, history):
         assert set(held) <= here
         highest = max((row + 1 for row, _ in held), default=0)
         assert rows.width == max(rows.steps, highest)
+
+
+def test_a_lone_row_is_one_of_each_stage():
+    draw = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        steps, stages = draw.randint(1, 4), draw.randint(1, 3)
+        rows = Rows(steps, stages)
+        for chunk in range(20):
+            if draw.random() < 0.1:
+                rows = rows.with_steps(draw.randint(1, 4))
+            rows = rows.enter(chunk if draw.random() < 0.3 else None)
+            held = [[row for row in range(4) if rows.at(row, stage)] for stage in range(stages)]
+            alone = all(len(some) < 2 for some in held)
+            assert rows.lone == (tuple(some[0] if some else 0 for some in held) if alone else None)
+            seen.add(alone)
+            rows, _ = rows.leave()
+    assert seen == {True, False}

@@ -313,7 +313,9 @@ class DeviceEngine:
         return tuple(self._options.batch_sizes)
 
     def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:
-        """Compiles all that streams like this need: every batch size, these numbers of steps, and changes between them.
+        """Compiles all that live streams like this need: every batch size, these steps, and changes between them.
+
+        Also ticks that compute one row only: where no stage has chunks in several rows, streams then run in these.
 
         Each number takes about as long as the first one the first time (seconds for a small model on a CPU, a minute
         for a large one), and is kept on disk. Streams that are open already may take these steps from then on.
@@ -343,10 +345,12 @@ class DeviceEngine:
         changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
         # Those of one number of steps first, as the others share many of them.
         with _threads() as pool:
-            denoiser = pool.submit(self.denoiser, cfg, split)
+            denoiser = pool.submit(self.denoiser, cfg, split, lone=True)
             self.ends(cfg, spec.pixels)
             denoiser.result()
-            rest: list[Future[Any]] = [pool.submit(self.denoiser, other, split) for other in several]
+            rest: list[Future[Any]] = [
+                pool.submit(self.denoiser, other, split, lone=True) for other in several
+            ]
             for before, after in changes:
                 rest.append(pool.submit(self._builder(after).resize, split, before.rows))
             for one in rest:
@@ -459,13 +463,14 @@ class DeviceEngine:
             self._ends[key] = self._builder(cfg, pixels).ends()
         return self._ends[key]
 
-    def denoiser(self, cfg: StreamConfig, split: tuple[int, ...]) -> DenoiserPrograms:
-        """Returns the compiled programs of a stream's stages."""
+    def denoiser(self, cfg: StreamConfig, split: tuple[int, ...], lone: bool = False) -> DenoiserPrograms:
+        """Returns the compiled programs of a stream's stages; with `lone`, also those of ticks that compute one row."""
         key = (cfg, max(split), min(split))
-        if key not in self._denoisers:
+        found = self._denoisers.get(key)
+        if found is None or (lone and not found.ticks.lone):
             movable = self._options.rebalance is not None
-            self._denoisers[key] = self._builder(cfg).denoiser(split, movable)
-        return self._denoisers[key]
+            found = self._denoisers[key] = self._builder(cfg).denoiser(split, movable, lone)
+        return found
 
     def pipeline(self, cfg: StreamConfig, embedding: jax.Array) -> Pipeline:
         """Returns the denoiser of a stream with a text embedding [1, P, text_dim] as its prompt."""

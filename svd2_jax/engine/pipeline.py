@@ -117,13 +117,14 @@ class Pipeline:
         self._builder, self._programs_for, self._weights = builder, programs, weights
         self._params = weights.params(split, builder.cfg.decoder, builder.vae_devices)
         self._flags: dict[tuple[bool, ...], jax.Array] = {}
+        self._lone: dict[tuple[int, ...], jax.Array] = {}
         self._use(builder.cfg)
         self._state: StreamState = self._programs.init_state()
         self._started = False
         self._rows: Rows[_Chunk] = Rows(self.cfg.steps, self.stages)
         self._next_chunk = 1
         self.came_back: tuple[jax.Array, ...] = ()
-        """Clean latents of each row that came back with the last tick, or of the first group; see `Finished.clean`."""
+        """Clean latents of each row that the last tick computed, or of the first group; see `Finished.clean`."""
         self._finished: dict[int, Finished] = {}  # those that are through their steps and have not left
         self._span = self._spans([(0, count) for count in split])
         self._prompt = self._read_prompt(embedding)
@@ -317,7 +318,7 @@ class Pipeline:
     def _collect(self) -> None:
         """Keeps what came back with the last tick of the chunks that are finished with it."""
         for held in filter(self._rows.is_finished, self._rows.chunks):
-            number, row = held.chunk.number, held.steps - 1 if self.cfg.mode == "stream" else 0
+            number, row = held.chunk.number, held.steps - 1 if len(self.came_back) > 1 else 0
             if number not in self._finished:
                 self._finished[number] = Finished(number, self.came_back[row])
 
@@ -450,6 +451,17 @@ class Pipeline:
         some = next((found.chunk.prompt for found in held if found), self._prompt)
         return [found.chunk.prompt if found else some for found in held]
 
+    def _lone_prompts(self, rows: Sequence[int]) -> list[PromptKV]:
+        """Returns what `_row_prompts` does where each stage has one row only."""
+        found = (self._rows.at(rows[stage], stage) for stage in self.mesh.local_stages)
+        return [self._over_stages([held.chunk.prompt if held else self._prompt for held in found])]
+
+    def _lone_rows(self, rows: tuple[int, ...]) -> jax.Array:
+        """Returns each stage's row, int32 [W] over the stages."""
+        if rows not in self._lone:  # there are few of them
+            self._lone[rows] = self._by_stage([np.array([row], np.int32) for row in rows])
+        return self._lone[rows]
+
     def _over_stages(self, prompts: Sequence[Prompt]) -> PromptKV:
         first, *others = prompts
         if all(other is first for other in others):
@@ -458,10 +470,12 @@ class Pipeline:
         return self.mesh.join([self.mesh.part(p.kv, stage) for stage, p in zip(stages, prompts, strict=True)])
 
     def _spans(self, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        parts = [
-            jax.device_put(np.array(spans[s], np.int32), self.mesh.devices[s]) for s in self.mesh.local_stages
-        ]
-        return self.mesh.join(parts)
+        return self._by_stage([np.array(span, np.int32) for span in spans])
+
+    def _by_stage(self, parts: Sequence[np.ndarray]) -> jax.Array:
+        """Returns an array over the stages, of a part for each of them."""
+        mesh = self.mesh
+        return mesh.join([jax.device_put(parts[s], mesh.devices[s]) for s in mesh.local_stages])
 
     def _put(self, x: object) -> jax.Array:
         return jax.device_put(x, self.mesh.home)
@@ -488,6 +502,13 @@ def tick_together(
         clean = _all_steps(program, pipelines, [line._blank_later for line in pipelines], arrivals)
         return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
     entries = [line._take_in(arrival) for line, arrival in zip(pipelines, arrivals, strict=True)]
+    lone = [line._rows.lone for line in pipelines] if ticks.lone and not apart else []
+    rows = [row for row in lone if row is not None]
+    if len(rows) == len(pipelines):
+        prompts = [line._lone_prompts(row) for line, row in zip(pipelines, rows, strict=True)]
+        where = [line._lone_rows(row) for line, row in zip(pipelines, rows, strict=True)]
+        clean = _run(ticks.lone[len(pipelines)], pipelines, prompts, entries, tuple(where))
+        return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
     prompts = [line._row_prompts() for line in pipelines]
     if apart:
         assert ticks.tick_apart is not None
@@ -523,11 +544,14 @@ def _run(
     pipelines: Sequence[Pipeline],
     prompts: Sequence[Sequence[PromptKV]],
     entries: Sequence[Entry],
+    *lone: Sequence[jax.Array],
 ) -> Sequence[tuple[jax.Array, ...]]:
-    """Runs a compiled `step.tick` on the streams' states and returns each one's rows of clean latents."""
+    """Runs a compiled `step.tick` on the streams' states and returns each one's computed rows of clean latents."""
     lead = pipelines[0]
     states = tuple(line._state for line in pipelines)
-    states, clean = program(lead._params.dit, tuple(map(tuple, prompts)), lead._span, states, tuple(entries))
+    states, clean = program(
+        lead._params.dit, tuple(map(tuple, prompts)), lead._span, states, tuple(entries), *lone
+    )
     for line, state in zip(pipelines, states, strict=True):
         line._state = state
     return clean

@@ -48,6 +48,8 @@ class TickPrograms:
       prompt_kv: blocks, context [1, P, E] -> PromptKV.
       tick: for each number of streams that can share a tick, see `step.tick`: dit params, prompts, span,
         StreamStates*, Entries -> StreamStates, each row's clean latents.
+      lone: the same with one row of each stage computed, rows int32 [W] over the stages behind the Entries; empty where
+        there is one row, or where they were not asked for.
       tick_apart: the same for one stream, without the hand-over to the next stage, every block in a branch.
       catch_up: see `step.catch_up`: dit params, prompts, span, StreamState* -> StreamState.
       send: Message* -> Message, the hand-over.
@@ -56,6 +58,7 @@ class TickPrograms:
 
     prompt_kv: Program
     tick: Mapping[int, Program]
+    lone: Mapping[int, Program]
     tick_apart: Program | None = None
     catch_up: Program | None = None
     send: Program | None = None
@@ -197,12 +200,13 @@ class Builder:
             decode=decode,
         )
 
-    def denoiser(self, split: Sequence[int], movable: bool = False) -> DenoiserPrograms:
+    def denoiser(self, split: Sequence[int], movable: bool = False, lone: bool = False) -> DenoiserPrograms:
         """Compiles what runs on the stages.
 
         Args:
           split: blocks on each stage.
           movable: whether blocks may move later.
+          lone: whether some ticks compute one row only, see `TickPrograms`.
         """
         model, cfg, mesh = self.model, self.cfg, self.mesh
         _, conditioner = dit.split_embed(abstract_items(model, self.dtype)[dit.embed_item()])
@@ -227,10 +231,10 @@ class Builder:
             condition_first=condition("single"),
             condition=condition(self._batch),
             draw_chunk=self._compile_on(mesh.home, draw_chunk, self._key, _array((cfg.steps,), jnp.int32))[0],
-            ticks=self.ticks(split, movable),
+            ticks=self.ticks(split, movable, lone),
         )
 
-    def ticks(self, split: Sequence[int], movable: bool = False) -> TickPrograms:
+    def ticks(self, split: Sequence[int], movable: bool = False, lone: bool = False) -> TickPrograms:
         """Compiles the programs of later chunks; splits of the same longest and shortest stage share them."""
         cfg, stages = self.cfg, self.mesh.stages
         params = self.dit_params(max(split))
@@ -244,13 +248,19 @@ class Builder:
         rows = self._rows(split)
         ring = Ring(stages, min(split)) if cfg.mode == "stream" else self._one_at_a_time(split)
         tick = {n: self._tick(split, ring, rows, cfg.frames_per_block, n) for n in self.batch_sizes}
+        one_row = {
+            n: self._tick(split, ring, rows, cfg.frames_per_block, n, lone=True)
+            for n in self.batch_sizes
+            if lone and cfg.mode == "stream" and cfg.rows > 1 and (stages == 1 or not movable)
+        }
         if cfg.mode != "stream" or not movable or stages == 1:
-            return TickPrograms(prompt_kv, tick)
+            return TickPrograms(prompt_kv, tick, one_row)
         apart = Ring(stages, always=0, send=False)
         catch_up = functools.partial(step.catch_up, self.model.dit, cfg, apart, attention=self._attention)
         return TickPrograms(
             prompt_kv,
             tick,
+            one_row,
             self._tick(split, apart, rows, cfg.frames_per_block, 1),
             self._compile_over(
                 catch_up,
@@ -337,13 +347,17 @@ class Builder:
         """Returns the shapes of a state behind the first group."""
         return self.mesh.abstract(_shapes(_opened, self.model.dit, self.cfg, self.dtype, max(split)))
 
-    def _tick(self, split: Sequence[int], ring: Ring, state_: Any, frames: int, streams: int) -> Program:
-        prompts = self._prompts(split, self.cfg.rows if ring.batch == "rows" else 1)
+    def _tick(
+        self, split: Sequence[int], ring: Ring, state_: Any, frames: int, streams: int, lone: bool = False
+    ) -> Program:
+        prompts = self._prompts(split, 1 if lone or ring.batch != "rows" else self.cfg.rows)
         entry = self.mesh.abstract(self.entry(ring.batch, frames))
         function = functools.partial(step.tick, self.model.dit, self.cfg, ring, attention=self._attention)
         specs = (DIT_SPECS, OVER, OVER, OVER, OVER)
         params = self.dit_params(max(split))
         each = ((prompts,) * streams, self._span, (state_,) * streams, (entry,) * streams)
+        if lone:
+            specs, each = (*specs, OVER), (*each, (self.mesh.abstract(_array((1,), jnp.int32)),) * streams)
         return self._compile_over(function, specs, params, *each, donate=(3,))
 
     def _latents(self, *shape: int) -> Any:

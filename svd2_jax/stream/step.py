@@ -35,7 +35,8 @@ AXIS = "stage"
 Rows = tuple[jax.Array, ...]
 """Something for each row of one stream."""
 Messages = TypeVar("Messages")
-"""A message, or a sequence of them."""
+"""A message, or what else goes from stage to stage with them."""
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def tick(
     span: jax.Array,
     states: Sequence[StreamState],
     entries: Sequence[Entry],
+    lone: Sequence[jax.Array] | None = None,
     attention: AttentionImplementation = "auto",
 ) -> tuple[tuple[StreamState, ...], tuple[Rows, ...]]:
     """Runs one tick: every row under way on this stage passes through its blocks.
@@ -91,37 +93,49 @@ def tick(
       cfg: what the stream computes.
       ring: layout over the stages.
       params: the stage's parameters.
-      prompts: for each stream the cross-attention keys and values of each row's prompt.
+      prompts: for each stream the cross-attention keys and values of each computed row's prompt.
       span: int32 [2] first block and exclusive end of the blocks that the stage runs, counted from its own first.
       states: the stage's state of each stream.
       entries: what enters the first stage, of each stream.
+      lone: for each stream the one row, int32 [1], that can hold a chunk on this stage; only this row is computed, as
+        if there were no others. None: all rows are.
       attention: see `attend`.
 
     Returns:
-      The states, and for each stream the clean prediction of each row, float32 [F, h, w, C], which mean something
-      on the last stage only; rows without a chunk are zero. The last row's is finished.
+      The states, and for each stream the clean prediction of each computed row, float32 [F, h, w, C], which mean
+      something on the last stage only; rows without a chunk are zero. The last row's is finished.
     """
+    parts = [
+        (state.cache, state.message, state.message, entry)
+        for state, entry in zip(states, entries, strict=True)
+    ]
+    if lone is not None:
+        parts = [_lone_part(*one) for one in zip(states, entries, lone, strict=True)]
+    batch = ring.batch if lone is None else "single"
+    caches, waiting = [cache for cache, *_ in parts], [message for _, _, message, _ in parts]
     messages = []
-    for state, entry in zip(states, entries, strict=True):
-        messages.append(_where_stage(ring, 0, _enter(model, cfg, ring, params, state, entry), state.message))
-    caches = [state.cache for state in states]
+    for state, (_, back, message, entry) in zip(states, parts, strict=True):
+        entered = _enter(model, batch, params, state.start, back, entry)
+        messages.append(_where_stage(ring, 0, entered, message))
     hidden, clean, caches = _run_blocks(model, cfg, ring, params, prompts, span, caches, messages, attention)
-    for i, (state, message) in enumerate(zip(states, messages, strict=True)):
+    for i, message in enumerate(messages):
         if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
             messages[i] = dataclasses.replace(
-                message,
-                hidden=state.message.hidden,
-                conditioning=state.message.conditioning,
-                latents=clean[i],
+                message, hidden=waiting[i].hidden, conditioning=waiting[i].conditioning, latents=clean[i]
             )
         else:
             passed = dataclasses.replace(message, hidden=hidden[i])
             finished = dataclasses.replace(passed, latents=clean[i])
             messages[i] = _where_stage(ring, ring.stages - 1, finished, passed)
+    came = lone
     if ring.send:
         # All computing before the hand-over: then a GPU runs it as one graph.
         messages, clean, caches = jax.lax.optimization_barrier((messages, clean, caches))
-        messages = send(ring.stages, messages)
+        messages, came = send(ring.stages, (messages, lone))
+    if lone is not None:
+        assert came is not None
+        caches = [_put_row(s.cache, c, row) for s, c, row in zip(states, caches, lone, strict=True)]
+        messages = [_put_message(s.message, m, row) for s, m, row in zip(states, messages, came, strict=True)]
     starts = [_next_start(cfg, state.start, entry) for state, entry in zip(states, entries, strict=True)]
     after = tuple(StreamState(*one) for one in zip(caches, starts, messages, strict=True))
     return after, tuple(tuple(rows) for rows in clean)
@@ -158,13 +172,51 @@ def send(stages: int, messages: Messages) -> Messages:
     return unpack(jax.lax.ppermute(packed, AXIS, [(s, (s + 1) % stages) for s in range(stages)]))
 
 
+def _lone_part(state: StreamState, entry: Entry, row: jax.Array) -> tuple[KVCache, Message, Message, Entry]:
+    """Returns one row of a stage: its cache, what came back in the row before, what waits in it, and what enters."""
+    (r,) = row
+    before = jnp.maximum(r - 1, 0)
+    back = _row(state.message, before)
+    goes_on = back.active & (r > 0) & _row(entry.open, r)
+    noise = (_row(jnp.stack(entry.noise), before)[0],) if entry.noise else ()
+    enters = Entry(entry.latents, entry.open[:1] & (r == 0), _row(entry.conditioning, r), noise)
+    back = dataclasses.replace(back, active=goes_on)
+    return _row(state.cache, r), back, _row(state.message, r), enters
+
+
+def _row(tree: Tree, r: jax.Array) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, r, 1), tree)
+
+
+def _put_row(tree: Tree, new: Tree, row: jax.Array) -> Tree:
+    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_slice_in_dim(x, one, row[0], 0), tree, new)
+
+
+def _put_message(message: Message, new: Message, row: jax.Array) -> Message:
+    """Returns the message with one row anew; the others hold no chunk."""
+    return _put_row(dataclasses.replace(message, active=jnp.zeros_like(message.active)), new, row)
+
+
 def _enter(
-    model: DiTConfig, cfg: StreamConfig, ring: Ring, params: DiTParams, state: StreamState, entry: Entry
+    model: DiTConfig,
+    batch: Literal["rows", "single"],
+    params: DiTParams,
+    start: jax.Array,
+    back: Message,
+    entry: Entry,
 ) -> Message:
-    """Returns the micro-batch that the first stage starts with."""
-    back = state.message
-    if ring.batch == "rows":
-        latents, start, active = entry.latents[None], state.start, entry.open[:1]
+    """Returns the micro-batch that the first stage starts with.
+
+    Args:
+      model: sizes.
+      batch: see `Ring`.
+      params: the stage's parameters.
+      start: int32 [1] time index of a new chunk's first latent frame.
+      back: what has come back from the last stage.
+      entry: what enters.
+    """
+    if batch == "rows":
+        latents, start, active = entry.latents[None], start, entry.open[:1]
         if entry.noise:
             again = flow_match.add_noise(
                 back.latents[:-1], jnp.stack(entry.noise), entry.conditioning.timestep[1:]
@@ -179,7 +231,7 @@ def _enter(
         if entry.noise:
             again = flow_match.add_noise(again, entry.noise[0][None], entry.conditioning.timestep)
         latents = jnp.where(_over_latents(entry.open), entry.latents[None], again)
-        start = jnp.where(entry.open, state.start, back.start)
+        start = jnp.where(entry.open, start, back.start)
         active = entry.open | back.active
     hidden = dit.embed(model, params.patch, latents.astype(params.dtype))
     return Message(hidden, latents, entry.conditioning, start, active)

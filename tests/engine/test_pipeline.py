@@ -20,7 +20,7 @@ from svd2_jax.engine.balance import BalancePolicy
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
 from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.pipeline import Arrival, Pipeline
+from svd2_jax.engine.pipeline import Arrival, Pipeline, tick_together
 from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.rebalance import INTERVAL, Rebalancer, Stopwatch
 from svd2_jax.errors import ConfigError, SessionError
@@ -54,14 +54,14 @@ def embedding(seed):
     return jnp.asarray(gaussian(7, seed, shape=(1, MODEL.dit.text_len, MODEL.dit.text_dim)))
 
 
-def pipeline(cfg, split, rebalance=None, stopwatch=None, model=MODEL):
+def pipeline(cfg, split, rebalance=None, stopwatch=None, model=MODEL, lone=False, batch_sizes=(1,)):
     mesh = stage_meshes(1, len(split))[0]
-    builder = Builder(model, cfg, DTYPE, mesh)
+    builder = Builder(model, cfg, DTYPE, mesh, batch_sizes=batch_sizes)
     weights = StageWeights(model, params.random_items(model, 0, DTYPE), mesh)
     movable = rebalance is not None
 
     def programs(cfg):
-        return dataclasses.replace(builder, cfg=cfg).denoiser(split, movable)
+        return dataclasses.replace(builder, cfg=cfg).denoiser(split, movable, lone)
 
     return Pipeline(builder, programs, weights, split, embedding(0), rebalance, stopwatch)
 
@@ -91,6 +91,84 @@ def stream(line, chunks=CHUNKS, moves=None, prompts=None, steps=None):
             done.append(np.asarray(line.mesh.part(finished.clean, -1)))
     line.close()
     return np.stack(done)
+
+
+def with_pauses(lines, seed, prompts, steps=None):
+    """Drives pipelines that share ticks, in which chunks enter or not; returns each one's finished chunks."""
+    draw, cfg = np.random.default_rng(seed), lines[0].cfg
+    shape, put = (
+        (*cfg.latent_size, MODEL.dit.in_channels),
+        functools.partial(jax.device_put, device=lines[0].mesh.first),
+    )
+
+    def noise(line, chunk, step, frames=cfg.frames_per_block):
+        return put(gaussian(line, chunk or 0, step, shape=(frames, *shape)))
+
+    first, done = cfg.first_latents, [[] for _ in lines]
+    for i, line in enumerate(lines):
+        line.first_group(noise(i, 0, 0, first), tuple(noise(i, 0, s, first) for s in range(1, cfg.steps)))
+    for tick in range(60):
+        arrivals = []
+        for i, line in enumerate(lines):
+            if tick in prompts:
+                line.set_prompt(embedding(prompts[tick] + i))
+            if steps and tick in steps:
+                line.set_steps(steps[tick])
+            fresh = bool(draw.random() < 0.3) and tick < 45
+            latents, *again = (noise(i, chunk, s) for s, chunk in enumerate(line.entering(fresh)))
+            arrivals.append(Arrival(latents, put(np.int32(690 - 10 * (tick % 3))), again, fresh))
+        for i, finished in enumerate(tick_together(lines, arrivals)):
+            done[i] += [np.asarray(lines[i].mesh.part(one.clean, -1)) for one in finished]
+    for line in lines:
+        line.close()
+    return done
+
+
+@pytest.mark.parametrize(
+    ("steps", "split", "streams", "changes"),
+    [
+        (2, (BLOCKS,), 2, {}),
+        (3, (3, 4, 1), 1, {}),
+        (3, (5, 3), 1, {10: 2, 20: 3}),
+    ],
+)
+def test_ticks_that_compute_one_row_give_what_those_of_all_rows_give(steps, split, streams, changes):
+    drawn = []
+    for lone in (False, True):
+        lines = [
+            pipeline(config(steps), split, lone=lone, batch_sizes=(1, streams)[:streams])
+            for _ in range(streams)
+        ]
+        ran = counted(lines[0])
+        drawn.append(with_pauses(lines, 3, {7: 1, 12: 2, 30: 3}, changes))
+        assert ("lone" in ran) == lone
+        assert "tick" in ran  # chunks in several rows are computed together
+    for whole, one in zip(*drawn, strict=True):
+        assert len(whole) > 9
+        np.testing.assert_allclose(np.stack(one), np.stack(whole), atol=TOLERANCE)
+
+
+def counted(line):
+    """Returns the kinds of ticks that a pipeline has run, as they happen."""
+    ran, use = set(), line._use
+
+    def counting(cfg):
+        use(cfg)
+        kinds = {
+            kind: {
+                n: functools.partial(note, kind, program) for n, program in getattr(line._ticks, kind).items()
+            }
+            for kind in ("tick", "lone")
+        }
+        line._ticks = dataclasses.replace(line._ticks, **kinds)
+
+    def note(kind, program, *args):
+        ran.add(kind)
+        return program(*args)
+
+    line._use = counting
+    counting(line.cfg)
+    return ran
 
 
 PROMPTS = {5: 1, 6: 2, 7: 3, 15: 4}  # changes in a row, as in a blend, while blocks move
