@@ -90,7 +90,8 @@ class SimulatedDevice:
         """Returns what a tick takes at full speed and without noise."""
         part = tick.parts[0]
         if not tick.first:
-            return self._trace.tick_ms(len(tick.parts), tick.steps)
+            alone = all(self._entered(part).lone is not None for part in tick.parts)
+            return self._trace.tick_ms(len(tick.parts), 1 if alone else tick.steps)
         settings = self._settings[part.stream]
         rows = -(-(len(part.frames) + part.fill) // settings.chunk_frames)
         return self._trace.sequential_ms(tick.steps * settings.stages, rows)
@@ -103,9 +104,12 @@ class SimulatedDevice:
         return self._sample_ms(self._trace.tick_ms(batch, steps))
 
     def _advance(self, part: Part) -> list[tuple[int, ...]]:
-        rows = self._rows[part.stream].with_steps(part.steps).enter(part.frames or None, whole=part.first)
-        self._rows[part.stream], finished = rows.leave()
+        self._rows[part.stream], finished = self._entered(part).leave()
         return [held.chunk for held in finished]
+
+    def _entered(self, part: Part) -> Rows[tuple[int, ...]]:
+        """Returns a stream's rows in the tick that it takes this part in."""
+        return self._rows[part.stream].with_steps(part.steps).enter(part.frames or None, whole=part.first)
 
     def _sample_ms(self, work_ms: float) -> float:
         trace, draw = self._trace, self._random

@@ -36,8 +36,8 @@ class DeviceTrace:
     """The device as it truly is; the scheduler has to find out.
 
     A tick of `batch` streams with `steps` steps takes `fixed_ms + row_ms * max(0, batch * steps - knee_rows)`: up to
-    the knee the time goes into reading weights. A first group, two rows in one, takes all its passes one after another.
-    What comes behind the stages (decoding, on a device that has time for it) takes `tail_ms` more, and meanwhile the
+    the knee the time goes into reading weights. Where no stage has chunks in several rows of a stream, it takes as long
+    as with one step. A first group, two rows in one, takes all its passes one after another. What comes behind the stages (decoding, on a device that has time for it) takes `tail_ms` more, and meanwhile the
     next tick may run.
 
     Attributes:
@@ -330,26 +330,21 @@ def capacity_hz(device: DeviceTrace, active: Sequence[tuple[StreamTrace, int]]) 
 def least_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     """Returns the least work, in ms at full speed, that finishes a frame: all its ticks, at floor steps and alone.
 
-    A chunk takes at least (floor steps * stages) ticks of its stream, none shorter than one of one stream at the floor.
-    A first group takes as many passes. Both can be filled up, so neither has to wait for more frames. Behind the last
+    A chunk takes at least (floor steps * stages) ticks of its stream, none shorter than one that computes one row. A
+    first group takes as many passes. Both can be filled up, so neither has to wait for more frames. Behind the last
     comes the tail.
     """
-    passes = stream.floor_steps * stream.stages
-    rows = -(-stream.first_frames // stream.chunk_frames)
-    return (
-        min(passes * device.tick_ms(1, stream.floor_steps), device.sequential_ms(passes, rows))
-        + device.tail_ms
-    )
+    return stream.floor_steps * stream.stages * device.tick_ms(1, 1) + device.tail_ms
 
 
 def bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     """Returns the latency that a stream's whole chunks have at full speed on a device that has nothing else to do.
 
-    A chunk's first frame waits for its last one, then come (steps x stages) ticks of this stream alone and a tail. All
+    A chunk's first frame waits for its last one, then come (steps x stages) ticks of its one row and a tail. All
     frames of a chunk have the latency of the first, as they are shown in the rhythm in which they came.
     """
     fill_ms = (stream.chunk_frames - 1) * 1000 / stream.rate_hz
-    return fill_ms + stream.steps * stream.stages * device.tick_ms(1, stream.steps) + device.tail_ms
+    return fill_ms + stream.steps * stream.stages * device.tick_ms(1, 1) + device.tail_ms
 
 
 def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> int:
