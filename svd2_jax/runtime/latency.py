@@ -33,6 +33,7 @@ class LatencySample:
       duration_ns: device time that it adds to the tick before it, above 0.
       first: whether it took a first group.
       tail_ns: how much longer its frames take when nothing ran before it; None where that was not measured.
+      lone: whether it computed one row of each stream only.
     """
 
     shape: Hashable
@@ -41,6 +42,7 @@ class LatencySample:
     duration_ns: int
     first: bool = False
     tail_ns: int | None = None
+    lone: bool = False
 
 
 class Cell(NamedTuple):
@@ -50,6 +52,7 @@ class Cell(NamedTuple):
     batch: int
     steps: int
     first: bool
+    lone: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,11 @@ class LatencyModel:
         self._tail: dict[Cell, float] = {}
         self._recent: deque[tuple[Cell, int, float]] = deque(maxlen=self.config.speed_window)
         self._misses: deque[float] = deque(maxlen=self.config.window)  # observed / predicted
-        self._costs: dict[tuple[Hashable, int], Costs] = {}
+        self._costs: dict[tuple[Hashable, int, bool], Costs] = {}
 
     def observe(self, sample: LatencySample) -> None:
         """Learns from one device time."""
-        cell = Cell(sample.shape, sample.batch, sample.steps, sample.first)
+        cell = Cell(sample.shape, sample.batch, sample.steps, sample.first, sample.lone)
         duration = max(1, sample.duration_ns)
         typical = self._typical.get(cell)
         if typical is None:
@@ -176,12 +179,15 @@ class LatencyModel:
         times.append(duration_ns / self.speed)
         self._typical[cell] = statistics.median(times)
 
-    def costs(self, shape: Hashable, steps: int) -> Costs:
-        """Returns what ticks of this shape and number of steps take, as far as is known now."""
-        found = self._costs.get((shape, steps))
-        if found is None:
-            found = self._costs[shape, steps] = self._predict(shape, steps)
-        return found
+    def costs(self, shape: Hashable, steps: int, lone: bool = False) -> Costs:
+        """Returns what ticks of this shape and number of steps take, as far as is known now.
+
+        With `lone`, those that compute one row of each stream only; where none was seen, they take as long as others.
+        """
+        key = shape, steps, lone
+        if key not in self._costs:
+            self._costs[key] = self._predict(*key)
+        return self._costs[key]
 
     @property
     def margin(self) -> float:
@@ -192,11 +198,14 @@ class LatencyModel:
         seen = ordered[min(len(ordered) - 1, int(self.config.quantile * len(ordered)))]
         return 1 + min(max(seen - 1, self.config.least_margin), self.config.most_margin)
 
-    def _predict(self, shape: Hashable, steps: int) -> Costs:
-        margin = self.margin
-        expected = {size: round(self._cell_ns(Cell(shape, size, steps, False))) for size in self.sizes}
+    def _predict(self, shape: Hashable, steps: int, lone: bool) -> Costs:
+        margin, cells = self.margin, {size: Cell(shape, size, steps, False, lone) for size in self.sizes}
+        cells = {
+            size: cell if cell in self._typical else cell._replace(lone=False) for size, cell in cells.items()
+        }
+        expected = {size: round(self._cell_ns(cell)) for size, cell in cells.items()}
         first = round(self._cell_ns(Cell(shape, 1, steps, True)))
-        tails = {size: self._tail_ns(Cell(shape, size, steps, False)) for size in self.sizes}
+        tails = {size: self._tail_ns(cell) for size, cell in cells.items()}
         first_tail = self._tail_ns(Cell(shape, 1, steps, True))
         knee = self.sizes[0]
         for size in self.sizes[1:]:
@@ -227,7 +236,8 @@ class LatencyModel:
 
     def _guess(self, cell: Cell) -> float:
         """Predicts a cell without device times from the others of its shape, or of any shape if it has none."""
-        cells = [known for known in self._typical if known.shape == cell.shape] or list(self._typical)
+        whole = [known for known in self._typical if not known.lone]
+        cells = [known for known in whole if known.shape == cell.shape] or whole
         if cell.first:
             same = [self._typical[known] / known.steps for known in cells if known.first]
             if same:

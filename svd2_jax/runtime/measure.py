@@ -60,7 +60,8 @@ def measure(
     """Returns device times of every kind of tick, for `LiveLoop.warm_up`; also shows that all of them run.
 
     Each kind is run alone, and then so that each tick is handed over while the one before it is being finished, as
-    live: what it takes then is its time, and what it takes longer alone is its tail.
+    live: what it takes then is its time, and what it takes longer alone is its tail. Kinds are first groups, chunks that
+    are pushed on alone to their end (in ticks that compute one row), and chunks that enter tick by tick.
 
     Opens as many temporary sessions as the largest batch takes. Where fewer fit, larger batches are left out.
 
@@ -106,17 +107,30 @@ def measure(
             kinds = []
             for size in (size for size in sizes if size <= len(sessions)):
                 work = [Work(session, chunk) for session in sessions[:size]]
+                if count > 1:
+                    pushes = [Work(session) for session in sessions[:size]]
+                    rows = [_pushed(engine, work, pushes, now_ns) for _ in range(rounds + 1)]
+                    whole = [work, *[pushes] * (len(rows[0]) - 1)]
+                    in_a_row = _in_a_row(engine, whole * rounds, now_ns)
+                    kinds.append((size, False, True, [took for row in rows[1:] for took in row], in_a_row))
+            for size in (size for size in sizes if size <= len(sessions)):
+                work = [Work(session, chunk) for session in sessions[:size]]
                 alone = [_alone(engine, work, now_ns) for _ in range(rounds + 1)]
-                kinds.append((size, False, alone, _in_a_row(engine, [work] * (rounds + 1), now_ns)))
+                kinds.append(
+                    (size, False, False, alone[1:], _in_a_row(engine, [work] * (rounds + 1), now_ns))
+                )
             reopen(count, min(rounds + 2, sizes[-1]))
             firsts.append(_alone(engine, [Work(sessions[0], first)], now_ns))
             in_a_row = _in_a_row(engine, [[Work(session, first)] for session in sessions[1:]], now_ns)
-            kinds.insert(0, (1, True, firsts, in_a_row))
-        for size, is_first, alone, in_a_row in kinds:
-            alone = alone[1:]  # whatever runs for the first time takes longer
+            kinds.insert(
+                0, (1, True, False, firsts[1:], in_a_row)
+            )  # whatever runs for the first time takes longer
+        for size, is_first, is_lone, alone, in_a_row in kinds:
             times = in_a_row or alone
             tail = max(0, round(statistics.median(alone) - statistics.median(times)))
-            samples += [LatencySample(shape, size, count, max(1, took), is_first, tail) for took in times]
+            samples += [
+                LatencySample(shape, size, count, max(1, took), is_first, tail, is_lone) for took in times
+            ]
     return samples
 
 
@@ -125,6 +139,20 @@ def _alone(engine: Engine, work: Sequence[Work], now_ns: Callable[[], int]) -> i
     started_ns = now_ns()
     engine.tick(work).wait()
     return now_ns() - started_ns
+
+
+def _pushed(
+    engine: Engine, work: Sequence[Work], pushes: Sequence[Work], now_ns: Callable[[], int]
+) -> list[int]:
+    """Returns the times of the ticks that take chunks from their entry to their end, with nothing else in flight."""
+    times, is_finished = [], False
+    while not is_finished:
+        started_ns = now_ns()
+        ticket = engine.tick(pushes if times else work)
+        ticket.wait()
+        times.append(now_ns() - started_ns)
+        is_finished = any(ticket.chunks)
+    return times
 
 
 def _in_a_row(engine: Engine, works: Iterable[Sequence[Work]], now_ns: Callable[[], int]) -> list[int]:

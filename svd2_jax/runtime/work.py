@@ -95,11 +95,13 @@ class Tick:
       number: counts ticks from 0.
       parts: at least one, each of another stream.
       predicted_ns: how long it is expected to take, from when it is handed over until its frames are finished.
+      lone: whether no stage has chunks in several rows of a stream, so that one row of each is computed.
     """
 
     number: int
     parts: tuple[Part, ...]
     predicted_ns: int
+    lone: bool = False
 
     @property
     def steps(self) -> int:

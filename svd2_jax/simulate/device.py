@@ -96,12 +96,14 @@ class SimulatedDevice:
         rows = -(-(len(part.frames) + part.fill) // settings.chunk_frames)
         return self._trace.sequential_ms(tick.steps * settings.stages, rows)
 
-    def sample_ms(self, settings: StreamSettings, batch: int, steps: int, first: bool) -> float:
+    def sample_ms(
+        self, settings: StreamSettings, batch: int, steps: int, first: bool, lone: bool = False
+    ) -> float:
         """Returns one measured time of a kind of tick, as a warm-up would see it."""
         if first:
             rows = -(-settings.first_frames // settings.chunk_frames)
             return self._sample_ms(self._trace.sequential_ms(steps * settings.stages, rows))
-        return self._sample_ms(self._trace.tick_ms(batch, steps))
+        return self._sample_ms(self._trace.tick_ms(batch, 1 if lone else steps))
 
     def _advance(self, part: Part) -> list[tuple[int, ...]]:
         self._rows[part.stream], finished = self._entered(part).leave()

@@ -209,11 +209,18 @@ class _Run:
         for source in kinds.values():
             settings = source.settings()
             steps = range(1, max(s.steps for s in self.trace.sources) + 1)
-            cells = [(1, s, True) for s in steps] + [(b, s, False) for b in sizes for s in steps]
-            for batch, count, first in cells:
+            cells = [(1, s, True, False) for s in steps]
+            cells += [
+                (b, s, False, lone)
+                for lone in (False, True)
+                for b in sizes
+                for s in steps
+                if s > 1 or not lone
+            ]
+            for batch, count, first, lone in cells:
                 for _ in range(WARM_UP_TICKS):
-                    took_ns = round(self.device.sample_ms(settings, batch, count, first) * MS)
-                    sample = LatencySample(settings.shape, batch, count, took_ns, first, tail_ns)
+                    took_ns = round(self.device.sample_ms(settings, batch, count, first, lone) * MS)
+                    sample = LatencySample(settings.shape, batch, count, took_ns, first, tail_ns, lone)
                     self.policy.warm_up(sample)
 
     def _input(self, rank: int, source: int, arrival: Arrival | None) -> None:
