@@ -60,8 +60,8 @@ def measure(
     """Returns device times of every kind of tick, for `LiveLoop.warm_up`; also shows that all of them run.
 
     Each kind is run alone, and then so that each tick is handed over while the one before it is being finished, as
-    live: what it takes then is its time, and what it takes longer alone is its tail. Kinds are first groups, chunks that
-    are pushed on alone to their end (in ticks that compute one row), and chunks that enter tick by tick.
+    live: what it takes then is its time, and what it takes longer alone is its tail. Kinds are first groups, chunks
+    that are pushed on alone to their end (in ticks that compute one row), and chunks that enter tick by tick.
 
     Opens as many temporary sessions as the largest batch takes. Where fewer fit, larger batches are left out.
 

@@ -37,8 +37,8 @@ class DeviceTrace:
 
     A tick of `batch` streams with `steps` steps takes `fixed_ms + row_ms * max(0, batch * steps - knee_rows)`: up to
     the knee the time goes into reading weights. Where no stage has chunks in several rows of a stream, it takes as long
-    as with one step. A first group, two rows in one, takes all its passes one after another. What comes behind the stages (decoding, on a device that has time for it) takes `tail_ms` more, and meanwhile the
-    next tick may run.
+    as with one step. A first group, two rows in one, takes all its passes one after another. What comes behind the
+    stages (decoding, on a device that has time for it) takes `tail_ms` more, and meanwhile the next tick may run.
 
     Attributes:
       fixed_ms: of every pass.
