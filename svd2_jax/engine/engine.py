@@ -381,7 +381,7 @@ class DeviceEngine:
         )
         trial._weights = self._weights
         with working("measuring the stages"), trial.open(spec) as session:
-            trial._builder(cfg).tick_apart(present)  # is compiled here
+            trial._builder(cfg).tick_apart(present)  # so that it is compiled before the others are met
             meet()
             measured = measure(session)
             meet()

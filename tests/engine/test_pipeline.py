@@ -335,7 +335,7 @@ def test_a_split_that_does_not_fit_is_not_taken():
 @pytest.mark.parametrize("cfg", [SHARED.config, T2V], ids=["v2v", "t2v"])
 def test_stages_are_measured_by_what_they_do(cfg):
     """Seven blocks take longer than one; only the ends have something else to do."""
-    large = dataclasses.replace(MODEL.dit, dim=256, ffn_dim=1024, num_layers=9)
+    large = dataclasses.replace(MODEL.dit, dim=512, ffn_dim=2048, num_layers=9)
     model = dataclasses.replace(MODEL, dit=large)
     options = PipelineOptions(split=(7, 1, 1))
     engine = DeviceEngine.random(model, mesh=stage_meshes(1, 3)[0], options=options)
