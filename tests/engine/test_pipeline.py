@@ -147,13 +147,12 @@ def counted(line):
 
     def counting(cfg):
         use(cfg)
+        ticks = line._programs.ticks
         kinds = {
-            kind: {
-                n: functools.partial(note, kind, program) for n, program in getattr(line._ticks, kind).items()
-            }
+            kind: {n: functools.partial(note, kind, program) for n, program in getattr(ticks, kind).items()}
             for kind in ("tick", "lone")
         }
-        line._ticks = dataclasses.replace(line._ticks, **kinds)
+        line._programs = dataclasses.replace(line._programs, ticks=dataclasses.replace(ticks, **kinds))
 
     def note(kind, program, *args):
         ran.add(kind)
