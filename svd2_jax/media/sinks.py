@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from pathlib import Path
@@ -14,8 +13,6 @@ from svd2_jax.media.urls import masked
 from svd2_jax.media.video import URL_TIMEOUT_S, UrlWriter, VideoWriter
 from svd2_jax.runtime.loop import WhenSlow
 from svd2_jax.runtime.work import MS, SECOND, FrameRecord
-
-LOOK_S = 0.05  # how often somebody who waits for a receiver looks whether it is gone
 
 
 class VideoSink:
@@ -129,75 +126,57 @@ class UrlSink:
           MediaError: nothing can be sent to such a URL, or rate or size cannot be used.
         """
         self.frames = 0
-        self._name, self._timeout_s, self._repeat_s = masked(url), timeout_s, repeat_s
-        self._writer = UrlWriter(url, fps, height, width)
-        self._next: queue.Queue[tuple[np.ndarray, int] | None] = queue.Queue(maxsize=1)
-        self._is_connected = threading.Event()
-        self._error: Exception | None = None
+        self._name, self._repeat_s = masked(url), repeat_s
+        self._writer = UrlWriter(url, fps, height, width, timeout_s)
+        self._last = np.zeros((height, width, 3), np.uint8)
+        self._opened_ns: int | None = None
+        self._error: MediaError | None = None
         self._has_told = False
-        # It alone touches the connection, as a call of FFmpeg that waits for the network cannot be called off.
-        self._thread = threading.Thread(target=self._send, name="svd2-url", daemon=True)
+        self._lock = threading.Lock()  # of the writer
+        self._is_closed = threading.Event()
 
     def open(self) -> None:
         """Connects; raises MediaError."""
-        self._thread.start()
-        is_connected = self._is_connected.wait(self._timeout_s)
-        self._raise_if_gone(None if is_connected else "does not answer")
+        self._writer.__enter__()
+        self._opened_ns = time.monotonic_ns()
+        threading.Thread(target=self._repeat, name="svd2-url", daemon=True).start()
 
     def close(self) -> str | None:
         """Ends the connection; returns what went wrong, unless a call has raised it."""
-        if self._thread.ident is None or self._has_told:
+        if self._opened_ns is None or self._is_closed.is_set():
             return None
-        try:
-            self._put(None)
-            self._thread.join(self._timeout_s)
-            self._raise_if_gone("takes nothing" if self._thread.is_alive() else None)
-        except MediaError as e:
-            return str(e)
-        return None
+        self._is_closed.set()
+        with self._lock:
+            try:
+                self._writer.__exit__(None if self._error is None else type(self._error))
+            except MediaError as e:
+                self._error = e
+        return None if self._error is None or self._has_told else str(self._error)
 
     def result(self) -> str | None:
-        """Returns what became of it, for the user, or None where that has been said."""
-        return None if self._has_told else f"{self._name}: {self.frames} frames sent"
+        """Returns what became of it, for the user."""
+        return None if self._opened_ns is None else f"{self._name}: {self.frames} frames sent"
 
     def __call__(self, frame: np.ndarray, record: FrameRecord) -> None:
         """Takes the next shown frame; raises MediaError when the receiver is gone."""
-        self._put((frame, time.monotonic_ns() if record.shown_ns is None else record.shown_ns))
+        self._last = frame
+        self._send(frame, time.monotonic_ns() if record.shown_ns is None else record.shown_ns)
+        if self._error is not None:
+            self._has_told = True
+            raise self._error
         self.frames += 1
 
-    def _put(self, item: tuple[np.ndarray, int] | None) -> None:
-        end = time.monotonic() + self._timeout_s
-        while True:
-            self._raise_if_gone("takes nothing" if time.monotonic() > end else None)
-            try:
-                return self._next.put(item, timeout=LOOK_S)
-            except queue.Full:
-                continue
+    def _send(self, frame: np.ndarray, at_ns: int, is_key: bool = False) -> None:
+        with self._lock:
+            if self._error is None and not self._is_closed.is_set():
+                try:
+                    self._writer.write(frame, (at_ns - (self._opened_ns or 0)) // MS, is_key)
+                except MediaError as e:
+                    self._error = e
 
-    def _raise_if_gone(self, problem: str | None) -> None:
-        error = self._error
-        if error is None and problem is not None:
-            error = MediaError(f"{self._name}: the receiver {problem} for {self._timeout_s:g} s")
-        if error is not None:
-            self._has_told = True
-            raise error
-
-    def _send(self) -> None:
-        try:
-            with self._writer as writer:
-                self._is_connected.set()
-                began_ns, frame = time.monotonic_ns(), np.zeros((*writer.size, 3), np.uint8)
-                while not self._has_told:  # else nobody waits for it any more
-                    try:
-                        item = self._next.get(timeout=self._repeat_s if writer.frames_written else 0)
-                    except queue.Empty:
-                        writer.write(frame, (time.monotonic_ns() - began_ns) // MS, is_key=True)
-                        continue
-                    if item is None:
-                        return
-                    frame, shown_ns = item
-                    writer.write(frame, (shown_ns - began_ns) // MS)
-        except Exception as e:
-            self._error = e
-        finally:
-            self._is_connected.set()
+    def _repeat(self) -> None:
+        sent = self._writer.frames_written
+        while not self._is_closed.wait(self._repeat_s):
+            if sent == self._writer.frames_written:
+                self._send(self._last, time.monotonic_ns(), is_key=True)
+            sent = self._writer.frames_written

@@ -18,6 +18,7 @@ from typing import NamedTuple, Self, cast
 import av
 import numpy as np
 from av.codec.codec import UnknownCodecError
+from av.codec.context import Flags
 from av.container import InputContainer, OutputContainer
 from av.error import ExitError, FFmpegError, InvalidDataError, ProtocolNotFoundError
 from av.stream import Disposition
@@ -48,7 +49,7 @@ class _Encoding(NamedTuple):
     codec: str
     options: dict[str, str]
     container_options: dict[str, str]
-    container: str | None = None  # FFmpeg's name; None: the suffix of the file says it
+    container: str = ""  # FFmpeg's name, for URLs; the suffix of a file says it
 
 
 _H264 = {"crf": H264_CRF, "preset": "fast"}
@@ -60,13 +61,14 @@ _ENCODINGS = {
 }
 
 # zerolatency: no B-frames, no look-ahead, no frame threads, so that each frame leaves as soon as it is encoded.
-_H264_LIVE = {"crf": "21", "preset": "veryfast", "tune": "zerolatency", "bf": "0"}
-_FLV = _Encoding("libx264", _H264_LIVE, {"flvflags": "no_duration_filesize", "flush_packets": "1"}, "flv")
-_MPEGTS = _Encoding("libx264", _H264_LIVE, {"flush_packets": "1"}, "mpegts")
-_RTSP = _Encoding("libx264", _H264_LIVE, {"rtsp_transport": "tcp"}, "rtsp")
+_H264_LIVE = {"crf": "21", "preset": "veryfast", "tune": "zerolatency"}
+_FLV = _Encoding("libx264", _H264_LIVE, {"flvflags": "no_duration_filesize"}, "flv")
+_MPEGTS = _Encoding("libx264", _H264_LIVE, {}, "mpegts")
+_HTTP = _Encoding("libx264", _H264_LIVE, {"method": "PUT"}, "mpegts")
 _URL_ENCODINGS = {
-    "rtmp": _FLV, "rtmps": _FLV, "rtsp": _RTSP,
-    "udp": _MPEGTS, "tcp": _MPEGTS, "srt": _MPEGTS, "http": _MPEGTS, "https": _MPEGTS,
+    "rtmp": _FLV, "rtmps": _FLV, "rtsp": _Encoding("libx264", _H264_LIVE, {"rtsp_transport": "tcp"}, "rtsp"),
+    "udp": _Encoding("libx264", _H264_LIVE, {"pkt_size": "1316"}, "mpegts"),  # 7 packets of MPEG-TS, as is usual
+    "tcp": _MPEGTS, "srt": _MPEGTS, "http": _HTTP, "https": _HTTP,
 }  # fmt: skip
 _URL_OPTIONS = {
     "rtsp": {"rtsp_transport": "tcp"},  # a lost UDP packet spoils the picture up to the next key frame
@@ -74,7 +76,6 @@ _URL_OPTIONS = {
     "udp": {"overrun_nonfatal": "1"},  # who is slow loses packets, as with any camera, and goes on
 }
 _MILLISECOND = Fraction(1, 1000)  # the clock of FLV; fine enough for a picture
-_TS_DATAGRAM = 1316  # bytes: 7 whole packets of MPEG-TS, what receivers expect of UDP
 
 
 def _reason(error: Exception) -> str:
@@ -84,12 +85,10 @@ def _reason(error: Exception) -> str:
 
 def _url_problem(url: str, error: Exception, timeout_s: float) -> str:
     """Returns why a URL cannot be opened, and what to do."""
-    if isinstance(error, ExitError):
+    if isinstance(error, (ExitError, TimeoutError)):
         return f"no answer within {timeout_s:g} s; check the address and that the server is running"
     if isinstance(error, ProtocolNotFoundError):
         return f"this build of FFmpeg knows no protocol {scheme_of(url)!r}; use rtsp, rtmp, http, udp or tcp"
-    if isinstance(error, InvalidDataError):
-        return "what comes is no video that FFmpeg can read; check the address"
     return f"cannot be opened ({_reason(error)}); check the address and that the server is running"
 
 
@@ -194,6 +193,10 @@ class VideoReader:
         options = _URL_OPTIONS.get(scheme_of(url) or "", {})
         try:
             return av.open(url, "r", options=options, timeout=(self._timeout_s, self._timeout_s))
+        except InvalidDataError as error:
+            raise MediaError(
+                f"{self._path}: what comes is no video that FFmpeg can read; check the address"
+            ) from error
         except (FFmpegError, OSError, ValueError) as error:
             raise MediaError(f"{self._path}: {_url_problem(url, error, self._timeout_s)}") from error
 
@@ -311,14 +314,6 @@ class _Encoder:
         self._stream: VideoStream | None = None
         self.frames_written = 0
 
-    def _start(self, target: str) -> VideoStream:
-        """Opens the target for a stream that is not begun yet."""
-        self._container = av.open(
-            target, "w", self._encoding.container, container_options=self._encoding.container_options
-        )
-        self._stream = stream = self._add_stream(self._container)
-        return stream
-
     def _add_stream(self, container: OutputContainer) -> VideoStream:
         stream = cast(
             VideoStream,
@@ -423,7 +418,10 @@ class VideoWriter(_Encoder):
 
     def __enter__(self) -> Self:
         try:
-            self._start(str(self._part))
+            self._container = av.open(
+                str(self._part), "w", container_options=self._encoding.container_options
+            )
+            self._stream = self._add_stream(self._container)
         except BaseException as error:
             self._discard()
             self._raise_if_media(error)
@@ -483,23 +481,23 @@ class VideoWriter(_Encoder):
 class UrlWriter(_Encoder):
     """Sends uint8 RGB frames to a URL as H.264, each at once: no B-frames, a key frame about every second.
 
-    The scheme chooses the container: FLV for rtmp, MPEG-TS for udp, tcp, srt and http (a POST), RTSP for rtsp.
-    `with` connects and closes; both, and `write`, wait for the network as long as it takes.
+    The scheme chooses the container: FLV for rtmp, MPEG-TS for udp, tcp, srt and http (a PUT), RTSP for rtsp.
 
     Attributes:
       size: (height, width) of its frames.
       fps: frames per second, about.
-      frames_written: frames so far.
+      frames_written: frames so far, with two black ones at the start.
     """
 
-    def __init__(self, url: str, fps: float, height: int, width: int):
-        """Checks what can be checked without connecting.
+    def __init__(self, url: str, fps: float, height: int, width: int, timeout_s: float = URL_TIMEOUT_S):
+        """Checks what can be checked without connecting; `with` connects.
 
         Args:
           url: where to send to.
           fps: frames per second, about; each frame has a time of its own.
           height: pixels, even.
           width: pixels, even.
+          timeout_s: seconds that the receiver may take to answer, and later to take what is sent.
 
         Raises:
           MediaError: nothing can be sent to such a URL, or rate or size cannot be used.
@@ -508,21 +506,37 @@ class UrlWriter(_Encoder):
         if scheme not in _URL_ENCODINGS:
             raise MediaError(f"{name}: cannot send to such a URL; supported are {', '.join(_URL_ENCODINGS)}")
         super().__init__(name, _URL_ENCODINGS[scheme], fps, height, width)
-        self._url, self._last_ms = url, -1
-        if scheme == "udp" and "pkt_size" not in url:
-            self._url += f"{'&' if '?' in url else '?'}pkt_size={_TS_DATAGRAM}"
+        self._url, self._timeout_s, self._last_ms = url, timeout_s, -1
 
     def __enter__(self) -> Self:
+        timeout = "timeout" if self._encoding.container == "rtsp" else "rw_timeout"  # in microseconds
+        options = {
+            **self._encoding.container_options,
+            timeout: str(round(self._timeout_s * 1e6)),
+            "flush_packets": "1",
+        }
+        # FFmpeg's own thread connects and sends, as PyAV connects with Python's lock held and without a time limit.
+        fifo = {
+            "fifo_format": self._encoding.container,
+            "format_opts": ":".join(f"{key}={value}" for key, value in options.items()),
+            "queue_size": "1",
+            "attempt_recovery": "0",
+        }
         try:
-            stream = self._start(self._url)
-            stream.codec_context.time_base = _MILLISECOND
-            stream.codec_context.gop_size = max(1, round(self.fps))
-            assert self._container is not None
-            self._container.start_encoding()  # connects
+            self._container = av.open(self._url, "w", "fifo", container_options=fifo)
+            self._stream = self._add_stream(self._container)
+            context = self._stream.codec_context
+            context.time_base, context.gop_size = _MILLISECOND, max(1, round(self.fps))
+            if self._encoding.container != "mpegts":  # which repeats the headers, for who comes later
+                context.flags |= Flags.global_header
+            # The queue has room for one: the second waits until the connection is there, and raises if it cannot be.
+            for at_ms in range(2):
+                self._encode(np.zeros((*self.size, 3), np.uint8), at_ms, _MILLISECOND)
         except (FFmpegError, OSError, ValueError) as error:
             self._give_up()
             self._raise_if_no_encoder(error)
-            raise MediaError(f"{self._name}: {_url_problem(self._url, error, URL_TIMEOUT_S)}") from error
+            raise MediaError(f"{self._name}: {_url_problem(self._url, error, self._timeout_s)}") from error
+        self._last_ms = 1
         return self
 
     def write(self, frame: np.ndarray, at_ms: int, is_key: bool = False) -> None:
@@ -530,12 +544,14 @@ class UrlWriter(_Encoder):
 
         Args:
           frame: uint8 [H, W, 3] of the writer's size.
-          at_ms: when it is shown, on a clock that began when the stream did; a frame is at least 1 ms behind the last.
+          at_ms: when it is shown, in ms since the stream was opened; at least 1 ms after the one before is taken.
           is_key: makes it a key frame, with which a viewer can begin.
 
         Raises:
-          MediaError: the receiver is gone, or the frame is of another kind.
+          MediaError: the receiver is gone or takes nothing, or the frame is of another kind.
         """
+        if self._container is None:
+            raise MediaError(f"{self._name}: not open; write inside `with UrlWriter(...) as writer:`")
         self._check_frames(frame[None])
         self._last_ms = max(at_ms, self._last_ms + 1)
         try:
