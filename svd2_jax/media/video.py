@@ -560,9 +560,7 @@ class UrlWriter(_Encoder):
             raise self._gone(error) from error
 
     def _gone(self, error: Exception) -> MediaError:
-        return MediaError(
-            f"{self._name}: the receiver is gone after {self.frames_written} frames ({_reason(error)})"
-        )
+        return MediaError(f"{self._name}: the receiver is gone ({_reason(error)})")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
