@@ -1,4 +1,4 @@
-"""Compares our splits with the reference's and counts how blocks move under noise; see block_balance.md.
+"""Compares our splits with the reference's and with the best ones under noise; see block_balance.md.
 
 PYTHONPATH=.:tests/engine python benchmarks/block_balance.py
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import test_balance as simulated
 
-from svd2_jax.engine.balance import BalancePolicy, best_split, bottleneck, measured_split
+from svd2_jax.engine.balance import best_split, bottleneck, measured_split
+from svd2_jax.engine.stage_times import SAMPLES
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "goldens" / "block_balance.json"
 SEEDS = 40
@@ -33,35 +34,17 @@ def compare(alike: bool) -> None:
     )
 
 
-def settle(noise: float, outliers: float) -> None:
-    """Prints the throughput and the moves of simulated pipelines."""
-    early, late, first, further = [], [], [], []
+def decide(noise: float, outliers: float) -> None:
+    """Prints the throughput of simulated pipelines on the split that is chosen by a warm-up's measurements."""
+    before, after = [], []
     for seed in range(SEEDS):
         devices = simulated.some_devices(seed, noise=noise, outliers=outliers)
-        state, moves = simulated.balance(devices, simulated.even(devices), simulated.SETTLED)
-        early.append(devices.throughput(state.counts))
-        first.append(moves)
-        state, moves = simulated.balance(devices, state, 1000)
-        late.append(devices.throughput(state.counts))
-        further.append(moves)
-    print(
-        f"noise {noise:.0%}, outliers {outliers:.0%}: throughput of the best split's at least {min(early):.1%} "
-        f"after {simulated.SETTLED}, {min(late):.1%} after 1000 more (mean {statistics.mean(late):.1%}); moves at most "
-        f"{max(first)}, then {max(further)} ({sum(further)} in all {SEEDS} runs)"
-    )
-
-
-def decide_once(noise: float, outliers: float) -> None:
-    """Prints the throughput after one decision from a warm-up's measurements, as live streams have it."""
-    policy, before, after = BalancePolicy(), [], []
-    for seed in range(SEEDS):
-        devices = simulated.some_devices(seed, noise=noise, outliers=outliers)
-        counts = simulated.even(devices).counts
+        counts = simulated.even(devices)
         before.append(devices.throughput(counts))
-        times = [devices.draw(counts) for _ in range(policy.samples)]
-        after.append(devices.throughput(measured_split(counts, times, policy.threshold)))
+        times = [devices.draw(counts) for _ in range(SAMPLES)]
+        after.append(devices.throughput(measured_split(counts, times)))
     print(
-        f"noise {noise:.0%}, outliers {outliers:.0%}, one decision after {policy.samples}: throughput of the best "
+        f"noise {noise:.0%}, outliers {outliers:.0%}, after {SAMPLES} measurements: throughput of the best "
         f"split's at least {min(after):.1%}, mean {statistics.mean(after):.1%}; even split: at "
         f"least {min(before):.1%}, mean {statistics.mean(before):.1%}"
     )
@@ -80,8 +63,7 @@ def main() -> None:
         f"best_split of 40 blocks over 8 stages: {min(runs_ms):.1f} ms, median {statistics.median(runs_ms):.1f} ms"
     )
     for noise, outliers in ((0.01, 0.0), (0.1, 0.0), (0.1, 0.1), (0.2, 0.0)):
-        settle(noise, outliers)
-        decide_once(noise, outliers)
+        decide(noise, outliers)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/pipeline_cpu.py
 
-Starts two processes, each bound to one core with one CPU device, that run one pipeline of twelve blocks. Then lets them
-start from a bad split and move blocks. Needs no weights, and two idle cores.
+Starts two processes, each bound to one core with one CPU device, that run one pipeline of twelve blocks. Needs no
+weights, and two idle cores.
 """
 
 import os
@@ -15,8 +15,6 @@ import time
 TICKS = 30
 BLOCKS = 12
 SPLITS = ((12,), (6, 6), (8, 4), (10, 2))
-MOVING = (10, 2)
-MOVING_TICKS = 500  # most of them while the programs of the next split are compiled, on the same cores
 
 
 def free_port() -> int:
@@ -26,12 +24,12 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(task: str, split: tuple[int, ...]) -> str:
+def start(split: tuple[int, ...]) -> str:
     """Runs one process for each stage; returns what the last one prints."""
     port, count = free_port(), len(split)
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, task, *map(str, (port, i, count)), "+".join(map(str, split))],
+            [sys.executable, __file__, *map(str, (port, i, count)), "+".join(map(str, split))],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
         )
@@ -41,7 +39,7 @@ def start(task: str, split: tuple[int, ...]) -> str:
     return "\n".join(line for line in outputs[-1].splitlines() if not line.startswith("[Gloo]"))
 
 
-def work(task: str, port: str, process: str, count: str, split_text: str) -> None:
+def work(port: str, process: str, count: str, split_text: str) -> None:
     """What each process does."""
     os.sched_setaffinity(0, {int(process)})
     import jax
@@ -49,7 +47,6 @@ def work(task: str, port: str, process: str, count: str, split_text: str) -> Non
 
     from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig
     from svd2_jax.engine import cluster, params
-    from svd2_jax.engine.balance import BalancePolicy
     from svd2_jax.engine.mesh import stage_meshes
     from svd2_jax.engine.params import StageWeights
     from svd2_jax.engine.pipeline import Arrival, Pipeline
@@ -69,9 +66,8 @@ def work(task: str, port: str, process: str, count: str, split_text: str) -> Non
         mesh = stage_meshes(1, len(split))[0]
         builder = Builder(model, cfg, jnp.dtype(dtype), mesh)
         weights = StageWeights(model, params.random_items(model, 0, jnp.dtype(dtype)), mesh)
-        moving = BalancePolicy() if task == "moving" else None
-        programs = builder.denoiser(split, movable=moving is not None)
-        line = Pipeline(builder, lambda _: programs, weights, split, jnp.ones((1, 32, 64)), moving)
+        programs = builder.denoiser(split)
+        line = Pipeline(builder, lambda _: programs, weights, split, jnp.ones((1, 32, 64)))
 
         def latents(frames: int) -> jax.Array:
             return jax.device_put(jnp.ones((frames, *cfg.latent_size, sizes.in_channels)), mesh.home)
@@ -92,17 +88,7 @@ def work(task: str, port: str, process: str, count: str, split_text: str) -> Non
 
         line.first_group(latents(2), (latents(2),))
         run(2 * line.depth)
-        if task == "steady":
-            print(min(run(TICKS) for _ in range(3)))
-            return
-        seen = line.split
-        print(f"tick {0:4d}: {'+'.join(map(str, seen))}")
-        for tick in range(MOVING_TICKS):
-            run(1)
-            if line.split != seen:
-                seen = line.split
-                print(f"tick {tick:4d}: {'+'.join(map(str, seen))}")
-        print(f"then {run(TICKS):.1f} ms a tick")
+        print(min(run(TICKS) for _ in range(3)))
 
 
 def main() -> None:
@@ -113,13 +99,11 @@ def main() -> None:
     print("split   ms a tick   its slower stage alone   throughput of 1 / bottleneck")
     whole = 0.0
     for split in SPLITS:
-        tick = float(start("steady", split))
+        tick = float(start(split))
         whole = whole or tick
         bottleneck = whole * max(split) / BLOCKS
         name = "+".join(map(str, split))
         print(f"{name:6s} {tick:10.1f} {bottleneck:24.1f} {bottleneck / tick:30.0%}", flush=True)
-    print("\nfrom a bad split, with blocks on the move:")
-    print(start("moving", MOVING))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,6 @@ def load(
     batch_sizes: Sequence[int] = (1,),
     share_vae: bool = False,
     weight_dtype: Literal["int8", "fp8"] | None = None,
-    rebalance: bool = True,
     keep_programs: bool = True,
 ) -> DeviceEngine:
     """Returns an engine that runs a converted checkpoint on JAX's devices.
@@ -75,7 +74,6 @@ def load(
       batch_sizes: how many sessions may share a tick, as in (1, 2, 4), see docs/streaming.md.
       share_vae: whether all stages' devices encode and decode together, see docs/pipeline.md.
       weight_dtype: 8 bits that the transformer's linear layers are held in; None: as they are computed with.
-      rebalance: whether blocks may move between stages while a stream runs; its steps cannot change then.
       keep_programs: whether what is compiled is kept on disk and taken from there the next time (docs/running.md).
         Holds for the whole process from now on.
 
@@ -88,13 +86,10 @@ def load(
     check_whole("stages", stages, 1)
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise ConfigError(f"checkpoint must be a folder or a name, got {type(checkpoint).__name__}")
-    from svd2_jax.engine.balance import BalancePolicy
     from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, prepare_devices
     from svd2_jax.engine.mesh import stage_meshes
 
-    options = PipelineOptions(
-        batch_sizes=batch_sizes, share_vae=share_vae, rebalance=BalancePolicy() if rebalance else None
-    )
+    options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
     prepare_devices(keep_programs)
     (mesh,) = stage_meshes(1, stages)
     if (name := shipped.random_preset(checkpoint)) is not None:

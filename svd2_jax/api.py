@@ -226,6 +226,14 @@ class Engine(Protocol):
         """Compiles all that streams like this need, in every batch size and for all these numbers of steps."""
         ...
 
+    def measure_split(self, spec: SessionSpec) -> Sequence[int] | None:
+        """Measures the stages of the engine's pipeline and chooses how many blocks each of them has from then on.
+
+        To be called before `prepare`. Returns the blocks; None where there is nothing to choose, and beside open
+        sessions.
+        """
+        ...
+
     def prepare_prompt(self, prompt: str) -> None:
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait."""
         ...

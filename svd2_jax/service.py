@@ -78,6 +78,8 @@ class LiveService:
         )
         self._stop_s = (config or LoopConfig()).stop_s
         self._feeders: list[threading.Thread] = []
+        self.splits: tuple[Sequence[int] | None, ...] = ()
+        """Blocks on each stage of each engine, by what `warm_up` measured; None where it measured none."""
 
     def start(self) -> None:
         """Starts the threads."""
@@ -131,7 +133,8 @@ class LiveService:
     def warm_up(self, spec: SessionSpec, steps: Iterable[int] | None = None) -> list[LatencySample]:
         """Compiles what streams like this need, measures what their ticks take, and tells the schedulers.
 
-        Without it the first stream compiles, and schedulers learn from the first frames.
+        Engines with several stages measure them first, and choose how many blocks each has (`splits`). Without a
+        warm-up the first stream compiles, and schedulers learn from the first frames.
 
         Args:
           spec: what streams will compute.
@@ -140,6 +143,7 @@ class LiveService:
         Returns:
           What was measured, of all engines.
         """
+        self.splits = tuple(engine.measure_split(spec) for engine in self._engines)
         samples = []
         for engine, loop in zip(self._engines, self.loops, strict=True):
             resolved = engine.resolved(spec)

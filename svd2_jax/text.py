@@ -27,6 +27,11 @@ def held_in(weight_dtype: str, cache_dtype: str) -> str:
     return "".join(f", {what} {storage}" for what, storage in held if storage != "compute")
 
 
+def measured_blocks(split: Sequence[int]) -> str:
+    """Returns what people are told of a split that was measured."""
+    return f"blocks per stage, by measured times: {'+'.join(map(str, split))}"
+
+
 def shortened(text: str, width: float, measured: Callable[[str], float]) -> str:
     """Returns a text that is no wider than `width` as it is `measured`, cut at its end; one character at least."""
     while measured(text) > width and len(text) > 1:

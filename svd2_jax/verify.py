@@ -28,7 +28,7 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import Storage, StreamConfig, TAEHVConfig
 from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine import balance
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.engine.noise import RecordedNoise
 from svd2_jax.engine.pipeline import Arrival, Pipeline
@@ -176,10 +176,7 @@ def verify(
     with tempfile.TemporaryDirectory() as scratch, jax.default_matmul_precision(precision):
         with working("converting the weights"):
             checkpoint = _convert(folder, Path(scratch), dtype)
-        options = PipelineOptions(rebalance=None)
-        engine = DeviceEngine.from_checkpoint(
-            checkpoint, dtype, mesh=mesh, options=options, weight_dtype=weight_dtype
-        )
+        engine = DeviceEngine.from_checkpoint(checkpoint, dtype, mesh=mesh, weight_dtype=weight_dtype)
         for file in files:
             with working(f"computing {file.name}"):
                 outcome = _run(engine, file, cache_dtype or "compute")

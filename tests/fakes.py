@@ -286,6 +286,9 @@ class FakeEngine:
     def prepare(self, spec: SessionSpec, steps: Sequence[int]) -> None:
         self.prepared |= set(steps)
 
+    def measure_split(self, spec: SessionSpec) -> None:
+        pass
+
     def prepare_prompt(self, prompt: str) -> None:
         if self.prompt_error is not None:
             raise self.prompt_error

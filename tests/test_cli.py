@@ -288,6 +288,19 @@ def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, c
 
 
 @pytest.mark.slow
+def test_a_long_video_is_drawn_on_the_split_that_is_measured_first(svd2, clip, tmp_path, monkeypatch):
+    run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--steps", 1, "--stages", 2, "--output"]
+    said = "blocks per stage, by measured times: "
+    code, _, err = svd2(*run, tmp_path / "short.mp4")
+    assert (code, said in err) == (0, False)
+    monkeypatch.setattr(cli, "MEASURED_FRAMES", 11)
+    code, _, err = svd2(*run, tmp_path / "long.mp4")
+    assert code == 0
+    assert re.search(rf"^{said}\d\+\d$", err, re.MULTILINE)
+    assert difference(load_clip(tmp_path / "short.mp4"), load_clip(tmp_path / "long.mp4")) < CODEC
+
+
+@pytest.mark.slow
 def test_a_pipeline_with_a_shared_vae_draws_the_same_video(svd2, clip, tmp_path):
     run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--output"]
     assert svd2(*run, tmp_path / "one.mp4")[0] == 0

@@ -83,6 +83,21 @@ def test_several_engines_share_the_streams_and_no_engine_gets_two_before_each_ha
         assert service.metrics.summary().frames_in == 6 * 21
 
 
+def test_a_warm_up_measures_the_stages_of_every_engine_before_its_ticks():
+    with serving(engines=2) as (service, clock, engines):
+        assert service.splits == ()
+        measured = []
+
+        def measure_split(spec):
+            measured.append(len(engines[1].ticks))
+            return (3, 1)
+
+        engines[1].measure_split = measure_split
+        warm_up(service, clock, (1, 2))
+        assert service.splits == (None, (3, 1))
+        assert measured == [0]
+
+
 def test_a_stream_goes_where_there_is_room_and_is_refused_when_all_engines_are_full():
     # One stream of 16 FPS with one step of 150 ms needs 60 % of a device.
     with serving(engines=2, device_ms=lambda streams, steps, first: 150.0 * streams * steps) as (

@@ -30,7 +30,7 @@ from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
 from svd2_jax.media.urls import masked, path_or_url
-from svd2_jax.text import held_in
+from svd2_jax.text import held_in, measured_blocks
 
 if TYPE_CHECKING:
     from svd2_jax.engine.cluster import Cluster
@@ -45,6 +45,9 @@ T = TypeVar("T")
 EXIT_FAILED = 1
 _END_BYTES = 1 << 20  # of each end of a file, to tell it from another
 MOST_STAGES = 8  # that a plan compares
+MEASURED_FRAMES = (
+    1000  # of a clip from which on measuring the stages, some 120 frames' work, is little beside it
+)
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
 EIGHT_BITS = STORAGES[1:]
 DEMO_PROMPTS = ("a neon city at night", "an oil painting", "a pencil sketch")
@@ -233,11 +236,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     pipeline.add_argument(
         "--split", metavar="N,N,...",
-        help="blocks on each stage to start with (default: weighed against encoding and decoding)",
-    )  # fmt: skip
-    pipeline.add_argument(
-        "--no-rebalance", action="store_true",
-        help="leave the blocks where they are, even where the stages turn out to be uneven",
+        help="blocks on each stage (default: by what each stage is measured to take before the video begins; where it "
+        f"is shorter than {MEASURED_FRAMES} frames, blocks are weighed against encoding and decoding instead)",
     )  # fmt: skip
     _add_share_vae(pipeline)
     pipeline.add_argument(
@@ -254,8 +254,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_share_vae(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--share-vae", action="store_true",
-        help="let all stages' devices encode and decode together, each a part of the picture's rows; blocks then stay "
-        "where they are (default: the first one encodes, the last one decodes)",
+        help="let all stages' devices encode and decode together, each a part of the picture's rows; stages are then "
+        "not measured (default: the first one encodes, the last one decodes)",
     )  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     machine.add_argument(
         "-v", "--verbose", action="store_true",
-        help="say what is loaded, how large it is on each device, and when blocks move between stages",
+        help="say what is loaded, and how large it is on each device",
     )  # fmt: skip
 
 
@@ -378,7 +378,7 @@ def _run(args: argparse.Namespace) -> int:
         if cfg.task == "t2v":
             _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
             writer = _writer(args, T2V_FPS, cfg, mesh, group)
-            with _open(args, spec, mesh, options) as session:
+            with _open(args, spec, mesh, options, args.frames, group.meet) as session:
                 group.meet()
                 frames = session.run(
                     count=args.frames, prompts=prompts, blend_chunks=args.blend, on_step=group.step
@@ -388,7 +388,7 @@ def _run(args: argparse.Namespace) -> int:
             with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
                 _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
                 writer = _writer(args, reader.fps, cfg, mesh, group)
-                with _open(args, spec, mesh, options) as session:
+                with _open(args, spec, mesh, options, reader.frame_count, group.meet) as session:
                     group.meet()
                     frames = session.run(reader, prompts=prompts, blend_chunks=args.blend, on_step=group.step)
                     _write(frames, writer, reader.frame_count)
@@ -422,7 +422,6 @@ def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str
         "prompts and settings": _digest(repr(settings).encode()),
         "--stages": str(_stages(args)),
         "--split": str(args.split),
-        "--no-rebalance": str(args.no_rebalance),
         "--share-vae": str(args.share_vae),
     }
     say = functools.partial(tqdm.write, file=sys.stderr)  # beside a progress bar
@@ -456,7 +455,6 @@ def _mesh(args: argparse.Namespace) -> StageMesh:
 
 
 def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
-    from svd2_jax.engine.balance import BalancePolicy
     from svd2_jax.engine.engine import PipelineOptions
 
     split = _parse_split(args.split)
@@ -464,8 +462,7 @@ def _pipeline_options(args: argparse.Namespace) -> PipelineOptions:
         raise ConfigError(
             f"--split {args.split} has {len(split)} stages, --stages {args.stages}; leave one of them out"
         )
-    rebalance = None if args.no_rebalance else BalancePolicy()
-    return PipelineOptions(args.attention, split, rebalance, share_vae=args.share_vae)
+    return PipelineOptions(args.attention, split, share_vae=args.share_vae)
 
 
 def _parse_split(text: str | None) -> tuple[int, ...] | None:
@@ -557,9 +554,14 @@ def _parse_prompt_at(text: str) -> tuple[int, str]:
 
 
 def _open(
-    args: argparse.Namespace, spec: SessionSpec, mesh: StageMesh, options: PipelineOptions
+    args: argparse.Namespace,
+    spec: SessionSpec,
+    mesh: StageMesh,
+    options: PipelineOptions,
+    frame_count: int | None,
+    meet: Callable[[], object] = lambda: None,
 ) -> DeviceSession:
-    """Loads the model, compiles its programs and opens the session."""
+    """Loads the model, compiles its programs and opens the session; measures the stages first for a long video."""
     started = time.monotonic()
     engine = _engine(args, mesh, options)
     cfg, stages = spec.config, len(mesh.devices)
@@ -569,6 +571,9 @@ def _open(
         + "; programs are compiled the first time only"
     )
     with progress.shown("getting ready", _say):
+        is_long = frame_count is None or frame_count >= MEASURED_FRAMES
+        if is_long and (split := _device_errors(engine.measure_split, spec, meet)):
+            _say(measured_blocks(split))
         session = _device_errors(engine.open, spec)
     if args.verbose:
         _say(engine.describe(spec.config))
@@ -803,8 +808,18 @@ def _live_from(
     )
 
     remark = functools.partial(_unknown_style, args.checkpoint)
+    describe = (lambda engine: engine.describe(cfg)) if args.verbose else None
     plan = live.LiveRun(
-        specs, settings, source, args.output, args.metrics, args.picture, args.seconds, args.blend, remark
+        specs,
+        settings,
+        source,
+        args.output,
+        args.metrics,
+        args.picture,
+        args.seconds,
+        args.blend,
+        remark,
+        describe,
     )
     plan.check()
     _note_unknown_styles(args.checkpoint, args.prompt)
@@ -816,19 +831,10 @@ def _live_from(
 
     on_one = -(-args.streams // args.replicas)
     sizes = tuple(2**n for n in range(on_one.bit_length()))
-    options = PipelineOptions(args.attention, rebalance=None, batch_sizes=sizes, share_vae=args.share_vae)
+    options = PipelineOptions(args.attention, batch_sizes=sizes, share_vae=args.share_vae)
     first, *others = stage_meshes(args.replicas, args.stages)
     engine = _engine(args, first, options)
     engines = [engine, *(engine.replica(mesh) for mesh in others)]
-    if args.stages > 1 and not args.share_vae:
-        for i, engine in enumerate(engines):
-            with progress.shown("getting ready", _say):
-                split = _device_errors(engine.measure_split, specs[0])
-            name = f"replica {i}, " if others else ""
-            _say(f"{name}blocks per stage, by measured times: {'+'.join(map(str, split))}")
-    if args.verbose:
-        for engine in engines:
-            _say(engine.describe(cfg))
     ended_well = _device_errors(live.run, engines, plan, PolicyConfig(), _say)
     return 0 if ended_well else EXIT_FAILED
 
@@ -903,7 +909,7 @@ def _eval(args: argparse.Namespace) -> int:
         from svd2_jax.engine.engine import PipelineOptions
         from svd2_jax.engine.mesh import stage_meshes
 
-        engine = _engine(args, stage_meshes(1, 1)[0], PipelineOptions(args.attention, rebalance=None))
+        engine = _engine(args, stage_meshes(1, 1)[0], PipelineOptions(args.attention))
         return engine, functools.partial(rebuild, engine, cfg)
 
     cfg = _stream_config(args)
@@ -940,7 +946,7 @@ class _BenchModel:
         if converted is not None:  # with as many blocks as were asked for
             options.update(checkpoint=str(converted), blocks=None)
         args = argparse.Namespace(**options)
-        return _engine(args, stage_meshes(1, 1)[0], PipelineOptions(args.attention, rebalance=None))
+        return _engine(args, stage_meshes(1, 1)[0], PipelineOptions(args.attention))
 
     def random_sizes(self) -> ModelConfig:
         if shipped.random_preset(self.args.checkpoint) is None:
@@ -1059,7 +1065,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     _add_noise(parser)
     _add_shape(parser, "what is computed (defaults: published settings)")
     _add_machine(parser)
-    parser.set_defaults(mode=None, stages=1, split=None, no_rebalance=True, share_vae=False)
+    parser.set_defaults(mode=None, stages=1, split=None, share_vae=False)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -1097,7 +1103,7 @@ def _demo(args: argparse.Namespace) -> int:
     changes = {frame: prompt for frame, prompt in prompts.items() if frame}
     spec = SessionSpec(prompts[0], cfg, args.noise_scale, args.seed)
     _prepare_devices()
-    with _open(args, spec, _mesh(args), _pipeline_options(args)) as session:
+    with _open(args, spec, _mesh(args), _pipeline_options(args), len(clip)) as session:
         _write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
     sheet = args.out / "demo.png"
     media.contact_sheet(sheet, clip, shown, prompts)

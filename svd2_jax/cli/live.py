@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from svd2_jax import files, progress
 from svd2_jax.api import Engine, SessionSpec
@@ -28,6 +29,7 @@ from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.table import LiveTable
 from svd2_jax.runtime.work import MS, Event, FrameRecord, PromptRecord, StreamId, StreamSettings
 from svd2_jax.service import LiveService
+from svd2_jax.text import measured_blocks
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
 STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
@@ -49,6 +51,7 @@ class LiveRun:
       seconds: how long to run; None: until the input ends.
       blend_chunks: chunks over which a typed prompt comes in.
       remark: what to tell the user about a typed prompt, or None.
+      describe: what to tell of each engine once it is warm; None: nothing.
     """
 
     specs: tuple[SessionSpec, ...]
@@ -60,6 +63,7 @@ class LiveRun:
     seconds: float | None = None
     blend_chunks: int = 4
     remark: Callable[[str], str | None] = lambda prompt: None
+    describe: Callable[[Any], str] | None = None
 
     def check(self) -> None:
         """Raises MediaError for an output that could not be written, before the work begins."""
@@ -199,7 +203,7 @@ def _run_service(
     service = LiveService(engines, policy, LoopConfig(stop_s=STOP_S), metrics, observers, give_up)
     service.start()
     try:
-        _warm_up(service, plan, say)
+        _warm_up(engines, service, plan, say)
         interrupts.hold()
         with table:
             for i, (spec, sink) in enumerate(zip(plan.specs, outputs.sinks, strict=True)):
@@ -228,13 +232,20 @@ def _run_service(
     return [_not_started(i, error) for i, error in errors.items()] + ended_early
 
 
-def _warm_up(service: LiveService, plan: LiveRun, say: Callable[[str], None]) -> None:
+def _warm_up(
+    engines: Sequence[Engine], service: LiveService, plan: LiveRun, say: Callable[[str], None]
+) -> None:
     """Compiles, measures, and says what a tick takes."""
     say("measuring what a tick takes; programs are compiled the first time only")
     steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
     with progress.shown("getting ready", say):
         samples = service.warm_up(plan.specs[0], steps)
         service.prepare_prompts(spec.prompt for spec in plan.specs)
+    for i, (engine, split) in enumerate(zip(engines, service.splits, strict=True)):
+        if split is not None:
+            say((f"replica {i}, " if len(engines) > 1 else "") + measured_blocks(split))
+        if plan.describe is not None:
+            say(plan.describe(engine))
     for count in reversed(steps):
         took = [s.duration_ns for s in samples if (s.steps, s.batch, s.first) == (count, 1, False)]
         typical = statistics.median(took) / MS

@@ -83,8 +83,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_PROXY = "no_grpc_proxy"  # gRPC reads it in this spelling, and `no_proxy` where it is not set
 _NEVER_S = 10**6  # for JAX's own heartbeats: 11 days
 
-# How far a process is; each step of its stream counts one more than ready.
-_STARTED, _READY, _DONE = 0, 1, 1 << 62
+# How far a process is. Each meeting counts one more than the one before, and each step of its stream likewise.
+_STARTED, _STREAMING, _DONE = 0, 1 << 16, 1 << 62
 
 _exit_code: int | None = None  # set by `Cluster.fail`
 
@@ -271,12 +271,14 @@ class Cluster:
         self._callbacks.append(callback)
 
     def meet(self) -> None:
-        """Waits until every process has called this, as it has to before the first collective.
+        """Waits until every process has called this as often, as it has to before the first collective of a program.
 
         Raises:
           EngineError: One has not within `wait_timeout_s`.
         """
-        self._arrive(_READY, "loading or compiling")
+        with self._moved:
+            point = self._at[self.process_id] + 1
+        self._arrive(point, "loading or compiling")
 
     def step(self) -> None:
         """Notes that this process's stream got on; after `wait_timeout_s` without the next step all processes end.
@@ -284,7 +286,7 @@ class Cluster:
         Until the first call, and from `leave` on, there is no such limit.
         """
         with self._moved:
-            self._at[self.process_id] = max(self._at[self.process_id], _READY) + 1
+            self._at[self.process_id] = max(self._at[self.process_id], _STREAMING) + 1
             self._stepped_at, self._say_stream_at_s = time.monotonic(), self._wait.say_s
 
     def leave(self) -> None:
@@ -395,7 +397,7 @@ class Cluster:
         """Tells of a stream that does not get on, and ends it after `wait_timeout_s`."""
         with self._moved:
             own, idle_s = self._at[self.process_id], time.monotonic() - self._stepped_at
-            if not _READY < own < _DONE or idle_s < min(self._say_stream_at_s, self._wait.timeout_s):
+            if not _STREAMING < own < _DONE or idle_s < min(self._say_stream_at_s, self._wait.timeout_s):
                 return
             self._say_stream_at_s = 2 * max(idle_s, self._say_stream_at_s)
             behind = self._names(p for p, at in self._at.items() if at < own)

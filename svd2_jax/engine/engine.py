@@ -8,8 +8,8 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from svd2_jax.api import SessionSpec, Work, check_prompt
 from svd2_jax.config import ModelConfig, Storage, StreamConfig, check_choice, check_whole, preset
 from svd2_jax.engine import params as params_lib
-from svd2_jax.engine.balance import BalancePolicy, measured_split
+from svd2_jax.engine.balance import StageTimes, measured_split
 from svd2_jax.engine.checkpoint import Checkpoint
 from svd2_jax.engine.costs import default_split
 from svd2_jax.engine.kept_programs import keep_programs
@@ -33,8 +33,8 @@ from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.policy import checked_dtype, default_dtype
 from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
-from svd2_jax.engine.rebalance import Stopwatch
 from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
+from svd2_jax.engine.stage_times import measure_stages
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.nn.attention import AttentionImplementation
@@ -49,18 +49,15 @@ class PipelineOptions:
 
     Attributes:
       attention: see `attend`.
-      split: blocks on each stage to start with; None weighs encoder and decoder against them.
-      rebalance: when blocks move between stages that turn out to be uneven; None: never.
-      batch_sizes: how many streams may share a tick, ascending, beginning with 1. With more than one size blocks stay
-        where they are.
+      split: blocks on each stage; None weighs encoder and decoder against them, until `measure_split` finds another.
+      batch_sizes: how many streams may share a tick, ascending, beginning with 1.
       share_vae: whether all stages' devices share encoding and decoding, each with a part of the picture's rows; else
-        the first one encodes and the last one decodes. Blocks then stay where they are as well: the devices wait for
-        one another in every chunk, so that none of them could be told to be slow.
+        the first one encodes and the last one decodes. Stages then cannot be measured: the devices wait for one
+        another in every chunk, so that none of them could be told to be slow.
     """
 
     attention: AttentionImplementation = "auto"
     split: tuple[int, ...] | None = None
-    rebalance: BalancePolicy | None = field(default_factory=BalancePolicy)
     batch_sizes: Sequence[int] = (1,)
     share_vae: bool = False
 
@@ -73,12 +70,9 @@ class PipelineOptions:
         object.__setattr__(self, "batch_sizes", tuple(sizes))
         if not sizes or sizes[0] != 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
             raise ConfigError(f"batch_sizes must ascend from 1, as in (1, 2, 4), got {sizes}")
-        if len(sizes) > 1 or self.share_vae:
-            object.__setattr__(self, "rebalance", None)
 
 
 DEFAULT_OPTIONS = PipelineOptions()
-NEVER = 1e9  # a gain in throughput for which blocks would move
 
 
 class DeviceEngine:
@@ -117,7 +111,6 @@ class DeviceEngine:
             raise ConfigError("stages share the VAE within one process only; leave out --share-vae")
         self._weights = StageWeights(model, read_item, mesh)
         self._measured_split: tuple[int, ...] | None = None
-        self._stopwatch: Stopwatch | None = None
         self._ends: dict[object, EndPrograms] = {}
         self._denoisers: dict[object, DenoiserPrograms] = {}
         self._open: weakref.WeakSet[DeviceSession] = weakref.WeakSet()
@@ -260,8 +253,8 @@ class DeviceEngine:
           prompts: where text embeddings come from; None is the model's own text encoder.
 
         Raises:
-          ConfigError: a stage does not fit into its device's memory, there are no timesteps for some of the steps, or
-            they are to change while blocks may move between stages.
+          ConfigError: a stage does not fit into its device's memory, or there are no timesteps for some of the
+            steps.
           CheckpointError: the checkpoint does not hold the decoder.
         """
         spec = self.resolved(spec)
@@ -280,7 +273,7 @@ class DeviceEngine:
 
     def _opened(self, spec: SessionSpec, noise: NoiseSource | None, prompts: Prompts | None) -> DeviceSession:
         cfg, mesh = spec.config, self.mesh
-        split = self.split(cfg)  # once: another session may move blocks meanwhile
+        split = self.split(cfg)
         streams = len(self._open) + self._opening
         vae_devices = self._builder(cfg).vae_devices
         check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams, vae_devices=vae_devices)
@@ -323,7 +316,7 @@ class DeviceEngine:
           steps: numbers of denoising steps besides the spec's.
 
         Raises:
-          ConfigError: there are no timesteps for one of them, or blocks may move between stages meanwhile.
+          ConfigError: there are no timesteps for one of them.
           CheckpointError: the checkpoint does not hold the decoder.
         """
         spec = self.resolved(spec)
@@ -331,11 +324,6 @@ class DeviceEngine:
         if isinstance(steps, (str, bytes)) or not isinstance(steps, Iterable):
             raise ConfigError(f"steps must be several numbers, as in (1, 2), got {steps!r}")
         asked = {cfg, *(cfg.with_steps(count) for count in steps)}
-        if len(asked) > 1 and self.stages > 1 and self._options.rebalance is not None:
-            raise ConfigError(
-                "the steps of a stream cannot change while its blocks may move between stages; load the model with "
-                "rebalance=False"
-            )
         self._require(cfg)
         split = self.split(cfg)
         prepared = self._prepared_for(cfg, split)
@@ -362,62 +350,58 @@ class DeviceEngine:
         """Raises CheckpointError where there are no weights for a stream; at once, not when they are to be read."""
         self._check_parts({"vae", params_lib.decoder_item(cfg.decoder).split(".")[0]})
 
-    def measure_split(self, spec: SessionSpec, stopwatch: Stopwatch | None = None) -> tuple[int, ...]:
-        """Measures the stages on a stream of noise, and returns how many blocks each of them gets from then on.
+    def measure_split(
+        self,
+        spec: SessionSpec,
+        meet: Callable[[], object] = lambda: None,
+        measure: Callable[[DeviceSession], Sequence[np.ndarray]] = measure_stages,
+    ) -> tuple[int, ...] | None:
+        """Measures the stages on a stream of noise, and chooses how many blocks each of them has from then on.
 
-        For streams whose blocks stay while they run: those that share ticks, or whose steps change. It takes some 80
-        chunks of such a stream, and the time to compile what measures. The split changes if by the measured times
-        another one is faster by more than 5 % (`balance.measured_split`), and if it fits into memory.
-        With `PipelineOptions.split`, one stage, a shared VAE, in sequential mode and in text-to-video nothing is
-        measured.
+        The split changes if by the measured times another one is faster by more than 5 % (`balance.measured_split`),
+        and if it fits into memory. It takes some 30 chunks of such a stream, and the time to compile what measures.
 
         Args:
           spec: what the streams will be like.
-          stopwatch: what measures; None is a new one.
+          meet: waits until every process has called it; for several, which all have to measure.
+          measure: what measures the stages of this process.
 
-        Raises:
-          SessionError: sessions are open, beside which blocks stay.
+        Returns:
+          The blocks of each stage. None where nothing is measured: with `PipelineOptions.split`, one stage, a shared
+          VAE, in sequential mode, and beside sessions that are open, whose blocks stay.
         """
         spec = self.resolved(spec)
         cfg, options = spec.config, self._options
-        if self._open or self._opening:
-            raise SessionError(
-                "the split can be measured only before sessions open; close those that are open"
-            )
+        is_settled = options.split is not None or options.share_vae or self._open or self._opening
+        if self.stages == 1 or is_settled or cfg.mode != "stream":
+            return None
         present = self.split(cfg)
-        if (
-            self.stages == 1
-            or options.split
-            or options.share_vae
-            or (cfg.mode, cfg.task) != ("stream", "v2v")
-        ):
-            return present
-        policy = BalancePolicy()
-        watched = dataclasses.replace(
-            options, split=present, batch_sizes=(1,), rebalance=dataclasses.replace(policy, threshold=NEVER)
-        )
+        watched = dataclasses.replace(options, split=present, batch_sizes=(1,))
         trial = type(self)(
             self.model, self._read_item, self.prompts, self._dtype, self.mesh, watched, self._check_parts
         )
-        trial._weights, trial._stopwatch = self._weights, stopwatch
-        draws = np.random.default_rng(0)
+        trial._weights = self._weights
         with working("measuring the stages"), trial.open(spec) as session:
-            held, count = [], cfg.first_frames
-            while len(session.pipeline.measured) < policy.samples:
-                frames = draws.integers(0, 256, (count, cfg.height, cfg.width, 3), np.uint8)
-                done, count = session.push(frames), cfg.chunk_frames
-                for chunk in held:
-                    chunk.wait()
-                held = done
-            times = session.pipeline.measured
-        if (wanted := measured_split(present, times, policy.threshold)) != present:
-            vae_devices = self._builder(cfg).vae_devices
-            with suppress(ConfigError):  # no room for it
-                check_memory(
-                    self.model, cfg, self._dtype, wanted, self.mesh, streams=1, vae_devices=vae_devices
-                )
-                self._measured_split = wanted
+            trial._builder(cfg).tick_apart(present)  # so that it is compiled before the others are met
+            meet()
+            measured = measure(session)
+            meet()
+        # All processes go on with the same numbers, and so find the same split.
+        blocks, rest = self.mesh.gather(measured).reshape(self.stages, 2, -1).transpose(1, 2, 0).tolist()
+        times = [StageTimes(tuple(b), tuple(r)) for b, r in zip(blocks, rest, strict=True)]
+        if (wanted := measured_split(present, times)) != present and self._fits(cfg, wanted):
+            self._measured_split = wanted
         return self.split(cfg)
+
+    def _fits(self, cfg: StreamConfig, split: tuple[int, ...]) -> bool:
+        """Returns whether every device, also those of other processes, has room for a stream with this split."""
+        try:
+            vae_devices = self._builder(cfg).vae_devices
+            check_memory(self.model, cfg, self._dtype, split, self.mesh, vae_devices=vae_devices)
+            fits = True
+        except ConfigError:
+            fits = False
+        return bool(self.mesh.gather([np.array([fits])] * len(self.mesh.local_stages)).all())
 
     def prepare_prompt(self, prompt: str) -> None:
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait; in any thread."""
@@ -463,8 +447,7 @@ class DeviceEngine:
         """Returns the compiled programs of a stream's stages."""
         key = (cfg, max(split), min(split))
         if key not in self._denoisers:
-            movable = self._options.rebalance is not None
-            self._denoisers[key] = self._builder(cfg).denoiser(split, movable)
+            self._denoisers[key] = self._builder(cfg).denoiser(split)
         return self._denoisers[key]
 
     def pipeline(self, cfg: StreamConfig, embedding: jax.Array) -> Pipeline:
@@ -473,14 +456,11 @@ class DeviceEngine:
 
     def _pipeline(self, cfg: StreamConfig, embedding: jax.Array, split: tuple[int, ...]) -> Pipeline:
         builder = self._builder(cfg)
-        return Pipeline(
-            builder, lambda other: self.denoiser(other, split), self._weights, split, embedding,
-            self._options.rebalance, self._stopwatch,
-        )  # fmt: skip
+        return Pipeline(builder, lambda other: self.denoiser(other, split), self._weights, split, embedding)
 
     def split(self, cfg: StreamConfig) -> tuple[int, ...]:
         """Returns how many blocks each stage has."""
-        # Beside a session that is open, blocks stay where it has moved them.
+        # Beside a session that is open, blocks stay where it has them.
         if self._open and (split := self._weights.split) is not None:
             return split
         if (split := self._options.split or self._measured_split) is not None:

@@ -4,21 +4,18 @@ Devices are a grid of data x stage: `data` carries independent streams, `stage` 
 Streams have nothing to wait for in each other, so programs are compiled for one row of the grid, a `StageMesh`.
 
 Arrays lie over the stages along their first axis: inside `shard_map` every stage sees the shape that it would
-have alone, and an array over all stages is no more than a label on one buffer per device. So blocks move between
-stages without a copy of those that stay.
+have alone, and an array over all stages is no more than a label on one buffer per device.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -113,30 +110,13 @@ class StageMesh:
 
         return jax.tree.map(one, tree)
 
-    def transfer(self, tree: Any, like: Any, source: int, target: int) -> Any:
-        """Returns a copy on one stage of a tree of single-device arrays on another.
+    def gather(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns all stages' arrays of one shape, concatenated, in every process; each gives its local stages'.
 
-        Processes that drive neither of both need not call this; those that do have to call it in the same order.
-
-        Args:
-          tree: what to copy; looked at only where the source is local.
-          like: its shapes.
-          source: stage that has it.
-          target: stage that gets it.
-
-        Returns:
-          The copy, or None where the target is not local.
+        Every process has to call it: it is a collective.
         """
-        here, there = self.is_local(source), self.is_local(target)
-        if here and there:
-            return jax.device_put(tree, self.devices[target])
-        if not here and not there:
-            return None
-        pair = StageMesh((self.devices[source], self.devices[target]))
-        if there:
-            tree = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self.devices[target]), like)
-        moved = _shift(pair)(pair.join([tree]))
-        return pair.part(moved, 1) if there else None
+        placed = [jax.device_put(x, self.devices[s]) for s, x in zip(self.local_stages, parts, strict=True)]
+        return np.asarray(jax.jit(lambda x: x, out_shardings=self.everywhere)(self.join(placed)))
 
     def abstract(self, tree: Any) -> Any:
         """Returns the shapes (ShapeDtypeStruct) over all stages of a tree of one stage's shapes."""
@@ -146,17 +126,6 @@ class StageMesh:
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self.over_stages)
 
         return jax.tree.map(one, tree)
-
-
-@functools.lru_cache(maxsize=64)
-def _shift(pair: StageMesh) -> Callable[[Any], Any]:
-    """Returns a program that copies the first stage's part of a tree to the second."""
-    over = PartitionSpec(AXIS)
-    shift = functools.partial(jax.lax.ppermute, axis_name=AXIS, perm=[(0, 1)])
-    shift = jax.shard_map(
-        functools.partial(jax.tree.map, shift), mesh=pair.mesh, in_specs=over, out_specs=over
-    )
-    return jax.jit(shift)
 
 
 def on(device: Device, tree: Any) -> Any:

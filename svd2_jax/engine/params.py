@@ -111,15 +111,6 @@ class StageWeights:
         self._forget_blocks_of_others(split)
         return DiTParams(patch, self.mesh.join(parts), head)
 
-    def fetch(self, split: Sequence[int]) -> None:
-        """Reads the blocks that a split will bring here from other processes, while the present one is in use."""
-        with self._lock:
-            for stage in self.mesh.local_stages:
-                for index in range(sum(split[:stage]), sum(split[: stage + 1])):
-                    item = dit.block_item(index)
-                    if not any((item, self.mesh.devices[s]) in self._items for s in self.mesh.local_stages):
-                        self._item(item, self.mesh.devices[stage])
-
     def resident_bytes(self) -> dict[Device, int]:
         """Returns the bytes of parameters on each local device."""
         held = dict.fromkeys((self.mesh.devices[s] for s in self.mesh.local_stages), 0)

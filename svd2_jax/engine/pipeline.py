@@ -14,30 +14,21 @@ cache of the row that was the last, which remembers the chunks that are finished
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import logging
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from svd2_jax.config import StreamConfig
-from svd2_jax.engine.balance import BalancePolicy, StageTimes
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.programs import Builder, DenoiserPrograms, Program, TickPrograms
-from svd2_jax.engine.rebalance import Rebalancer, Stopwatch
-from svd2_jax.errors import SessionError
+from svd2_jax.engine.programs import Builder, DenoiserPrograms, Program
 from svd2_jax.models.dit import PromptKV
-from svd2_jax.nn.kv_cache import KVCache, LayerCache
+from svd2_jax.nn.kv_cache import KVCache
 from svd2_jax.rows import Rows
 from svd2_jax.stream.state import Entry, StreamState
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +48,12 @@ class Arrival:
       timestep: int32 [] there.
       again: Gaussians there, see `engine.noise.ChunkNoise`.
       fresh: whether there is a new chunk.
-      given_ns: `time.monotonic_ns` when the work that makes `noisy` was handed to the device.
     """
 
     noisy: Any
     timestep: Any
     again: Sequence[Any]
     fresh: bool = True
-    given_ns: int = field(default_factory=time.monotonic_ns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +87,6 @@ class Pipeline:
         weights: StageWeights,
         split: Sequence[int],
         embedding: Any,
-        rebalance: BalancePolicy | None = None,
-        stopwatch: Stopwatch | None = None,
     ):
         """Opens the pipeline.
 
@@ -109,12 +96,10 @@ class Pipeline:
           weights: the model on the stages' devices.
           split: blocks on each stage.
           embedding: text embedding of the first prompt.
-          rebalance: when blocks move to other stages; None: never.
-          stopwatch: what measures the stages; None is a new one.
         """
         self.mesh: StageMesh = builder.mesh
         self.split = tuple(split)
-        self._builder, self._programs_for, self._weights = builder, programs, weights
+        self._builder, self._programs_for = builder, programs
         self._params = weights.params(split, builder.cfg.decoder, builder.vae_devices)
         self._flags: dict[tuple[bool, ...], jax.Array] = {}
         self._use(builder.cfg)
@@ -125,18 +110,13 @@ class Pipeline:
         self.came_back: tuple[jax.Array, ...] = ()
         """Clean latents of each row that came back with the last tick, or of the first group; see `Finished.clean`."""
         self._finished: dict[int, Finished] = {}  # those that are through their steps and have not left
-        self._span = self._spans([(0, count) for count in split])
+        counts = [
+            jax.device_put(np.array([split[s]], np.int32), self.mesh.devices[s])
+            for s in self.mesh.local_stages
+        ]
+        self._count = self.mesh.join(counts)  # blocks of each stage
         self._prompt = self._read_prompt(embedding)
         self._joined: tuple[list[list[Prompt]], list[PromptKV]] = ([], [])
-        self._ticked = 0
-        self._wanted: tuple[tuple[int, ...], TickPrograms] | None = None
-        self._rebalancer = None
-        self.can_move = rebalance is not None and self.stages > 1
-        """Whether blocks may move between the stages."""
-        if rebalance is not None and self._ticks.share is not None:
-            self._rebalancer = Rebalancer(
-                self.mesh, self.split, self._ticks.share, self._prepare, rebalance, stopwatch=stopwatch
-            )  # fmt: skip
 
     @property
     def stages(self) -> int:
@@ -162,11 +142,6 @@ class Pipeline:
         """The state over the stages; the next tick takes it away."""
         return self._state
 
-    @property
-    def measured(self) -> tuple[StageTimes, ...]:
-        """What the stages took under the present split, where they are measured; oldest first."""
-        return self._rebalancer.measured if self._rebalancer is not None else ()
-
     def entering(self, fresh: bool) -> list[int | None]:
         """Returns the numbers of the chunks that the next tick takes to each of the steps."""
         new = self._next_chunk if fresh else None
@@ -185,13 +160,8 @@ class Pipeline:
 
         Raises:
           ConfigError: there are no timesteps for so many.
-          SessionError: blocks may move between the stages at the same time.
         """
         opened, cfg = self._builder.cfg, self._builder.cfg.with_steps(steps)
-        if self.can_move:
-            raise SessionError(
-                "the steps of a stream cannot change while its blocks may move; open the engine without rebalancing"
-            )
         self._rows = self._rows.with_steps(steps)
         if not self._started:
             self._use(cfg if steps < opened.steps else opened)  # for more there are no draws yet
@@ -224,51 +194,18 @@ class Pipeline:
         return clean
 
     def tick(self, arrival: Arrival) -> list[Finished]:
-        """Runs a tick of this stream alone, see `tick_together`; blocks may move before it."""
-        if self.cfg.mode != "stream":
-            return tick_together([self], [arrival])[0]
-        # Only while chunks come in and go out: else the first or the last stage has less to do than usual.
-        self._ticked += 1
-        watched = self._rebalancer if arrival.fresh and self._ticked > self.depth else None
-        move = watched.before_tick() if watched else None
-        if self._wanted is not None:
-            move, self._wanted = self._wanted, None
-        if move is not None:
-            self._take(*move)
-        if watched is not None and self.mesh.is_local(0):
-            watched.lap(0, "encode", arrival.noisy, arrival.given_ns)
-        given_ns = time.monotonic_ns()
-        apart = move is not None or (watched is not None and watched.measuring)
-        (finished,) = tick_together([self], [arrival], apart)
-        if move is not None:
-            self._span = self._spans([(0, count) for count in self.split])
-        if watched is not None:
-            for stage in self.mesh.local_stages:
-                watched.lap(stage, "blocks", self.mesh.part(self.came_back, stage), given_ns)
-        return finished
+        """Runs a tick of this stream alone, see `tick_together`."""
+        return tick_together([self], [arrival])[0]
 
-    def decoded(self, pixels: jax.Array) -> None:
-        """Tells that the last stage's device was given a chunk to decode, and the result."""
-        if self._rebalancer is not None:
-            self._rebalancer.lap(self.stages - 1, "decode", pixels, time.monotonic_ns())
+    def tick_apart(self, arrival: Arrival) -> None:
+        """Runs a tick in which no stage hands on what it has, and so none waits for another; to measure them.
 
-    def move(self, split: Sequence[int]) -> None:
-        """Takes another split with the next chunk of a stream batch.
-
-        Blocks move with their parameters and caches; no chunk is lost, delayed or computed twice. Compiles first
-        where no split with the same longest and shortest stage was in use yet.
-
-        Where several processes drive the stages, all have to call this before the same chunk.
-
-        Args:
-          split: one that `balance.towards` says can be taken in one go.
-
-        Raises:
-          SessionError: in sequential mode, where one stage works at a time and nothing is gained.
+        What comes out from then on is not the stream any more.
         """
-        if self.cfg.mode != "stream":
-            raise SessionError("blocks move in stream mode only; open the session with another split instead")
-        self._wanted = tuple(split), self._prepare(split)
+        program = self._builder_for(self.cfg).tick_apart(self.split)
+        entry = self._take_in(arrival)
+        (self.came_back,) = _run(program, [self], [self._row_prompts()], [entry])
+        self._rows, _ = self._rows.leave()
 
     def own(self, over_stages: jax.Array) -> jax.Array:
         """Returns the last of this process's parts of an array over the stages."""
@@ -276,20 +213,12 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees the state."""
-        if self._rebalancer is not None:
-            self._rebalancer.close()
         del self._state, self._rows, self._prompt, self._joined, self.came_back, self._finished
-
-    def _prepare(self, split: Sequence[int]) -> TickPrograms:
-        """Gets ready for another split, in any thread, while the present one is in use."""
-        self._weights.fetch(split)
-        return self._builder.ticks(split, movable=True)
 
     def _use(self, cfg: StreamConfig) -> None:
         """Takes the programs of a configuration, and what is kept on the devices for it."""
         self.cfg = cfg
         self._programs = self._programs_for(cfg)
-        self._ticks = self._programs.ticks
         self._timesteps = [self._put(np.int32(t)) for t in cfg.timesteps]
         batch = "rows" if cfg.mode == "stream" else "single"
         self._blank_later = self._blank(self._builder_for(cfg).entry(batch, cfg.frames_per_block))
@@ -354,67 +283,6 @@ class Pipeline:
         again = arrival.again[k - 1 : k] if k else arrival.again[:1]
         return self._enter(blank, arrival.noisy, (k == 0,), conditioning, again)
 
-    def _take(self, split: tuple[int, ...], ticks: TickPrograms) -> None:
-        """Moves blocks between stages before a tick, and sets the spans of that tick.
-
-        A micro-batch that waits for a stage is through with all blocks that lay before it. Those of them that move
-        behind this point are left out in the coming tick; those that move before it are run on it now.
-        """
-        old_starts, starts = (itertools.accumulate(n[:-1], initial=0) for n in (self.split, split))
-        shifts = [new - old for old, new in zip(old_starts, starts, strict=True)]
-        if any(shift > 0 for shift in shifts):
-            assert self._ticks.catch_up is not None
-            spans = self._spans([(0, max(0, shift)) for shift in shifts])
-            coming = self._rows.enter()
-            prompts = tuple(self._over_stages(self._row_prompt(r, coming)) for r in range(self.cfg.rows))
-            self._state = self._ticks.catch_up(self._params.dit, prompts, spans, self._state)
-        _log.info("blocks per stage: %s -> %s", "+".join(map(str, self.split)), "+".join(map(str, split)))
-        layers = self._moved_layers(split)
-        cache = dataclasses.replace(self._state.cache, layers=layers)
-        self._state = dataclasses.replace(self._state, cache=cache)
-        self._params = dataclasses.replace(self._params, dit=self._weights.dit(split))
-        self.split, self._ticks = split, ticks
-        if self._rebalancer is not None:
-            self._rebalancer.moved(split)
-        self._span = self._spans([(max(0, -shift), n) for shift, n in zip(shifts, split, strict=True)])
-        again = {id(p): p for p in (self._prompt, *(held.chunk.prompt for held in self._rows.chunks))}
-        again = {
-            key: Prompt(p.context, ticks.prompt_kv(self._params.dit.blocks, p.context))
-            for key, p in again.items()
-        }
-        held = (
-            dataclasses.replace(c, chunk=_Chunk(c.chunk.number, again[id(c.chunk.prompt)]))
-            for c in self._rows.chunks
-        )
-        self._rows = dataclasses.replace(self._rows, chunks=tuple(held))
-        self._prompt = again[id(self._prompt)]
-
-    def _moved_layers(self, split: tuple[int, ...]) -> tuple[LayerCache, ...]:
-        """Returns the caches with every block's where the split has it."""
-        mesh = self.mesh
-        if mesh.first.platform == "cpu" and len(mesh.local_stages) < mesh.stages:
-            # Between processes, CPUs with jax 0.12 wait for each other for ever when two stages exchange something
-            # while all of them are still at it.
-            jax.block_until_ready(self._state)
-        held = {s: list(mesh.part(self._state.cache.layers, s)) for s in mesh.local_stages}
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held[mesh.local_stages[0]][0])
-        homes = [(stage, j) for stage, count in enumerate(self.split) for j in range(count)]
-        targets = [stage for stage, count in enumerate(split) for _ in range(count)]
-        taken: dict[int, list[Any]] = {s: [] for s in mesh.local_stages}
-        spare = {s: layers[self.split[s] :] for s, layers in held.items()}
-        for (source, j), target in zip(homes, targets, strict=True):
-            layer = held[source][j] if source in held else None
-            if source != target:
-                if layer is not None:
-                    spare[source].append(layer)  # what has moved leaves its buffers behind
-                layer = mesh.transfer(layer, like, source, target)
-            if target in taken:
-                taken[target].append(layer)
-        for stage, layers in taken.items():
-            while len(layers) < max(split):  # a stage with fewer blocks has room for as many
-                layers.append(spare[stage].pop() if spare[stage] else _zeros(like, mesh.devices[stage]))
-        return mesh.join([tuple(layers) for layers in taken.values()])
-
     def _enter(self, blank, noisy, is_open: tuple[bool, ...], conditioning, again) -> Entry:
         """Returns what enters the first stage, as an array over all of them."""
         if not self.mesh.is_local(0):
@@ -435,7 +303,7 @@ class Pipeline:
     def _read_prompt(self, embedding: Any) -> Prompt:
         context = self._programs.embed_text(self._params.conditioner, embedding)
         context = self.mesh.replicate(context)
-        return Prompt(context, self._ticks.prompt_kv(self._params.dit.blocks, context))
+        return Prompt(context, self._programs.ticks.prompt_kv(self._params.dit.blocks, context))
 
     def _row_prompts(self) -> list[PromptKV]:
         """Returns the rows' prompts: what each row of each stage works on came in with another tick."""
@@ -457,31 +325,22 @@ class Pipeline:
         stages = self.mesh.local_stages
         return self.mesh.join([self.mesh.part(p.kv, stage) for stage, p in zip(stages, prompts, strict=True)])
 
-    def _spans(self, spans: Sequence[tuple[int, int]]) -> jax.Array:
-        parts = [
-            jax.device_put(np.array(spans[s], np.int32), self.mesh.devices[s]) for s in self.mesh.local_stages
-        ]
-        return self.mesh.join(parts)
-
     def _put(self, x: object) -> jax.Array:
         return jax.device_put(x, self.mesh.home)
 
 
-def tick_together(
-    pipelines: Sequence[Pipeline], arrivals: Sequence[Arrival], apart: bool = False
-) -> list[list[Finished]]:
+def tick_together(pipelines: Sequence[Pipeline], arrivals: Sequence[Arrival]) -> list[list[Finished]]:
     """Runs one tick of several streams: takes in a chunk of each, or none, and moves on what is under way.
 
     Args:
       pipelines: on the same devices, with the same split and configuration; as many as programs are compiled for.
       arrivals: what each of them brings.
-      apart: whether the hand-over to the next stage is a program of its own; of one stream only.
 
     Returns:
       For each stream the chunks that are finished, in order.
     """
     lead = pipelines[0]
-    ticks, program = lead._ticks, lead._ticks.tick[len(pipelines)]
+    program = lead._programs.ticks.tick[len(pipelines)]
     if lead.cfg.mode != "stream":
         for line, arrival in zip(pipelines, arrivals, strict=True):
             line._advance(arrival.fresh)
@@ -489,13 +348,7 @@ def tick_together(
         return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
     entries = [line._take_in(arrival) for line, arrival in zip(pipelines, arrivals, strict=True)]
     prompts = [line._row_prompts() for line in pipelines]
-    if apart:
-        assert ticks.tick_apart is not None
-        assert ticks.send is not None
-        clean = _run(ticks.tick_apart, pipelines, prompts, entries)
-        lead._state = dataclasses.replace(lead._state, message=ticks.send(lead._state.message))
-    else:
-        clean = _run(program, pipelines, prompts, entries)
+    clean = _run(program, pipelines, prompts, entries)
     return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
 
 
@@ -527,11 +380,7 @@ def _run(
     """Runs a compiled `step.tick` on the streams' states and returns each one's rows of clean latents."""
     lead = pipelines[0]
     states = tuple(line._state for line in pipelines)
-    states, clean = program(lead._params.dit, tuple(map(tuple, prompts)), lead._span, states, tuple(entries))
+    states, clean = program(lead._params.dit, tuple(map(tuple, prompts)), lead._count, states, tuple(entries))
     for line, state in zip(pipelines, states, strict=True):
         line._state = state
     return clean
-
-
-def _zeros(like: Any, device: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=device), like)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
-from svd2_jax.engine import noise, rebalance, shared_vae
+from svd2_jax.engine import noise, shared_vae
 from svd2_jax.engine.kept_programs import kept_program, kept_value
 from svd2_jax.engine.mesh import StageMesh, on
 from svd2_jax.engine.params import abstract_items, decoder_item
@@ -46,20 +46,12 @@ class TickPrograms:
 
     Attributes:
       prompt_kv: blocks, context [1, P, E] -> PromptKV.
-      tick: for each number of streams that can share a tick, see `step.tick`: dit params, prompts, span,
-        StreamStates*, Entries -> StreamStates, each row's clean latents.
-      tick_apart: the same for one stream, without the hand-over to the next stage, every block in a branch.
-      catch_up: see `step.catch_up`: dit params, prompts, span, StreamState* -> StreamState.
-      send: Message* -> Message, the hand-over.
-      share: float32 [W * N] over the stages -> [W * W * N]: every stage gets the numbers of all.
+      tick: for each number of streams that can share a tick, see `step.tick`: dit params, prompts, blocks of each
+        stage, StreamStates*, Entries -> StreamStates, each row's clean latents.
     """
 
     prompt_kv: Program
     tick: Mapping[int, Program]
-    tick_apart: Program | None = None
-    catch_up: Program | None = None
-    send: Program | None = None
-    share: Program | None = None
 
 
 @dataclass(frozen=True)
@@ -197,13 +189,8 @@ class Builder:
             decode=decode,
         )
 
-    def denoiser(self, split: Sequence[int], movable: bool = False) -> DenoiserPrograms:
-        """Compiles what runs on the stages.
-
-        Args:
-          split: blocks on each stage.
-          movable: whether blocks may move later.
-        """
+    def denoiser(self, split: Sequence[int]) -> DenoiserPrograms:
+        """Compiles what runs on the stages, for so many blocks on each."""
         model, cfg, mesh = self.model, self.cfg, self.mesh
         _, conditioner = dit.split_embed(abstract_items(model, self.dtype)[dit.embed_item()])
         embed_text = functools.partial(dit.embed_text, model.dit)
@@ -227,43 +214,24 @@ class Builder:
             condition_first=condition("single"),
             condition=condition(self._batch),
             draw_chunk=self._compile_on(mesh.home, draw_chunk, self._key, _array((cfg.steps,), jnp.int32))[0],
-            ticks=self.ticks(split, movable),
+            ticks=self.ticks(split),
         )
 
-    def ticks(self, split: Sequence[int], movable: bool = False) -> TickPrograms:
+    def ticks(self, split: Sequence[int]) -> TickPrograms:
         """Compiles the programs of later chunks; splits of the same longest and shortest stage share them."""
-        cfg, stages = self.cfg, self.mesh.stages
-        params = self.dit_params(max(split))
         context = _array((1, self.model.dit.text_len, self.model.dit.dim), self.dtype)
         prompt_kv = self._compile_over(
             functools.partial(dit.prompt_kv, self.model.dit),
             (OVER, EVERYWHERE),
-            params.blocks,
+            self.dit_params(max(split)).blocks,
             self._same(context),
         )
-        rows = self._rows(split)
-        ring = Ring(stages, min(split)) if cfg.mode == "stream" else self._one_at_a_time(split)
-        tick = {n: self._tick(split, ring, rows, cfg.frames_per_block, n) for n in self.batch_sizes}
-        if cfg.mode != "stream" or not movable or stages == 1:
-            return TickPrograms(prompt_kv, tick)
-        apart = Ring(stages, always=0, send=False)
-        catch_up = functools.partial(step.catch_up, self.model.dit, cfg, apart, attention=self._attention)
-        return TickPrograms(
-            prompt_kv,
-            tick,
-            self._tick(split, apart, rows, cfg.frames_per_block, 1),
-            self._compile_over(
-                catch_up,
-                (DIT_SPECS, OVER, OVER, OVER),
-                params,
-                self._prompts(split, cfg.rows),
-                self._span,
-                rows,
-                donate=(3,),
-            ),
-            self._compile_over(functools.partial(step.send, stages), (OVER,), rows.message, donate=(0,)),
-            self._compile_over(_share, (OVER,), self.mesh.abstract(_array((rebalance.NUMBERS,)))),
-        )
+        ring = self._ring(split)
+        return TickPrograms(prompt_kv, {n: self._later_tick(split, ring, n) for n in self.batch_sizes})
+
+    def tick_apart(self, split: Sequence[int]) -> Program:
+        """Compiles the tick of one stream in which no stage waits for another, to measure them."""
+        return self._later_tick(split, dataclasses.replace(self._ring(split), send=False), 1)
 
     def resize(self, split: Sequence[int], rows: int) -> ResizePrograms:
         """Compiles what gives a stream of so many rows those of this configuration."""
@@ -314,9 +282,11 @@ class Builder:
             return self.attention
         return fused_if_possible(self.mesh.first.platform, self.dtype, self.model.dit.head_dim)
 
-    @property
-    def _span(self) -> Any:
-        return self.mesh.abstract(_array((2,), jnp.int32))
+    def _ring(self, split: Sequence[int]) -> Ring:
+        """Returns how later chunks' ticks are laid out."""
+        if self.cfg.mode != "stream":
+            return self._one_at_a_time(split)
+        return Ring(self.mesh.stages, min(split))
 
     def _one_at_a_time(self, split: Sequence[int]) -> Ring:
         # One stage at a time has something to do: the others skip their blocks.
@@ -337,13 +307,17 @@ class Builder:
         """Returns the shapes of a state behind the first group."""
         return self.mesh.abstract(_shapes(_opened, self.model.dit, self.cfg, self.dtype, max(split)))
 
+    def _later_tick(self, split: Sequence[int], ring: Ring, streams: int) -> Program:
+        return self._tick(split, ring, self._rows(split), self.cfg.frames_per_block, streams)
+
     def _tick(self, split: Sequence[int], ring: Ring, state_: Any, frames: int, streams: int) -> Program:
         prompts = self._prompts(split, self.cfg.rows if ring.batch == "rows" else 1)
         entry = self.mesh.abstract(self.entry(ring.batch, frames))
         function = functools.partial(step.tick, self.model.dit, self.cfg, ring, attention=self._attention)
         specs = (DIT_SPECS, OVER, OVER, OVER, OVER)
         params = self.dit_params(max(split))
-        each = ((prompts,) * streams, self._span, (state_,) * streams, (entry,) * streams)
+        count = self.mesh.abstract(_array((1,), jnp.int32))
+        each = ((prompts,) * streams, count, (state_,) * streams, (entry,) * streams)
         return self._compile_over(function, specs, params, *each, donate=(3,))
 
     def _latents(self, *shape: int) -> Any:
@@ -506,10 +480,6 @@ def _opened(model: DiTConfig, cfg: StreamConfig, dtype: jnp.dtype, layers: int) 
 def _resize_rest(rest: Any, rows: int) -> Any:
     filled, held, message = rest
     return *kv_cache.resize_rows((filled, held), rows), state.resize_message(message, rows)
-
-
-def _share(x: jax.Array) -> jax.Array:
-    return jax.lax.all_gather(x, AXIS, tiled=True)
 
 
 def _blend(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:

@@ -216,13 +216,13 @@ class DeviceSession:
 
         Raises:
           ConfigError: there are no timesteps for so many.
-          SessionError: the session is closed, these steps were not prepared, or blocks may move between devices.
+          SessionError: the session is closed, or these steps were not prepared.
         """
         self._check_open()
         self._cfg.with_steps(steps)
         if steps == self.steps:
             return
-        if not (self._pipeline.can_move or self._is_prepared(steps)):  # the pipeline says no to the former
+        if not self._is_prepared(steps):
             raise SessionError(
                 f"{steps} denoising step{'s'[: steps - 1]} would have to be compiled, which holds the stream up for "
                 f"seconds or minutes; open it with engine.open(spec, steps=({self._cfg.steps}, {steps})), or call "
@@ -312,6 +312,34 @@ class DeviceSession:
             yield from _read(held, on_step)
             held = done
         yield from _read(held, on_step)
+
+    def parts_apart(self, frames: np.ndarray | None, count: int) -> Iterator[tuple[int, bool, int, Any]]:
+        """Dispatches the parts of a chunk again and again, so that they can be timed; see `measure_stages`.
+
+        Encodes `count + 1` times. Runs the stages `count` times with the hand-over, behind which all begin at once, and
+        each time once more without, so that none waits for another. Decodes `count + 1` times. The stream is of no use
+        afterwards.
+
+        Yields, in the order in which devices work, the stage, whether it is its blocks or the rest,
+        `time.monotonic_ns` before the part was dispatched, and what is there when the device is through with it.
+        """
+        pipeline, mesh = self._pipeline, self._pipeline.mesh
+        arrival: Any = None
+        for _ in range(count + 1):
+            given_ns = time.monotonic_ns()
+            arrival = self._take_in(frames, fresh=True)
+            if self._has_input:
+                yield 0, False, given_ns, arrival.noisy
+        for run in (pipeline.tick, pipeline.tick_apart) * count:
+            given_ns = time.monotonic_ns()
+            run(arrival)
+            for stage in mesh.local_stages:
+                yield stage, True, given_ns, mesh.part(pipeline.came_back, stage)
+        for _ in range(count + 1):
+            given_ns = time.monotonic_ns()
+            (chunk,) = self._bring_out([Finished(0, pipeline.came_back[-1])])
+            if self.has_output:
+                yield mesh.stages - 1, False, given_ns, chunk.result
 
     @_one_at_a_time
     def close(self) -> None:
@@ -406,7 +434,7 @@ class DeviceSession:
 
     def _take_in(self, frames: np.ndarray | None, fresh: bool) -> Arrival:
         """Dispatches what comes before the stages."""
-        programs, pipeline, given_ns = self._programs, self._pipeline, time.monotonic_ns()
+        programs, pipeline = self._programs, self._pipeline
         noisy, again = self._noise.chunk(pipeline.entering(fresh)) if self._has_input else (None, ())
         timestep = pipeline.first_timestep
         if programs.encode is not None and fresh:
@@ -417,7 +445,7 @@ class DeviceSession:
                 noisy,
                 self._noise_scale,
             )
-        return Arrival(noisy, timestep, again, fresh, given_ns)
+        return Arrival(noisy, timestep, again, fresh)
 
     def _bring_out(self, finished: Sequence[Finished]) -> list[DeviceChunk]:
         """Dispatches what comes behind the stages; returns the finished chunks."""
@@ -426,7 +454,6 @@ class DeviceSession:
             pixels = pipeline.own(done.clean)
             if programs.decode is not None:
                 self._decoder, pixels = programs.decode(self._params.decoder, self._decoder, pixels)
-                pipeline.decoded(pixels)
             chunks.append(self._chunk(pixels, self._cfg.chunk_frames))
         return chunks
 
@@ -500,10 +527,7 @@ def _tick_batch(
     if not lead.is_started:
         return [lead._first_group(frames)]
     arrivals = [session._take_in(frames, fresh) for session, frames, fresh in parts]
-    if len(parts) == 1:
-        finished = [lead.pipeline.tick(arrivals[0])]
-    else:
-        finished = tick_together([session.pipeline for session, _, _ in parts], arrivals)
+    finished = tick_together([session.pipeline for session, _, _ in parts], arrivals)
     return [session._bring_out(done) for (session, _, _), done in zip(parts, finished, strict=True)]
 
 

@@ -46,7 +46,7 @@ class Ring:
       stages: number of stages W.
       always: leading blocks that every stage has; each of the others is run by those stages that have it.
       batch: "rows": a stream batch, into whose row 0 a new chunk enters; "single": one chunk takes all its steps.
-      send: whether a tick ends with the hand-over to the next stage. Without, `send` has to follow.
+      send: whether a tick ends with the hand-over to the next stage; without, no stage waits for another.
     """
 
     stages: int = 1
@@ -76,7 +76,7 @@ def tick(
     ring: Ring,
     params: DiTParams,
     prompts: Sequence[Sequence[PromptKV]],
-    span: jax.Array,
+    count: jax.Array,
     states: Sequence[StreamState],
     entries: Sequence[Entry],
     attention: AttentionImplementation = "auto",
@@ -92,7 +92,7 @@ def tick(
       ring: layout over the stages.
       params: the stage's parameters.
       prompts: for each stream the cross-attention keys and values of each row's prompt.
-      span: int32 [2] first block and exclusive end of the blocks that the stage runs, counted from its own first.
+      count: int32 [1] how many blocks the stage has.
       states: the stage's state of each stream.
       entries: what enters the first stage, of each stream.
       attention: see `attend`.
@@ -105,7 +105,7 @@ def tick(
     for state, entry in zip(states, entries, strict=True):
         messages.append(_where_stage(ring, 0, _enter(model, cfg, ring, params, state, entry), state.message))
     caches = [state.cache for state in states]
-    hidden, clean, caches = _run_blocks(model, cfg, ring, params, prompts, span, caches, messages, attention)
+    hidden, clean, caches = _run_blocks(model, cfg, ring, params, prompts, count, caches, messages, attention)
     for i, (state, message) in enumerate(zip(states, messages, strict=True)):
         if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
             messages[i] = dataclasses.replace(
@@ -125,29 +125,6 @@ def tick(
     starts = [_next_start(cfg, state.start, entry) for state, entry in zip(states, entries, strict=True)]
     after = tuple(StreamState(*one) for one in zip(caches, starts, messages, strict=True))
     return after, tuple(tuple(rows) for rows in clean)
-
-
-def catch_up(
-    model: DiTConfig,
-    cfg: StreamConfig,
-    ring: Ring,
-    params: DiTParams,
-    prompts: Sequence[PromptKV],
-    span: jax.Array,
-    state: StreamState,
-    attention: AttentionImplementation = "auto",
-) -> StreamState:
-    """Runs the blocks of `span` on the micro-batch that waits, without handing it on.
-
-    Blocks that are about to move to the stage before this one are run with it: the waiting micro-batch has left
-    that stage already. See `tick` for the arguments.
-    """
-    (hidden,), _, (cache,) = _run_blocks(
-        model, cfg, ring, params, [prompts], span, [state.cache], [state.message], attention
-    )
-    # The counters move on with the tick that runs the stage's other blocks on the same micro-batch.
-    cache = KVCache(cache.layers, state.cache.filled, state.cache.held)
-    return StreamState(cache, state.start, dataclasses.replace(state.message, hidden=hidden))
 
 
 def send(stages: int, messages: Messages) -> Messages:
@@ -191,7 +168,7 @@ def _run_blocks(
     ring: Ring,
     params: DiTParams,
     prompts: Sequence[Sequence[PromptKV]],
-    span: jax.Array,
+    count: jax.Array,
     caches: Sequence[KVCache],
     messages: Sequence[Message],
     attention: AttentionImplementation,
@@ -213,7 +190,7 @@ def _run_blocks(
     x, layers = every.hidden, []
     busy = every.active.any()
     for j, block in enumerate(params.blocks):
-        used = None if j < ring.always else busy & (span[0] <= j) & (j < span[1])
+        used = None if j < ring.always else busy & (j < count[0])
         pairs = [(prompt.k[j], prompt.v[j]) for rows in prompts for prompt in rows]
         x, layer = dit.run_block(
             model,

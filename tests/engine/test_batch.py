@@ -30,8 +30,7 @@ def batched(golden_checkpoint):
 @pytest.fixture(scope="module")
 def staged(golden_checkpoint):
     """The golden model, which has two blocks, on two devices."""
-    options = PipelineOptions(rebalance=None)
-    return DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0], options=options)
+    return DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
 
 
 def clip(frames, seed=0):
@@ -253,12 +252,6 @@ def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
         a.push(first[:1])
         with pytest.raises(SessionError, match="left by push"):
             engine.tick([Work(a, chunk)])
-
-
-def test_steps_cannot_change_while_blocks_may_move(golden_checkpoint):
-    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
-    with engine.open(spec()) as session, pytest.raises(SessionError, match="without rebalancing"):
-        session.set_steps(1)
 
 
 @pytest.mark.parametrize("sizes", [(), (2, 4), (1, 4, 2), (1, 1)])

@@ -52,6 +52,9 @@ def work():
         if me == victim and mode == "absent":
             time.sleep(10**6)
         group.meet()
+        if me == victim and mode == "again":
+            time.sleep(10**6)
+        group.meet()
         y = None
         for step in range(10**6):
             if me == victim and mode == "stuck" and step == 3:
@@ -205,6 +208,7 @@ def test_who_is_done_waits_for_those_who_still_work(processes: Processes) -> Non
     ("mode", "victim", "late", "alone"),
     [
         ("absent", 1, "still loading or compiling", "; look at its output"),
+        ("again", 1, "still loading or compiling", "; look at its output"),  # at the second meeting
         ("stuck", 0, "behind in the stream", ""),
     ],
 )

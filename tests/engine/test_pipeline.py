@@ -1,4 +1,4 @@
-"""The pipeline over several devices: any number of stages, any split, blocks on the move, all give one result.
+"""The pipeline over several devices: any number of stages and any split give one result.
 
 Most tests work on latents, so that no VAE has to be compiled.
 """
@@ -6,7 +6,6 @@ Most tests work on latents, so that no VAE has to be compiled.
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,14 @@ import pytest
 
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig, VAEConfig
-from svd2_jax.engine import balance, params
-from svd2_jax.engine.balance import BalancePolicy
+from svd2_jax.engine import params
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
 from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.pipeline import Arrival, Pipeline
 from svd2_jax.engine.programs import Builder
-from svd2_jax.engine.rebalance import INTERVAL, Rebalancer, Stopwatch
-from svd2_jax.errors import ConfigError, SessionError
+from svd2_jax.engine.stage_times import SAMPLES, measure_stages
+from svd2_jax.errors import ConfigError
 
 BLOCKS = 8
 MODEL = ModelConfig(
@@ -35,9 +33,7 @@ MODEL = ModelConfig(
 DTYPE = jnp.dtype(jnp.float32)
 TOLERANCE = 1e-4  # what is asked of any split; programs of other shapes round differently, by some 1e-6
 CHUNKS = 22  # the ring is full after 6, the time index restarts at 9
-MEASURED = BalancePolicy(threshold=0.05)
 HEIGHT, WIDTH = 32, 48
-BY_HAND = BalancePolicy(threshold=1e9)  # blocks can move, but only when they are told to
 
 
 def config(steps=2, **settings):
@@ -54,19 +50,18 @@ def embedding(seed):
     return jnp.asarray(gaussian(7, seed, shape=(1, MODEL.dit.text_len, MODEL.dit.text_dim)))
 
 
-def pipeline(cfg, split, rebalance=None, stopwatch=None, model=MODEL):
+def pipeline(cfg, split, model=MODEL):
     mesh = stage_meshes(1, len(split))[0]
     builder = Builder(model, cfg, DTYPE, mesh)
     weights = StageWeights(model, params.random_items(model, 0, DTYPE), mesh)
-    movable = rebalance is not None
 
     def programs(cfg):
-        return dataclasses.replace(builder, cfg=cfg).denoiser(split, movable)
+        return dataclasses.replace(builder, cfg=cfg).denoiser(split)
 
-    return Pipeline(builder, programs, weights, split, embedding(0), rebalance, stopwatch)
+    return Pipeline(builder, programs, weights, split, embedding(0))
 
 
-def stream(line, chunks=CHUNKS, moves=None, prompts=None, steps=None):
+def stream(line, chunks=CHUNKS, prompts=None, steps=None):
     """Drives a pipeline and returns the finished chunks' latents, float32 [chunks, F, h, w, C]."""
     cfg, shape = line.cfg, (*line.cfg.latent_size, MODEL.dit.in_channels)
     put = functools.partial(jax.device_put, device=line.mesh.first)
@@ -78,8 +73,6 @@ def stream(line, chunks=CHUNKS, moves=None, prompts=None, steps=None):
     line.first_group(noise(0, 0, first), tuple(noise(0, s, first) for s in range(1, cfg.steps)))
     done = []
     for tick in range(1, chunks + line.depth):
-        if moves and tick in moves:
-            line.move(moves[tick])
         if prompts and tick in prompts:
             line.set_prompt(embedding(prompts[tick]))
         if steps and tick in steps:
@@ -93,7 +86,7 @@ def stream(line, chunks=CHUNKS, moves=None, prompts=None, steps=None):
     return np.stack(done)
 
 
-PROMPTS = {5: 1, 6: 2, 7: 3, 15: 4}  # changes in a row, as in a blend, while blocks move
+PROMPTS = {5: 1, 6: 2, 7: 3, 15: 4}  # changes in a row, as in a blend
 
 
 @functools.cache
@@ -102,22 +95,22 @@ def on_one_stage(cfg):
 
 
 @pytest.mark.parametrize(
-    ("steps", "split", "moves"),
+    ("steps", "split"),
     [
-        (2, (4, 4), {}),
-        (2, (2, 5, 1), {}),
-        (2, (2, 2, 2, 2), {}),
-        (2, (1,) * 8, {}),
+        (2, (4, 4)),
+        (2, (2, 5, 1)),
+        (2, (2, 2, 2, 2)),
+        (2, (1,) * 8),
         # Splits with the same longest and shortest stage share their programs.
-        (1, (1, 2, 3, 2), {4: (3, 2, 2, 1), 12: (1, 3, 1, 3), 13: (3, 1, 3, 1), 18: (2, 3, 2, 1)}),
-        (2, (4, 4), {2: (5, 3), 3: (3, 5), 6: (4, 4), 14: (5, 3)}),
-        (2, (1, 3, 1, 3), {7: (3, 1, 3, 1), 8: (1, 3, 2, 2), 9: (3, 2, 1, 2), 16: (1, 2, 3, 2)}),
-        (4, (3, 2, 3), {3: (2, 3, 3), 9: (3, 3, 2), 10: (3, 2, 3)}),
+        (2, (1, 3, 1, 3)),
+        (2, (3, 2, 1, 2)),
+        (1, (1, 2, 3, 2)),
+        (4, (3, 2, 3)),
     ],
 )
-def test_any_number_of_stages_any_split_and_any_move_give_the_result_of_one_stage(steps, split, moves):
+def test_any_number_of_stages_and_any_split_give_the_result_of_one_stage(steps, split):
     cfg = config(steps)
-    got = stream(pipeline(cfg, split, BY_HAND if moves else None), moves=moves, prompts=PROMPTS)
+    got = stream(pipeline(cfg, split), prompts=PROMPTS)
     np.testing.assert_allclose(got, on_one_stage(cfg), atol=TOLERANCE)
 
 
@@ -151,19 +144,18 @@ T2V = StreamConfig.for_task("t2v", 1, height=32, width=32)
     [
         (config(2), (BLOCKS,), {}),
         (config(2), (BLOCKS,), {"steps": {4: 1, 9: 2}}),
-        (config(2), (4, 4), {"moves": {2: (5, 3), 3: (3, 5), 6: (4, 4), 14: (5, 3)}}),
+        (config(2), (5, 3), {}),
+        (config(2), (3, 5), {"steps": {4: 1, 9: 2}}),
         (config(2, mode="sequential"), (5, 3), {}),
         (T2V, (4, 4), {}),
     ],
-    ids=["one stage", "other steps", "blocks on the move", "sequential", "t2v"],
+    ids=["one stage", "other steps", "two stages", "other steps on two stages", "sequential", "t2v"],
 )
 @pytest.mark.parametrize(("storage", "error"), [("int8", 0.02), ("fp8", 0.08)])
 def test_a_stream_in_8_bits_stays_close_to_the_plain_one(cfg, split, changes, storage, error):
-    rebalance = BY_HAND if "moves" in changes else None
-    wanted = stream(pipeline(cfg, split, rebalance), **changes)
+    wanted = stream(pipeline(cfg, split), **changes)
     small = dataclasses.replace(cfg, cache_dtype=storage)
-    line = pipeline(small, split, rebalance, model=MODEL.with_weight_dtype(storage))
-    got = stream(line, **changes)
+    got = stream(pipeline(small, split, MODEL.with_weight_dtype(storage)), **changes)
     # About twice of what is seen: that of the roundings, which does not add up over a stream.
     assert 0 < relative_error(got, wanted) < error
 
@@ -191,9 +183,9 @@ def test_one_stage_needs_no_collective():
 
 @pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
 def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
-    programs = dataclasses.replace(builder(4), batch_sizes=(1, 2)).ticks(split, movable=True)
+    programs = dataclasses.replace(builder(4), batch_sizes=(1, 2)).ticks(split)
     together = programs.tick[2]
-    for program in (programs.tick[1], together, programs.tick_apart, programs.catch_up, programs.send):
+    for program in (programs.tick[1], together):
         donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
         size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated) // 4
         memory = program.memory_analysis()
@@ -206,24 +198,27 @@ def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
         args, _ = program.args_info
         shapes = [(x.shape[0] // 4, *x.shape[1:]) for x in jax.tree.leaves(args)]
         large = {shape for shape in shapes if np.prod(shape) >= 24 * 24}
-        assert program is programs.send or {(2, 24, 2, 12), (24, 24), (24, 48)} <= large
+        assert {(2, 24, 2, 12), (24, 24), (24, 48)} <= large
         copied = re.findall(r"f32\[([\d,]+)\][^=]* copy\(", program.as_text())
         assert not large & {tuple(int(n) for n in shape.split(",")) for shape in copied}
 
 
-def test_a_split_that_was_seen_is_not_compiled_again():
+@pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
+def test_nothing_goes_between_devices_in_a_tick_that_is_measured(split):
+    assert not re.findall(COLLECTIVES, builder(4).tick_apart(split).as_text())
+
+
+def test_splits_of_the_same_longest_and_shortest_stage_share_their_programs():
     cfg, compiled = config(2), []
 
     def listen(event: str, duration: float, **_: object) -> None:
         if "backend_compile" in event:
             compiled.append(event)
 
-    line = pipeline(cfg, (4, 4), BY_HAND)
-    stream(line, moves={2: (5, 3), 4: (4, 4)})
-    line = pipeline(cfg, (4, 4), BY_HAND)
+    stream(pipeline(cfg, (3, 5)))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        stream(line, moves={2: (5, 3), 4: (3, 5), 6: (4, 4), 8: (5, 3)})
+        stream(pipeline(cfg, (5, 3)))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
@@ -262,7 +257,7 @@ def test_each_device_reads_and_holds_its_own_blocks_only():
     assert first.unsafe_buffer_pointer() == third.unsafe_buffer_pointer()
 
 
-def test_a_move_carries_a_block_s_parameters_and_leaves_no_copy():
+def test_another_split_takes_the_blocks_that_are_there_and_leaves_no_copy():
     mesh = stage_meshes(1, 2)[0]
     weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
     before = weights.dit((4, 4))
@@ -273,46 +268,25 @@ def test_a_move_carries_a_block_s_parameters_and_leaves_no_copy():
     assert sum(weights.resident_bytes().values()) == total
 
 
-# --- the block scheduler
+# --- the measured split
 
 
-class ToldStopwatch(Stopwatch):
-    """Says that a device takes so long for each of its blocks and for the rest, whatever it takes."""
+def took(seconds_per_block, rest=None):
+    """Measures what it is told: seconds of a block on each stage, and of the rest."""
 
-    def __init__(self, mesh, seconds_per_block, rest):
-        super().__init__()
-        self.line = None
-        self._speed = dict(zip(mesh.devices, seconds_per_block, strict=True))
-        self._rest = dict(zip(mesh.devices, rest, strict=True))
+    def measure(session):
+        mesh, split = session.pipeline.mesh, session.pipeline.split
+        blocks = [seconds * count for seconds, count in zip(seconds_per_block, split, strict=True)]
+        both = zip(blocks, rest or [0.0] * len(split), strict=True)
+        times = [np.repeat(np.float32([[b], [r]]), SAMPLES, axis=1) for b, r in both]
+        return [times[stage] for stage in mesh.local_stages]
 
-    def lap(self, device, result, given_ns, note):
-        if note is not None:
-            stage = self.line.mesh.devices.index(device)
-            is_blocks = isinstance(result, tuple)  # a result for each row
-            note(self._speed[device] * self.line.split[stage] if is_blocks else self._rest[device])
+    return measure
 
 
-def test_blocks_move_to_where_they_are_fastest_while_the_stream_runs_and_nothing_is_lost():
-    cfg, split = config(2), (3, 2, 3)
-    mesh = stage_meshes(1, 3)[0]
-    speed, rest = (1.0, 1.0, 0.5), (3.0, 0.0, 0.0)
-    stopwatch = ToldStopwatch(mesh, speed, rest)
-    line = stopwatch.line = pipeline(cfg, split, MEASURED, stopwatch)
-    best = balance.best_split([1.0] * BLOCKS, rest, speed)
-    assert balance.towards(split, best) == best != split
-    line._builder.ticks(best, movable=True)  # compiled ahead, so that the test need not wait for it
-    chunks = INTERVAL * 30
-    got = stream(line, chunks=chunks)
-    assert line.split == best
-    one = stream(pipeline(cfg, (BLOCKS,)), chunks=chunks)
-    np.testing.assert_allclose(got, one, atol=TOLERANCE)
-
-
-def measured(engine, speed, rest):
+def measured(engine, seconds_per_block, rest=None):
     """Measures the split of an engine whose devices take these times."""
-    stopwatch = ToldStopwatch(engine.mesh, speed, rest)
-    stopwatch.line = types.SimpleNamespace(mesh=engine.mesh, split=engine.split(SHARED.config))
-    return engine.measure_split(SHARED, stopwatch)
+    return engine.measure_split(SHARED, measure=took(seconds_per_block, rest))
 
 
 SHARED = SessionSpec("a dog", StreamConfig(height=HEIGHT, width=WIDTH), pixels="float32")
@@ -322,12 +296,11 @@ def test_streams_that_share_ticks_and_change_steps_run_on_the_split_that_was_mea
     options = PipelineOptions(batch_sizes=(1, 2))
     engine = DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=options)
     assert engine.split(SHARED.config) == (3, 1)
-    assert measured(engine, (3.0, 1.0), (0.0, 0.0)) == (1, 3)
+    assert measured(engine, (3.0, 1.0)) == (1, 3)
     frames = clip(17, 0)
     with engine.open(SHARED, steps=(1, 2)) as session:
         assert session.pipeline.split == (1, 3)
-        with pytest.raises(SessionError, match="only before sessions open"):
-            engine.measure_split(SHARED)
+        assert engine.measure_split(SHARED) is None  # beside an open session blocks stay
         chunks = session.push(frames[:13])
         session.set_steps(1)
         chunks += [*session.push(frames[13:]), *session.finish()]
@@ -339,50 +312,38 @@ def test_streams_that_share_ticks_and_change_steps_run_on_the_split_that_was_mea
 
 
 def test_a_split_stays_where_little_is_gained_or_nothing_can_be_measured():
-    engine = DeviceEngine.random(
-        "golden", mesh=stage_meshes(1, 2)[0], options=PipelineOptions(rebalance=None)
-    )
+    mesh = stage_meshes(1, 2)[0]
+    engine = DeviceEngine.random("golden", mesh=mesh)
     assert measured(engine, (1.0, 1.0), (0.0, 1.0)) == (3, 1)  # 3 and 2, against 2 and 3
-    given = PipelineOptions(split=(3, 1))
-    engine = DeviceEngine.random("golden", mesh=stage_meshes(1, 2)[0], options=given)
-    assert engine.measure_split(SHARED) == (3, 1)
-    assert DeviceEngine.random("golden").measure_split(SHARED) == (4,)
+    sequential = dataclasses.replace(SHARED, stream=dataclasses.replace(SHARED.config, mode="sequential"))
+    assert engine.measure_split(sequential) is None
+    for options in (PipelineOptions(split=(3, 1)), PipelineOptions(share_vae=True)):
+        engine = DeviceEngine.random("golden", mesh=mesh, options=options)
+        assert engine.measure_split(SHARED) is None
+    assert DeviceEngine.random("golden").measure_split(SHARED) is None
 
 
-def test_a_split_that_cannot_be_compiled_leaves_the_stream_as_it_is(caplog):
-    split, mesh = (1, 3, 3, 1), stage_meshes(1, 4)[0]
-    stopwatch = ToldStopwatch(mesh, (1.0, 1.0, 1.0, 1.0), (0.0,) * 4)
-    stopwatch.line = types.SimpleNamespace(mesh=mesh, split=split)
-    share, asked = builder(4).ticks(split, movable=True).share, []
+def test_a_split_that_does_not_fit_is_not_taken():
+    class Full(DeviceEngine):
+        def _fits(self, cfg, split):  # a CPU does not say how large it is
+            assert split == (1, 3)
+            return False
 
-    def prepare(wanted):
-        asked.append(wanted)
-        raise MemoryError("no room for it")
-
-    watched = Rebalancer(mesh, split, share, prepare, MEASURED, stopwatch=stopwatch)
-    results = [jax.device_put(np.zeros((1,) * 5, np.float32), device) for device in mesh.devices]
-    for _ in range(40 * INTERVAL):
-        assert watched.before_tick() is None
-        for stage, result in enumerate(results):
-            watched.lap(stage, "blocks", (result,), 0)
-    watched.close()
-    assert asked == [(2, 2, 2, 2)]
-    assert [r.getMessage() for r in caplog.records if r.name.startswith("svd2_jax")] == [
-        "cannot get ready for the split (2, 2, 2, 2) (no room for it); blocks stay where they are"
-    ]
+    assert measured(Full.random("golden", mesh=stage_meshes(1, 2)[0]), (3.0, 1.0)) == (3, 1)
 
 
-def test_a_stopwatch_tells_what_each_device_takes_in_order():
-    stopwatch, device, laps = Stopwatch(), jax.devices()[1], []
-    work = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.tanh(y @ y), x))
-    x = jax.device_put(np.eye(300, dtype=np.float32), device)
-    work(x).block_until_ready()
-    for _ in range(3):
-        stopwatch.lap(device, work(x), 0, laps.append)
-    stopwatch.wait()
-    stopwatch.close()
-    assert len(laps) == 3
-    assert all(lap > 0 for lap in laps[1:])
+@pytest.mark.parametrize("cfg", [SHARED.config, T2V], ids=["v2v", "t2v"])
+def test_stages_are_measured_by_what_they_do(cfg):
+    """Seven blocks take longer than one; only the ends have something else to do."""
+    large = dataclasses.replace(MODEL.dit, dim=512, ffn_dim=2048, num_layers=9)
+    model = dataclasses.replace(MODEL, dit=large)
+    options = PipelineOptions(split=(7, 1, 1))
+    engine = DeviceEngine.random(model, mesh=stage_meshes(1, 3)[0], options=options)
+    with engine.open(SessionSpec("a dog", cfg)) as session:
+        times = np.median(measure_stages(session), axis=2)
+    assert times.shape == (3, 2)
+    assert times[0, 0] > 1.5 * times[1, 0] > 0
+    assert (times[:, 1] > 0).tolist() == [True, False, True]
 
 
 # --- sessions
@@ -402,9 +363,8 @@ def test_two_streams_on_replicas_of_two_stages_equal_their_own_single_runs():
         SessionSpec("a neon street", cfg, 0.7, seed=2, pixels="float32"),
     ]
     inputs = [clip(27, seed) for seed in (0, 1)]
-    options = PipelineOptions(rebalance=None)
     meshes = stage_meshes(2, 2)
-    engine = DeviceEngine.random("golden", mesh=meshes[0], options=options)
+    engine = DeviceEngine.random("golden", mesh=meshes[0])
     engines = engine, engine.replica(meshes[1])
     assert engines[1].prompts is engine.prompts  # nothing is encoded, nor the text encoder read, twice
     sessions = [each.open(spec) for each, spec in zip(engines, specs, strict=True)]
@@ -419,7 +379,7 @@ def test_two_streams_on_replicas_of_two_stages_equal_their_own_single_runs():
         np.concatenate([c.frames() for c in [*done, *s.finish()]])
         for s, done in zip(sessions, chunks, strict=True)
     ]
-    single = DeviceEngine.random("golden", options=options)
+    single = DeviceEngine.random("golden")
     for spec, frames, got in zip(specs, inputs, together, strict=True):
         with single.open(spec) as session:
             alone = np.concatenate(list(session.run(frames)))

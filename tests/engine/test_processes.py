@@ -110,7 +110,7 @@ def test_the_example_of_two_hosts_draws_the_video_of_one_process(tmp_path, svd2,
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices_draw_the_video_of_one_even_when_blocks_change_processes(
+def test_two_processes_of_two_devices_draw_the_video_of_one_on_the_split_that_they_measured_together(
     tmp_path, golden_checkpoint, engine
 ):
     port, script = free_port(), Path(one_of_two.__file__)
@@ -135,7 +135,7 @@ def test_a_process_that_dies_in_mid_stream_ends_the_others_with_one_line_and_no_
         *("-c", "from svd2_jax.cli import entry_point; entry_point()"),
         *("run", "--checkpoint", "random:tiny", "--input", clip, "--output", output, "--prompt", "x"),
         *("--height", 32, "--width", 48, "--steps", 1, "--decoder", "taehv"),
-        *("--stages", 2, "--no-rebalance", "--coordinator", f"localhost:{port}", "--num-processes", 2),
+        *("--stages", 2, "--split", "3,2", "--coordinator", f"localhost:{port}", "--num-processes", 2),
     ]
     one_device = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     both = [start([*command, "--process-id", i], logs[i], **one_device) for i in range(2)]

@@ -37,7 +37,7 @@ T2V = StreamConfig.for_task("t2v", 1, height=32, width=WIDTH, cache_frames=9)
 
 @functools.cache
 def engine(stages, share_vae=False):
-    options = PipelineOptions(rebalance=None, share_vae=share_vae)
+    options = PipelineOptions(share_vae=share_vae)
     return DeviceEngine.random(MODEL, mesh=stage_meshes(1, stages)[0], options=options)
 
 
@@ -165,11 +165,6 @@ def test_blocks_are_split_evenly_where_the_ends_are_shared():
     split = functools.partial(costs.default_split, model, STREAM, F32, 4, "cpu")
     assert split() == (1, 19, 19, 1)  # the VAE outweighs all blocks
     assert split(vae_devices=4) == (10, 10, 10, 10)
-
-
-def test_blocks_stay_where_they_are():
-    assert PipelineOptions(share_vae=True).rebalance is None
-    assert PipelineOptions().rebalance is not None
 
 
 def test_several_processes_cannot_share():

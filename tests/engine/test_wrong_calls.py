@@ -8,8 +8,7 @@ import pytest
 import svd2_jax
 from svd2_jax import CheckpointError, ConfigError, SessionError, SessionSpec, StreamConfig, Svd2Error
 from svd2_jax.api import Work
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
-from svd2_jax.engine.mesh import stage_meshes
+from svd2_jax.engine.engine import DeviceEngine
 
 HEIGHT, WIDTH = 32, 48
 STREAM = StreamConfig(height=HEIGHT, width=WIDTH)
@@ -228,16 +227,6 @@ def test_steps_that_nobody_prepared_are_refused_and_those_prepared_compile_nothi
     three = SessionSpec("a cat", STREAM.with_steps(3))
     with engine.open(three) as other, pytest.raises(SessionError, match="would have to be compiled"):
         other.set_steps(2)  # its programs are there, those that change rows are not
-
-
-def test_steps_are_not_prepared_where_blocks_may_move(golden_checkpoint):
-    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, 2)[0])
-    with pytest.raises(ConfigError, match="load the model with rebalance=False"):
-        engine.open(SessionSpec("a dog", STREAM), steps=(1,))
-    fixed = DeviceEngine.from_checkpoint(
-        golden_checkpoint, mesh=stage_meshes(1, 2)[0], options=PipelineOptions(rebalance=None)
-    )
-    fixed.prepare(SessionSpec("a dog", STREAM), (1,))
 
 
 @pytest.mark.parametrize("ask", [lambda e, spec: e.open(spec), lambda e, spec: e.prepare(spec, (1,))])

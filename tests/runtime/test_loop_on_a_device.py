@@ -16,7 +16,7 @@ from svd2_jax.service import LiveService
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_live_streams_give_the_frames_of_sessions_that_run_alone(golden_checkpoint, stages):
-    options = PipelineOptions(rebalance=None, batch_sizes=(1, 2))
+    options = PipelineOptions(batch_sizes=(1, 2))
     engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, stages)[0], options=options)
     cfg = StreamConfig(height=16, width=16, timesteps=(700, 500))
     count, rng = 5 + 4 * 2 + 3, np.random.default_rng(0)

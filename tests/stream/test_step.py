@@ -59,8 +59,8 @@ def tick_once(cfg, batch, model, state, noisy, timestep, noise, fresh):
     entry = Entry(noisy, jnp.array(is_open), conditioning, noise)
     ring = step.Ring(always=model.num_layers, batch=batch)
     prompts = prompt(model) * (cfg.rows if batch == "rows" else 1)
-    span = jnp.zeros(2, jnp.int32)
-    (state,), (rows,) = step.tick(model, cfg, ring, params(model), [prompts], span, [state], [entry])
+    count = jnp.array([model.num_layers], jnp.int32)
+    (state,), (rows,) = step.tick(model, cfg, ring, params(model), [prompts], count, [state], [entry])
     return state, jnp.stack(rows)
 
 

@@ -46,7 +46,7 @@ def test_a_training_sequence_gives_what_a_stream_computes_tick_by_tick(later):
     of_tick = DiTParams(patch, blocks, items[dit.head_item()])
     embedded = dit.embed_text(model, conditioner, context)
     prompt = (dit.prompt_kv(model, blocks, embedded),)
-    ring, span = step.Ring(always=model.num_layers), jnp.zeros(2, jnp.int32)
+    ring, count = step.Ring(always=model.num_layers), jnp.array([model.num_layers], jnp.int32)
     conditionings = [
         step.condition(model, STREAM, "rows", jnp.float32, conditioner, jnp.int32(t)) for t in (700, later)
     ]
@@ -56,7 +56,7 @@ def test_a_training_sequence_gives_what_a_stream_computes_tick_by_tick(later):
         if chunk.shape[0] != state.message.latents.shape[1]:
             state = state_lib.open_rows(model, STREAM, state)
         entry = Entry(chunk, jnp.array([True]), conditionings[bool(streamed)], ())
-        (state,), ((clean,),) = tick(model, STREAM, ring, of_tick, [prompt], span, [state], [entry])
+        (state,), ((clean,),) = tick(model, STREAM, ring, of_tick, [prompt], count, [state], [entry])
         streamed.append(clean)
 
     timestep = jnp.full((1, 9), later, jnp.int32).at[:, :2].set(700)
