@@ -40,7 +40,7 @@ from svd2_jax.runtime.deadline import (
     decide,
     rescue,
 )
-from svd2_jax.runtime.latency import Cell, LatencyModel, LatencySample
+from svd2_jax.runtime.latency import LatencyModel, LatencySample
 from svd2_jax.runtime.overload import Control, Demand
 from svd2_jax.runtime.work import (
     MS,
@@ -67,7 +67,6 @@ CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
 LOSSY_NS = 500 * MS
 # So long after its last tick a device that is believed too slow for any frame is tried again, with one frame.
 PROBE_NS = 500 * MS
-LAGS = 5  # of each kind of tick, of which the longest counts
 
 
 class Refused(SessionError):
@@ -140,8 +139,7 @@ class _Running:
       bound_ns: what it hardly exceeds.
       tail_ns: how much longer its frames should take.
       begun_ns: when the stages turned to it; while the tick before it is being finished, when they should.
-      alone_ns: from when on nothing else was in flight; the same.
-      passed_ns: when the stages were through with it; None while they are not.
+      passed: whether the stages are through with it.
     """
 
     tick: Tick
@@ -152,33 +150,7 @@ class _Running:
     bound_ns: int
     tail_ns: int
     begun_ns: int
-    alone_ns: int
-    passed_ns: int | None = None
-
-    @property
-    def kind(self) -> Cell:
-        """What its device time is learned for."""
-        return Cell(self.shape, len(self.tick.parts), self.tick.steps, self.tick.first)
-
-    def free_ns(self, lags: Sequence[int]) -> int:
-        """Returns when the next tick should begin to take its time.
-
-        Args:
-          lags: how long frames of its kind were finished after the stages were through. Where these are through
-            sooner than expected, so are the frames.
-        """
-        expected_ns = self.begun_ns + self.expected_ns
-        if self.passed_ns is None or not lags:
-            return expected_ns
-        return min(expected_ns, self.passed_ns + max(lags) - self.tail_ns)
-
-    def took_ns(self, now_ns: int) -> int:
-        """Returns what it added to the tick before it, finished now: without what shows of its tail."""
-        took_ns = now_ns - self.alone_ns
-        shown_ns = self.tail_ns - (self.alone_ns - self.begun_ns)
-        if shown_ns <= 0:
-            return took_ns
-        return round(took_ns * self.expected_ns / (self.expected_ns + shown_ns))
+    passed: bool = False
 
 
 class Scheduler:
@@ -211,7 +183,6 @@ class Scheduler:
         self._ids = ids or itertools.count()
         self._ticks = 0
         self._running: deque[_Running] = deque()  # in flight, oldest first
-        self._lags: dict[Cell, deque[int]] = {}  # from the end of the stages to finished frames, the last few
         self._due: list[tuple[int, StreamId, int]] = []  # heap of (when, stream, number)
         self._control = Control()
         self._controlled_ns: int | None = None  # None: at the next decision
@@ -343,9 +314,9 @@ class Scheduler:
         expected_ns = start_ns = now_ns
         if self._running:
             last = self._running[-1]
-            if last.passed_ns is None or len(self._running) > 1:
+            if not last.passed or len(self._running) > 1:
                 return Wait(None)
-            free_ns = last.free_ns(self._lags.get(last.kind, ()))
+            free_ns = last.begun_ns + last.expected_ns
             if now_ns < free_ns - guard:
                 return Wait(free_ns - guard)
             expected_ns, start_ns = max(now_ns, free_ns), max(now_ns, last.begun_ns + last.bound_ns)
@@ -378,9 +349,7 @@ class Scheduler:
         )
         tick = Tick(self._ticks, parts, expected_ns - now_ns + took + tail)
         self._ticks += 1
-        self._running.append(
-            _Running(tick, shape, now_ns, queued, took, bound, tail, expected_ns, expected_ns)
-        )
+        self._running.append(_Running(tick, shape, now_ns, queued, took, bound, tail, expected_ns))
         return tick
 
     def free(self, now_ns: int) -> None:
@@ -389,9 +358,9 @@ class Scheduler:
         Raises:
           SessionError: they have none.
         """
-        if not self._running or self._running[-1].passed_ns is not None:
+        if not self._running or self._running[-1].passed:
             raise SessionError("no tick is running; `next` starts one")
-        self._running[-1].passed_ns = now_ns
+        self._running[-1].passed = True
 
     def done(self, finished: Mapping[StreamId, int], now_ns: int) -> None:
         """Notes that the frames of the oldest tick in flight are finished, and so are its stages with it.
@@ -406,15 +375,15 @@ class Scheduler:
         if not self._running:
             raise SessionError("no tick is running; `next` starts one")
         running, self._waiting = self._running.popleft(), None
+        ended_ns = (
+            now_ns - running.tail_ns
+        )  # the stages were through so long ago, and turned to the tick behind
         for behind in self._running:
-            behind.begun_ns = max(behind.started_ns, now_ns - running.tail_ns)
-            behind.alone_ns = now_ns
+            behind.begun_ns = max(behind.started_ns, ended_ns)
         self._ran_ns, self._lost = now_ns, False
         tick = running.tick
         self._report(TickRecord(tick, running.started_ns, now_ns, running.queued))
-        if running.passed_ns is not None:
-            self._lags.setdefault(running.kind, deque(maxlen=LAGS)).append(now_ns - running.passed_ns)
-        took = running.took_ns(now_ns)
+        took = ended_ns - running.begun_ns
         self.model.observe(LatencySample(running.shape, len(tick.parts), tick.steps, took, tick.first))
         if self.model.knows_tails:  # which the views' deadlines hold
             for s in self._streams.values():

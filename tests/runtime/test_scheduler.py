@@ -873,26 +873,6 @@ def test_a_tick_that_is_through_early_is_followed_at_once():
     assert tick_at(scheduler, 55).number == 1
 
 
-@pytest.mark.parametrize(("tail_ms", "stages_ms"), [(0, 60), (40, 100)])
-def test_after_stages_that_are_through_early_no_more_than_the_decoder_is_waited_for(tail_ms, stages_ms):
-    """Decoding takes 40 of the 100 on the only device, or 40 more on another one, which may have two chunks in turn."""
-    scheduler, stream = overlapping(tail_ms)
-    for _ in range(4):
-        scheduler.arrive(stream, 0)
-    tick_at(scheduler, 0)  # a first group
-    scheduler.done({stream: 1}, 140 * MS)
-    tick_at(scheduler, 150)
-    scheduler.free((150 + stages_ms) * MS)
-    scheduler.done({stream: 1}, (150 + stages_ms + 40) * MS)
-    tick_at(scheduler, 300)
-    early_ms = 300 + stages_ms - 30
-    scheduler.free(early_ms * MS)
-    turn_ms = early_ms + 40 - tail_ms
-    if turn_ms - 10 > early_ms:
-        assert scheduler.next(early_ms * MS) == Wait((turn_ms - 10) * MS)
-    assert tick_at(scheduler, max(early_ms, turn_ms - 10)).number == 3
-
-
 def test_a_chunk_that_the_tick_in_flight_finishes_is_not_pushed_on():
     """The stream has ended and its last chunk is behind the stages: there is nothing to do."""
     scheduler, stream = overlapping(tail_ms=40)
