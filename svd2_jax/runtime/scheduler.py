@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from svd2_jax.errors import ConfigError, SessionError
+from svd2_jax.errors import SessionError
 from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime import ingest, overload, pacing
 from svd2_jax.runtime.deadline import (
@@ -82,7 +82,6 @@ class _Frame:
     arrival_ns: int
     media_ns: int
     deadline_ns: int
-    show_by_ns: int  # its deadline, or sooner where the budget became shorter
     started_ns: int | None = None
     done_ns: int | None = None
     steps: int | None = None
@@ -245,7 +244,7 @@ class Scheduler:
         s.clock, media = ingest.take(s.clock, now_ns, timestamp_ns, s.interval_ns, s.budget_ns)
         refused = isinstance(media, Reason)
         deadline = now_ns + s.budget_ns
-        frame = _Frame(number, timestamp_ns, now_ns, now_ns if refused else media, deadline, deadline)
+        frame = _Frame(number, timestamp_ns, now_ns, now_ns if refused else media, deadline)
         if refused:
             self._drop(s, frame, media)
             return number
@@ -258,28 +257,18 @@ class Scheduler:
         return number
 
     def update(self, stream: StreamId, settings: StreamSettings, now_ns: int) -> None:
-        """Gives a stream other steps, minimum steps or another budget, from its next chunk on.
+        """Gives a stream other steps and minimum steps, from its next chunk on; all else stays.
 
-        The steps of chunks in flight follow; they are not changed before all of these can still be in time. Frames that
-        have arrived keep their deadlines, but with a shorter budget they are shown as early as it says, so that newer
-        ones need not wait for them.
-
-        Args:
-          stream: its number.
-          settings: the new ones; all but `steps`, `floor_steps` and `budget_ms` as before.
-          now_ns: the time.
+        The steps of chunks in flight follow; they are not changed before all of these can still be in time.
 
         Raises:
           SessionError: the stream has ended, or there is none of that number.
-          ConfigError: settings that cannot change differ.
-          Refused: the new budget cannot be met even at the new minimum steps.
+          Refused: its budget cannot be met even at the new minimum steps.
         """
         s = self._streams.get(stream)
         if s is None or s.ended:
             raise SessionError(f"stream {stream} takes no new settings: it has ended")
-        asked = {name: getattr(settings, name) for name in ("steps", "floor_steps", "budget_ms")}
-        if replace(s.settings, **asked) != settings:
-            raise ConfigError(f"only steps, floor_steps and budget_ms can change, got {settings}")
+        settings = replace(s.settings, steps=settings.steps, floor_steps=settings.floor_steps)
         if problem := overload.refusal(settings, [], self.model.costs, self.config):
             raise Refused(problem)
         s.update, self._waiting = settings, None
@@ -324,7 +313,7 @@ class Scheduler:
             until_ns = self._waiting.until_ns
             if until_ns is None or now_ns < until_ns:
                 return self._waiting
-        self._take_updates(now_ns, start_ns)
+        self._take_updates(start_ns)
         self._adapt(now_ns, start_ns)
         views = [s.view or self._view(s) for s in self._streams.values()]
         costs = {group: self.model.costs(*group) for group in {view.group for view in views}}
@@ -473,7 +462,7 @@ class Scheduler:
             s.steps, s.view = count, None
         return False
 
-    def _take_updates(self, now_ns: int, start_ns: int) -> None:
+    def _take_updates(self, start_ns: int) -> None:
         """Gives streams the new settings whose next chunk is whole, or which have nothing in flight."""
         for s in self._streams.values():
             if s.update is None or (s.rows and len(s.queue) < s.need and not s.ended):
@@ -483,10 +472,7 @@ class Scheduler:
                 new.steps if s.steps == s.settings.steps else min(max(s.steps, new.floor_steps), new.steps)
             )
             if self._set_steps({s.id: steps}, start_ns):
-                if new.budget_ns < s.budget_ns:
-                    self._show_sooner(s, new.budget_ns, now_ns)
                 s.settings, s.update, s.view = new, None, None
-                s.budget_ns, s.most_queued = new.budget_ns, self._most_queued(new)
                 self._controlled_ns = None
 
     def _spare_ns(self, start_ns: int) -> int:
@@ -592,23 +578,10 @@ class Scheduler:
                 self._drop(s, frame, Reason.HOPELESS)
                 continue
             s.playout, due = pacing.show_time(
-                s.playout, frame.media_ns, now_ns, frame.show_by_ns, s.interval_ns, self.config.guard_ns
+                s.playout, frame.media_ns, now_ns, frame.deadline_ns, s.interval_ns, self.config.guard_ns
             )
             s.finished[frame.number] = frame
             heapq.heappush(self._due, (due, s.id, frame.number))
-
-    def _show_sooner(self, s: _Stream, budget_ns: int, now_ns: int) -> None:
-        """Brings forward the frames that have arrived, those that wait to be shown included, for a shorter budget."""
-        for frame in (*s.finished.values(), *s.in_flight, *s.queue):
-            frame.show_by_ns = min(frame.show_by_ns, frame.arrival_ns + budget_ns)
-        last = now_ns
-        for i, (due, stream, number) in enumerate(self._due):
-            if stream == s.id:
-                due = min(due, max(now_ns, s.finished[number].show_by_ns - self.config.guard_ns))
-                self._due[i], last = (due, stream, number), max(last, due)
-        heapq.heapify(self._due)
-        if s.playout.last_ns is not None:
-            s.playout = replace(s.playout, last_ns=min(s.playout.last_ns, last))
 
     def _drop(self, s: _Stream, frame: _Frame, reason: Reason) -> None:
         self._record(s, frame, Fate.DROPPED, reason=reason)
