@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svd2_jax.errors import SessionError
-from svd2_jax.runtime.latency import LatencyConfig
-from svd2_jax.runtime.scheduler import LatencySample, PolicyConfig, Refused, Scheduler
+from svd2_jax.runtime.deadline import PolicyConfig
+from svd2_jax.runtime.latency import LatencyConfig, LatencySample
+from svd2_jax.runtime.scheduler import Refused, Scheduler
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -347,7 +348,6 @@ CONFIGS = st.builds(
     push_below=st.sampled_from([0.0, 0.9, 1e6]),
     admit_below=st.sampled_from([None, 0.7]),
     stall_intervals=st.sampled_from([0.0, 4.0, 1e6]),
-    most_queued=st.sampled_from([6, 256]),
 )
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=60)
 
@@ -474,7 +474,7 @@ def test_overload_at_the_floor_skips_frames_evenly_and_keeps_the_newest():
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
-    """Eight times slower, two ticks take 1.3 s. A frame every now and then, of each in turn, tries whether they do."""
+    """Eight times slower, two ticks take 1.3 s. A chunk every now and then tries whether they do."""
     sources_ = [regular(16, 480, i * 50 * MS, floor_steps=2, budget_ms=800) for i in range(streams)]
     world = World(sources_, slow(8)).run()
     at = {f: f.arrival_ns / SECOND for f in world.frames}
@@ -482,9 +482,7 @@ def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
     tries = [r.tick.parts for r in world.ticks if SLOW[0] + 4 < r.started_ns / SECOND < SLOW[1]]
     tried = [parts[0].stream for parts in tries if parts[0].frames]
     assert 2 <= len(tried) <= 3
-    assert len(set(tried)) == min(streams, len(tried))
     assert {len(parts) for parts in tries} == {1}
-    assert {len(parts[0].frames) for parts in tries} == {0, 1}
 
 
 def test_a_source_that_is_silent_does_not_keep_others_from_trying_the_device():
@@ -638,7 +636,7 @@ def test_a_closed_stream_takes_nothing_and_a_tick_of_it_ends_well():
     assert isinstance(scheduler.next(0), Tick)
     scheduler.close(stream, 1)
     assert scheduler.is_over(stream)
-    with pytest.raises(SessionError, match="stream 0 takes no more frames: it has ended"):
+    with pytest.raises(SessionError, match="stream 0 has ended"):
         scheduler.arrive(stream, 2)
     scheduler.done({stream: 1}, 3)
     assert scheduler.shows(4) == ([], None)
@@ -719,9 +717,9 @@ def test_minimum_steps_that_cannot_be_met_and_streams_that_ended_are_refused():
     with pytest.raises(Refused, match="a latency budget of 2000 ms cannot be met"):
         scheduler.update(stream, settings, 0)
     scheduler.end(stream, 0)
-    with pytest.raises(SessionError, match="stream 0 takes no new settings: it has ended"):
+    with pytest.raises(SessionError, match="stream 0 has ended"):
         scheduler.update(stream, settings, 0)
-    with pytest.raises(SessionError, match="stream 7 takes no new settings"):
+    with pytest.raises(SessionError, match="stream 7 has ended"):
         scheduler.update(7, settings, 0)
 
 
