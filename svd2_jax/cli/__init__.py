@@ -711,8 +711,8 @@ def _live(args: argparse.Namespace) -> int:
     from svd2_jax.cli import live
     from svd2_jax.media import sources
     from svd2_jax.runtime import heap
-    from svd2_jax.runtime.feed import Source
     from svd2_jax.runtime.scheduler import PolicyConfig
+    from svd2_jax.runtime.stream import Source
     from svd2_jax.runtime.work import StreamSettings
 
     heap.share()  # before JAX, which starts threads

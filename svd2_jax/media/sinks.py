@@ -8,7 +8,7 @@ import numpy as np
 
 from svd2_jax.errors import MediaError, Svd2Error
 from svd2_jax.media.video import VideoWriter
-from svd2_jax.runtime.loop import WhenSlow
+from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.work import SECOND, FrameRecord
 
 

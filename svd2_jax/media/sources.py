@@ -12,7 +12,7 @@ import numpy as np
 
 from svd2_jax.errors import ConfigError
 from svd2_jax.media.video import VideoReader
-from svd2_jax.runtime.feed import Source
+from svd2_jax.runtime.stream import Source
 from svd2_jax.runtime.work import SECOND
 
 CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
