@@ -501,12 +501,14 @@ def test_the_frames_of_a_tick_are_finished_while_the_next_one_runs():
 def test_the_frames_of_a_tick_are_read_before_the_next_one_is_waited_for():
     seen = []
     with overlapping() as b:
-        b.engine.stages_fault = lambda number: seen.append("stages")
+        b.engine.stages_fault = lambda number: seen.append(f"stages {number}")
+        b.engine.finish_fault = lambda number: seen.append(f"finished {number}")
         b.engine.before_read = lambda: seen.append("read")
         b.clock.run_until(b.over(b.open(settings=FAST, source=camera(b.clock, 97, rate_hz=60))))
         assert b.pixels() == expected(range(97))
-    first = seen.index("read", 3)  # behind the first group; from there on each tick finishes a chunk
-    assert seen[first : first + 40] == ["read", "stages"] * 20
+    for number in range(3, 20):  # the second chunk is finished by tick 2, and so on
+        at = seen.index(f"finished {number}")
+        assert seen[at : at + 3] == [f"finished {number}", "read", f"stages {number + 1}"]
 
 
 @pytest.mark.parametrize("wait", ["stages_fault", "finish_fault"])
