@@ -29,7 +29,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from svd2_jax.errors import EngineError, SessionError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.mailbox import Mailbox, Message, Worker
+from svd2_jax.runtime.mailbox import Mailbox, Message, Worker, attempt
 from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused, Scheduler
@@ -118,8 +118,8 @@ class _StreamState:
       stream: its handle.
       sink: takes its frames.
       sinker: the thread that calls it.
-      session: its device side; None until it is open, and again once it is closed.
-      is_closing: whether the session is being closed.
+      session: its device side; None until it is open, and again once its closing began.
+      closing: the call that closes its session.
       pixels: of frames that have not entered a tick, and of finished ones that are not due, by number.
       flight: numbers of the frames of each chunk on the device, oldest first.
       due: frames to pass on, oldest first, each with its pixels.
@@ -132,7 +132,7 @@ class _StreamState:
     sink: Sink
     sinker: Worker
     session: Session | None = None
-    is_closing: bool = False
+    closing: Future[None] | None = None
     pixels: dict[int, np.ndarray] = field(default_factory=dict)
     flight: deque[tuple[int, ...]] = field(default_factory=deque)
     due: deque[tuple[np.ndarray, FrameRecord]] = field(default_factory=deque)
@@ -207,7 +207,7 @@ class LiveLoop(Driver):
         self.inbox.close()  # what is stuck by now is given up
         self._thread.join(GRACE_S)
         for worker in self._workers:
-            worker.close()
+            worker.jobs.close()
         self._reporter.join(max(GRACE_S, deadline - time.monotonic()))
         for worker in self._workers:
             worker.join(max(0.0, deadline - time.monotonic()))
@@ -297,14 +297,7 @@ class LiveLoop(Driver):
     def _ask(self, function: Callable[[], T]) -> T:
         """Has a function called on the loop's thread and returns its result."""
         answer: Future[T] = Future()
-
-        def message() -> None:
-            try:
-                answer.set_result(function())
-            except BaseException as e:
-                answer.set_exception(e)
-
-        if self._thread.ident is None or not self.inbox.put(message):
+        if self._thread.ident is None or not self.inbox.put(functools.partial(attempt, function, answer)):
             raise self.not_running()
         return answer.result()
 
@@ -339,7 +332,7 @@ class LiveLoop(Driver):
 
         def changed(error: BaseException | None) -> None:
             if error is not None:
-                self._close(state, error)
+                self.take_close(stream, error)
             if done in state.changes:  # else the stream is over, and it was told so
                 state.changes.remove(done)
                 done.set_exception(error)
@@ -363,7 +356,7 @@ class LiveLoop(Driver):
             changed(e)
         else:
             prepare = (
-                functools.partial(self._engine.prepare_prompt, prompt) if prompt is not None else _nothing
+                functools.partial(self._engine.prepare_prompt, prompt) if prompt is not None else lambda: None
             )
             self._encoder.do(prepare, encoded)
 
@@ -373,10 +366,11 @@ class LiveLoop(Driver):
             stream.life = Life.DRAINING
             self._scheduler.end(stream.id, self.now_ns)
 
-    def take_close(self, stream: Stream, error: BaseException | None) -> None:
-        """Closes a stream by hand, or because its source or its opening failed."""
-        if (state := self._states.get(stream.id)) is not None:
-            self._close(state, error)
+    def take_close(self, stream: Stream, error: BaseException | None = None) -> None:
+        """Ends a stream at once; what is due already is still passed on. A second time changes nothing."""
+        if stream.life is not Life.CLOSED:
+            stream.life, stream.error = Life.CLOSED, stream.error or error
+            self._scheduler.close(stream.id, self.now_ns)
 
     # --- the beginning and the end of the loop, and of a stream
 
@@ -391,18 +385,22 @@ class LiveLoop(Driver):
         self._is_stopping = True
         self.inbox.close()
         for state in tuple(self._states.values()):
-            self._give_up(state)
+            state.stream.error = state.stream.error or self.error
+            with suppress(Exception):  # the scheduler may be what is broken
+                self.take_close(state.stream)
+            self._drop_due(state, Reason.CLOSED)
+            self._wind_up(state, at_once=True)
         for message in self.inbox.take() or ():
             with suppress(Exception):
                 message()  # finds the loop ended, and tells those who wait for an answer
         for worker in self._workers:
-            worker.close()
+            worker.jobs.close()
 
     def _end_all(self) -> None:
         """Closes every stream; the loop ends with the last of them."""
         self._is_stopping = True
         for state in self._states.values():
-            self._close(state)
+            self.take_close(state.stream)
 
     def _admit(self, spec: SessionSpec, settings: StreamSettings, sink: Sink, steps: set[int]) -> Stream:
         if self._is_stopping:
@@ -420,45 +418,27 @@ class LiveLoop(Driver):
             raise SessionError(f"stream {stream.id} was closed while it opened")
         self._states[stream.id].session, stream.life = session, Life.LIVE
 
-    def _close(self, state: _StreamState, error: BaseException | None = None) -> None:
-        """Ends a stream at once; what is due already is still passed on. A second time changes nothing."""
-        if state.stream.life is not Life.CLOSED:
-            state.stream.life, state.stream.error = Life.CLOSED, state.stream.error or error
-            self._scheduler.close(state.stream.id, self.now_ns)
+    def _wind_up(self, state: _StreamState, at_once: bool = False) -> None:
+        """Closes the device side of a stream that the scheduler is through with; forgets it when nothing is left.
 
-    def _wind_up(self, state: _StreamState) -> None:
-        """Closes the device side of a stream that the scheduler is through with; forgets it when nothing is left."""
-        state.stream.life = Life.CLOSED
+        With `at_once`, neither the device nor the sink is waited for.
+        """
+        stream, session = state.stream, state.session
+        stream.life, state.session = Life.CLOSED, None
         state.pixels.clear()
-        if state.session is None and not state.due and not state.sinker.calls:
-            self._forget(state)
-        elif state.session is not None and not state.is_closing:
-            state.is_closing = True
-            what = f"closing a session (stream {state.stream.id})"
-            # Behind its ticks, as the reader is through with them then.
-            self._reader.do(state.session.close, functools.partial(self._session_closed, state), what)
-
-    def _session_closed(self, state: _StreamState, outcome: Future[None]) -> None:
-        state.session, state.stream.error = None, state.stream.error or outcome.exception()
-
-    def _give_up(self, state: _StreamState) -> None:
-        """Ends a stream without waiting for its sink or the device."""
-        state.stream.error = state.stream.error or self.error
-        with suppress(Exception):  # the scheduler may be what is broken
-            self._close(state)
-        self._drop_due(state, Reason.CLOSED)
-        if state.session is not None:
-            self._reader.do(state.session.close)
-        self._forget(state)
-
-    def _forget(self, state: _StreamState) -> None:
-        stream = state.stream
+        if session is not None:
+            what = f"closing a session (stream {stream.id})"
+            state.closing = self._reader.do(session.close, what=what)  # which is through with its ticks then
+        is_closing = state.closing is not None and not state.closing.done()
+        if not at_once and (is_closing or state.due or state.sinker.calls):
+            return
         del self._states[stream.id]
         state.sinker.give_up()
-        stream.life = Life.CLOSED
         for change in state.changes:
             change.set_exception(SessionError(f"stream {stream.id} ended before the change"))
         state.changes.clear()
+        if state.closing is not None and not is_closing:
+            stream.error = stream.error or state.closing.exception()
         if stream.error is not None:
             traceback.clear_frames(stream.error.__traceback__)  # they hold pictures
         stream.ended.set_exception(stream.error)  # or with None, as it should
@@ -481,53 +461,45 @@ class LiveLoop(Driver):
 
     def _hand_over(
         self, parts: Sequence[tuple[Session, Part, list[np.ndarray]]]
-    ) -> tuple[Ticket | None, list[Exception | None]]:
-        """Device thread: hands a tick to the engine; returns also, for each part, why it could not take part."""
-        work, problems = [], []
-        for session, part, frames in parts:
-            try:
-                if session.steps != part.steps:
-                    session.set_steps(part.steps)
-                work.append(Work(session, _stacked(frames, part.fill)))
-                problems.append(None)
-            except Exception as e:
-                problems.append(e)
-        return self._engine.tick(work) if work else None, problems
+    ) -> tuple[Ticket | None, list[Future[Work]]]:
+        """Device thread: hands a tick to the engine; returns also each part, or why it could not take part."""
+        prepared = [attempt(functools.partial(_prepared, *part)) for part in parts]
+        work = [part.result() for part in prepared if part.exception() is None]
+        return self._engine.tick(work) if work else None, prepared
 
-    def _see_through(
-        self, handed: Future[tuple[Ticket | None, list[Exception | None]]]
-    ) -> list[list[list[np.ndarray]] | Exception]:
-        """Reader: waits for a tick; returns each part's finished chunks as frames, or why there are none."""
-        ticket, problems = handed.result()
+    def _see_through(self, handed: Future[tuple[Ticket | None, list[Future[Work]]]]) -> list[Future[Any]]:
+        """Reader: waits for a tick; returns the frames of each part's finished chunks, or why there are none."""
+        ticket, parts = handed.result()
         if ticket is None:
-            return [problem for problem in problems if problem is not None]
+            return parts
         ticket.wait_stages()
         self.inbox.put(lambda: self._scheduler.free(self.now_ns))
         ticket.wait()
-        chunks = iter(ticket.chunks)
-        return [_read(next(chunks)) if problem is None else problem for problem in problems]
+        done = iter(ticket.chunks)
+        return [
+            attempt(functools.partial(_read, next(done))) if part.exception() is None else part
+            for part in parts
+        ]
 
-    def _finished(
-        self, states: Sequence[_StreamState], outcome: Future[list[list[list[np.ndarray]] | Exception]]
-    ) -> None:
+    def _finished(self, states: Sequence[_StreamState], outcome: Future[list[Future[Any]]]) -> None:
         """Takes the frames of the oldest tick. Streams whose part failed end."""
-        error = outcome.exception()
-        results = outcome.result() if error is None else [error] * len(states)
+        has_failed = outcome.exception() is not None
+        results: list[Future[Any]] = [outcome] * len(states) if has_failed else outcome.result()
         finished: dict[StreamId, int] = {}
-        has_failed = False
+        error = None
         for state, result in zip(states, results, strict=True):
             if state.stream.life is Life.CLOSED:
                 continue  # if a tick of it failed, nobody knows whose frames these are
-            if isinstance(result, BaseException):
-                self._close(state, result)
-                has_failed, error = True, result
+            if result.exception() is not None:
+                error = result.exception()
+                self.take_close(state.stream, error)
                 continue
-            finished[state.stream.id] = len(result)
-            for frames in result:
+            finished[state.stream.id] = len(result.result())
+            for frames in result.result():
                 # Before the scheduler knows of them. What only fills a chunk is left out.
                 state.pixels.update(zip(state.flight.popleft(), frames, strict=False))
         self._scheduler.done(finished, self.now_ns)
-        self._failed_ticks = 0 if finished else self._failed_ticks + has_failed
+        self._failed_ticks = 0 if finished else self._failed_ticks + (error is not None)
         if self._failed_ticks >= self._config.failed_ticks:
             raise EngineError(f"{self._failed_ticks} ticks failed one after another: {error}") from error
 
@@ -572,7 +544,7 @@ class LiveLoop(Driver):
             self._drop_due(state, Reason.SINK)
             state.sinker.give_up()  # nobody waits for a sink that is stuck
             slow = SessionError(f"the sink is too slow: {self._config.sink_frames} frames wait for it")
-            self._close(state, slow)
+            self.take_close(state.stream, slow)
 
     def _drop_due(self, state: _StreamState, reason: Reason, count: int | None = None) -> None:
         """Drops the oldest frames that were to be passed on, or all of them."""
@@ -585,7 +557,7 @@ class LiveLoop(Driver):
         if (error := outcome.exception()) is not None:
             self._drop_due(state, Reason.CLOSED)
             state.stream.error = state.stream.error or error  # also that of the last frame
-            self._close(state)
+            self.take_close(state.stream)
 
     def _take_event(self, event: Event) -> None:
         """Is given every event, most of them by the scheduler within calls of it."""
@@ -600,7 +572,7 @@ class LiveLoop(Driver):
     def _report(self, event: Event) -> None:
         self.metrics(event)
         observe = functools.partial(self._observe, event)
-        if self._observers and not self._reporter.post(observe, self._config.waiting_events):
+        if self._observers and not self._reporter.jobs.put(observe, self._config.waiting_events):
             self.lost_events += 1
 
     def _observe(self, event: Event) -> None:
@@ -613,18 +585,13 @@ class LiveLoop(Driver):
                 self.observer_errors.append(e)
 
 
-def _nothing() -> None:
-    pass
+def _prepared(session: Session, part: Part, frames: Sequence[np.ndarray]) -> Work:
+    """Gives a session its steps, and returns its part of a tick, the last frame repeated to make a whole chunk."""
+    if session.steps != part.steps:
+        session.set_steps(part.steps)
+    return Work(session, np.stack([*frames, *[frames[-1]] * part.fill]) if frames else None)
 
 
-def _stacked(frames: Sequence[np.ndarray], fill: int) -> np.ndarray | None:
-    """Returns frames as one array, the last one repeated `fill` times; None if there are none."""
-    return np.stack([*frames, *[frames[-1]] * fill]) if frames else None
-
-
-def _read(chunks: Sequence[Chunk]) -> list[list[np.ndarray]] | Exception:
-    """Returns the frames of finished chunks, each of which can be freed by itself; or why they cannot be read."""
-    try:
-        return [[frame.copy() for frame in chunk.frames()] for chunk in chunks]
-    except Exception as e:
-        return e
+def _read(chunks: Sequence[Chunk]) -> list[list[np.ndarray]]:
+    """Returns the frames of finished chunks, each of which can be freed by itself."""
+    return [[frame.copy() for frame in chunk.frames()] for chunk in chunks]

@@ -17,6 +17,16 @@ Message: TypeAlias = Callable[[], object]
 """What a thread is to do next."""
 
 
+def attempt(function: Callable[[], T], outcome: Future[T] | None = None) -> Future[T]:
+    """Calls a function; returns a future, or ends the given one, with what it returned or raised."""
+    outcome = outcome or Future()
+    try:
+        outcome.set_result(function())
+    except Exception as e:
+        outcome.set_exception(e)
+    return outcome
+
+
 class Mailbox(Generic[T]):
     """Items for one thread, in order. Any thread may put; only the owner takes."""
 
@@ -66,6 +76,7 @@ class Worker(threading.Thread):
     Attributes:
       calls: that have not come back, the oldest first: what each one is, and how long it is expected to take.
       since_ns: when the oldest one's turn came.
+      jobs: what the thread runs; closing them ends it.
     """
 
     def __init__(self, name: str, inbox: Mailbox[Message], clock: Clock):
@@ -74,7 +85,7 @@ class Worker(threading.Thread):
         self.calls: deque[tuple[str, int]] = deque()
         self.since_ns = 0
         self._inbox, self._clock = inbox, clock
-        self._jobs: Mailbox[Message] = Mailbox(clock)
+        self.jobs: Mailbox[Message] = Mailbox(clock)
 
     def do(
         self,
@@ -92,34 +103,22 @@ class Worker(threading.Thread):
             self.since_ns = self._clock.now_ns()
         self.calls.append((what, expected_ns))
         outcome: Future[T] = Future()
-        self._jobs.put(functools.partial(self._do, function, then, outcome))
+        self.jobs.put(functools.partial(self._do, function, then, outcome))
         return outcome
-
-    def post(self, function: Message, limit: int) -> bool:
-        """Has a function called, and does not ask what came of it; returns False if `limit` of them wait already."""
-        return self._jobs.put(function, limit)
-
-    def close(self) -> None:
-        """Ends the thread after the calls that wait."""
-        self._jobs.close()
 
     def give_up(self) -> None:
         """Ends the thread; what its calls come to is not heard any more."""
         self.calls.clear()
-        self.close()
+        self.jobs.close()
 
     def run(self) -> None:
         """The thread's body."""
-        while (jobs := self._jobs.take()) is not None:
+        while (jobs := self.jobs.take()) is not None:
             while jobs:
                 jobs.popleft()()  # nothing of it is held while the thread waits
 
     def _do(self, function: Callable[[], T], then: Callable[[Future[T]], object], outcome: Future[T]) -> None:
-        try:
-            outcome.set_result(function())
-        except Exception as e:
-            outcome.set_exception(e)
-        self._inbox.put(functools.partial(self._back, then, outcome))
+        self._inbox.put(functools.partial(self._back, then, attempt(function, outcome)))
 
     def _back(self, then: Callable[[Future[Any]], object], outcome: Future[Any]) -> None:
         """Is called in the loop's thread."""

@@ -882,7 +882,7 @@ def test_streams_that_come_and_go_leave_nothing_behind():
         assert sum(ref() is not None for ref in held) == 0
         loop = b.loop
         assert not loop._states
-        assert [len(box) for box in (loop.inbox, loop._reporter._jobs)] == [0, 0]
+        assert [len(box) for box in (loop.inbox, loop._reporter.jobs)] == [0, 0]
         assert not any(worker.calls for worker in loop._workers)
         assert sum(worker.is_alive() for worker in loop._workers) == 4  # no stream's
         assert len(loop._workers) < 10
