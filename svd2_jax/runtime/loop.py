@@ -41,7 +41,7 @@ from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.mailbox import Mailbox, Message, Worker, attempt
 from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
-from svd2_jax.runtime.scheduler import PolicyConfig, Refused, Scheduler
+from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
 from svd2_jax.runtime.stream import Life, Sink, Stream, WhenSlow
 from svd2_jax.runtime.work import (
     SECOND,
@@ -308,9 +308,8 @@ class LiveLoop(Driver):
         if stream.life is not Life.LIVE:
             return  # it ended while the frame was on its way here
         state = self._states[stream.id]
-        state.pixels[state.arrived] = (
-            pixels  # before the scheduler knows of it, as it may report its fate at once
-        )
+        # Before the scheduler knows of it, as it may report its fate at once.
+        state.pixels[state.arrived] = pixels
         self.metrics.arrived(stream.id, state.arrived)
         state.arrived += 1
         self._scheduler.arrive(stream.id, self.now_ns, timestamp_ns)
@@ -330,35 +329,33 @@ class LiveLoop(Driver):
         state = self._states[stream.id]
         state.changes.add(done)
 
-        def changed(error: BaseException | None) -> None:
+        def prepare() -> None:
+            if prompt is not None:
+                self._engine.prepare_prompt(prompt)
+
+        def encoded(outcome: Future[None]) -> None:
+            if outcome.exception() is not None:
+                changed(outcome)
+            elif state.session is not None:  # else the stream ends, and this change is told so with it
+                then = functools.partial(changed, frame=state.next_frame)
+                self._device.do(functools.partial(change, state.session), then)
+
+        def changed(outcome: Future[None], frame: int = 0) -> None:
+            error = outcome.exception()
             if error is not None:
                 self.take_close(stream, error)
+            elif prompt is not None:
+                self._report(PromptRecord(stream.id, self.now_ns, prompt, frame))
             if done in state.changes:  # else the stream is over, and it was told so
                 state.changes.remove(done)
                 done.set_exception(error)
 
-        def in_place(frame: int, outcome: Future[None]) -> None:
-            if outcome.exception() is None and prompt is not None:
-                self._report(PromptRecord(stream.id, self.now_ns, prompt, frame))
-            changed(outcome.exception())
-
-        def encoded(outcome: Future[None]) -> None:
-            if (error := outcome.exception()) is not None:
-                changed(error)
-            elif state.session is not None:  # else the stream ends, and this change is told so with it
-                then = functools.partial(in_place, state.next_frame)
-                self._device.do(functools.partial(change, state.session), then)
-
-        try:
-            if settings is not None:
-                self._scheduler.update(stream.id, settings, self.now_ns)
-        except Refused as e:
-            changed(e)
-        else:
-            prepare = (
-                functools.partial(self._engine.prepare_prompt, prompt) if prompt is not None else lambda: None
-            )
-            self._encoder.do(prepare, encoded)
+        if settings is not None:
+            update = functools.partial(self._scheduler.update, stream.id, settings, self.now_ns)
+            if (refused := attempt(update)).exception() is not None:
+                changed(refused)
+                return
+        self._encoder.do(prepare, encoded)
 
     def take_end(self, stream: Stream) -> None:
         """Takes note that no more frames come."""
