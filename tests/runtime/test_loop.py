@@ -836,6 +836,29 @@ def test_a_thread_of_the_loop_that_dies_ends_the_loop_with_the_reason():
         assert stream.ended.exception() is b.loop.error
 
 
+def test_what_waits_for_a_loop_that_dies_is_told():
+    changes = []
+
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 97))
+
+        def broken():
+            changes.append(stream.update("green"))  # reaches the inbox when nobody takes it any more
+            raise ZeroDivisionError("a bug")
+
+        b.loop.inbox.put(broken)
+        b.clock.run_until(b.over(stream))
+        assert isinstance(changes[0].exception(), SessionError)
+
+
+def test_a_stream_that_is_ended_while_it_opens_leaves_nothing():
+    with bench() as b:
+        b.engine.prepare = lambda spec, steps: [stream.end() for stream in b.loop.streams]
+        with pytest.raises(SessionError, match="closed while it opened"):
+            b.open()
+        assert not b.loop.streams
+
+
 def test_an_observer_that_raises_is_left_out_and_told_of():
     clock = FakeClock()
     seen = []
