@@ -10,8 +10,9 @@ from fakes import SMALL, FakeClock, FakeEngine, camera, expected, picture, spec
 
 import svd2_jax
 from svd2_jax.errors import ConfigError, SessionError
-from svd2_jax.runtime.loop import Life, LoopConfig
+from svd2_jax.runtime.loop import LoopConfig
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
+from svd2_jax.runtime.stream import Life
 from svd2_jax.runtime.work import Fate, StreamSettings
 from svd2_jax.service import LiveService
 
@@ -288,7 +289,7 @@ def test_a_frame_too_many_for_the_loop_is_refused_and_not_kept():
     with serving() as (service, clock, _):
         stream = service.open(spec(), LIVE, lambda frame, record: None)
         held, go_on = threading.Event(), threading.Event()
-        service.loops[0]._inbox.put(lambda: (held.set(), go_on.wait()))
+        service.loops[0].inbox.put(lambda: (held.set(), go_on.wait()))
         held.wait()
         for i in range(256):
             stream.offer(picture(i))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from svd2_jax.engine.mesh import StageMesh
     from svd2_jax.engine.session import DeviceSession
     from svd2_jax.evaluate.run import Rebuild
-    from svd2_jax.runtime.feed import Source
+    from svd2_jax.runtime.stream import Source
 
 T = TypeVar("T")
 

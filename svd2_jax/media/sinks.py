@@ -11,7 +11,7 @@ import numpy as np
 from svd2_jax.errors import MediaError, Svd2Error
 from svd2_jax.media.urls import masked
 from svd2_jax.media.video import URL_TIMEOUT_S, UrlWriter, VideoWriter
-from svd2_jax.runtime.loop import WhenSlow
+from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.work import MS, SECOND, FrameRecord
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from svd2_jax.errors import ConfigError
 from svd2_jax.media.video import URL_TIMEOUT_S, VideoReader
-from svd2_jax.runtime.feed import Source
+from svd2_jax.runtime.stream import Source
 from svd2_jax.runtime.work import SECOND
 
 LOOK_S = 0.05  # how often a source that waits for a frame looks whether it is to stop
