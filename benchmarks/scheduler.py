@@ -9,7 +9,9 @@ import heapq
 import statistics
 import time
 
-from svd2_jax.runtime.scheduler import LatencySample, PolicyConfig, Scheduler
+from svd2_jax.runtime.deadline import PolicyConfig
+from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.scheduler import Scheduler
 from svd2_jax.runtime.work import MS, SECOND, FrameRecord, StreamSettings, Tick
 
 STREAMS, SECONDS = 64, 20

@@ -28,7 +28,7 @@ from svd2_jax.errors import (
     SessionError,
     Svd2Error,
 )
-from svd2_jax.runtime.loop import WhenSlow
+from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.work import StreamSettings
 from svd2_jax.service import LiveService
 

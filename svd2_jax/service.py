@@ -24,12 +24,12 @@ from typing import Self
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.errors import ConfigError, EngineError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
-from svd2_jax.runtime.feed import Source, feed
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig, Sink, Stream, exit_on_hang
+from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig, exit_on_hang
 from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
+from svd2_jax.runtime.stream import Sink, Source, Stream, feed
 from svd2_jax.runtime.work import Event, StreamSettings
 
 SOURCE_S = 0.2  # how long `stop` waits at least for a source to give up

@@ -89,6 +89,13 @@ def test_a_file_is_played_to_its_end_and_every_frame_is_accounted_for(clip, tmp_
     assert "out.png" in out
 
 
+def test_a_run_says_how_many_blocks_each_stage_has_and_what_is_loaded(clip):
+    engine = FakeEngine(device_ms=lambda *_: 1.0)
+    engine.measure_split = lambda spec: (3, 1)
+    _, said = run(plan(clip, describe=lambda engine: f"{len(engine.ticks) > 0}"), engine)
+    assert "\nblocks per stage, by measured times: 3+1\nTrue\n" in said
+
+
 def test_several_streams_have_a_file_each(clip, tmp_path):
     specs = (spec("one"), spec("another prompt"), spec("one"))
     ended_well, _ = run(plan(clip, specs=specs, output=tmp_path / "out.mp4"))

@@ -10,8 +10,9 @@ from fakes import SMALL, FakeClock, FakeEngine, camera, expected, picture, spec
 
 import svd2_jax
 from svd2_jax.errors import ConfigError, SessionError
-from svd2_jax.runtime.loop import Life, LoopConfig
+from svd2_jax.runtime.loop import LoopConfig
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
+from svd2_jax.runtime.stream import Life
 from svd2_jax.runtime.work import Fate, StreamSettings
 from svd2_jax.service import LiveService
 
@@ -81,6 +82,21 @@ def test_several_engines_share_the_streams_and_no_engine_gets_two_before_each_ha
         for i in range(6):
             assert values(taken[i]) == expected(range(30 * i, 30 * i + 21))
         assert service.metrics.summary().frames_in == 6 * 21
+
+
+def test_a_warm_up_measures_the_stages_of_every_engine_before_its_ticks():
+    with serving(engines=2) as (service, clock, engines):
+        assert service.splits == ()
+        measured = []
+
+        def measure_split(spec):
+            measured.append(len(engines[1].ticks))
+            return (3, 1)
+
+        engines[1].measure_split = measure_split
+        warm_up(service, clock, (1, 2))
+        assert service.splits == (None, (3, 1))
+        assert measured == [0]
 
 
 def test_a_stream_goes_where_there_is_room_and_is_refused_when_all_engines_are_full():
@@ -273,7 +289,7 @@ def test_a_frame_too_many_for_the_loop_is_refused_and_not_kept():
     with serving() as (service, clock, _):
         stream = service.open(spec(), LIVE, lambda frame, record: None)
         held, go_on = threading.Event(), threading.Event()
-        service.loops[0]._inbox.put(lambda: (held.set(), go_on.wait()))
+        service.loops[0].inbox.put(lambda: (held.set(), go_on.wait()))
         held.wait()
         for i in range(256):
             stream.offer(picture(i))

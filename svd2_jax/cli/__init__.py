@@ -29,6 +29,7 @@ from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
 from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
+from svd2_jax.media.urls import masked, path_or_url
 from svd2_jax.text import held_in, measured_blocks
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from svd2_jax.engine.mesh import StageMesh
     from svd2_jax.engine.session import DeviceSession
     from svd2_jax.evaluate.run import Rebuild
+    from svd2_jax.runtime.stream import Source
 
 T = TypeVar("T")
 
@@ -78,6 +80,10 @@ examples:
       --output out.mp4 --metrics out.jsonl --picture out.png
   svd2 live --checkpoint ckpt --input in.mp4 --streams 4 --prompt "a sketch" --prompt "an oil painting" \\
       --steps 4 --floor-steps 1 --budget 800 --output out.mp4
+
+  # from and to streams: rtsp, rtmp, http, udp, tcp, and what else this build of FFmpeg knows
+  svd2 live --checkpoint ckpt --input rtsp://camera.local/stream --prompt "a sunny day" --output out.mp4
+  svd2 live --checkpoint ckpt --camera /dev/video0 --prompt "a sketch" --output rtmp://localhost/live/sketch
 
   # with the small model that comes with the package
   svd2 live --input in.mp4 --loop --fps 8 --prompt "a pencil sketch" --output out.mp4
@@ -159,9 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_run(command("run", _run, "re-draw a video file to a prompt, or make one from text", RUN_EXAMPLES))
-    _add_live(
-        command("live", _live, "re-draw a camera, or a file as if it were one, in real time", LIVE_EXAMPLES)
-    )
+    _add_live(command("live", _live, "re-draw a camera, a stream or a file in real time", LIVE_EXAMPLES))
     convert_cli.add_arguments(
         command(
             "convert",
@@ -201,9 +205,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="what the video should look like; --prompt-at changes it",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, help="video file to write; replaced if it exists"
+        "--output", required=True, type=path_or_url, help="video file to write; replaced if it exists"
     )
-    parser.add_argument("--input", type=Path, help="video file to re-draw; without it: text-to-video")
+    parser.add_argument("--input", type=path_or_url, help="video file to re-draw; without it: text-to-video")
     parser.add_argument(
         "--frames", type=int, help="frames to make (text-to-video), or to take from the input"
     )
@@ -346,6 +350,11 @@ def _note_unknown_styles(checkpoint: str, prompts: Iterable[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    for name in ("input", "output"):
+        if isinstance(url := getattr(args, name), str):
+            raise ConfigError(
+                f"--{name} {masked(url)}: `svd2 run` works on files; use `svd2 live` for streams"
+            )
     *unused, prompt = args.prompt
     if unused:
         _say(
@@ -649,7 +658,12 @@ def _say(text: str) -> None:
 def _add_live(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", type=Path, metavar="VIDEO", help="video file to play at its real rate")
+    source.add_argument(
+        "--input",
+        type=path_or_url,
+        metavar="VIDEO",
+        help="video file to play at its real rate, or URL of a stream",
+    )
     source.add_argument(
         "--camera", metavar="[KIND:]DEVICE", help="such as /dev/video0, or avfoundation:0 with FFmpeg's kind"
     )
@@ -659,8 +673,9 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "each stream in turn. To change it while it runs, type another",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path,
-        help="video file to write, with several streams one for each; without it no frame is kept",
+        "--output", type=path_or_url, metavar="VIDEO",
+        help="video file to write, with several streams one for each; or URL to send the stream to. Without it no "
+        "frame is kept",
     )  # fmt: skip
     parser.add_argument(
         "--streams", type=int, default=1, metavar="N", help="number of streams (default %(default)s)"
@@ -670,7 +685,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps",
         type=float,
-        help="frames per second to play the file at, or to ask the camera for (default: its own)",
+        help="frames per second to play the file at, to ask the camera for or to expect of the URL (default: its own)",
     )
     parser.add_argument(
         "--blend", type=int, default=4, metavar="CHUNKS",
@@ -713,12 +728,8 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 
 
 def _live(args: argparse.Namespace) -> int:
-    from svd2_jax.cli import live
     from svd2_jax.media import sources
     from svd2_jax.runtime import heap
-    from svd2_jax.runtime.feed import Source
-    from svd2_jax.runtime.scheduler import PolicyConfig
-    from svd2_jax.runtime.work import StreamSettings
 
     heap.share()  # before JAX, which starts threads
     for name, least in (("streams", 1), ("replicas", 1), ("blend", 0)):
@@ -736,6 +747,11 @@ def _live(args: argparse.Namespace) -> int:
         raise ConfigError("--loop is for a file; a camera never ends")
     if args.camera and args.streams > 1:
         raise ConfigError("a camera can be opened once; use --streams 1, or play a file")
+    for name in ("input", "output"):
+        if isinstance(url := getattr(args, name), str) and args.streams > 1:
+            raise ConfigError(f"--{name} {masked(url)}: a URL is for one stream; use --streams 1, or a file")
+    if args.loop and isinstance(args.input, str):
+        raise ConfigError(f"--loop is for a file; {masked(args.input)} is a stream and is not started over")
     for path in filter(None, (args.metrics, args.picture)):
         files.check_target(path)
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
@@ -749,12 +765,36 @@ def _live(args: argparse.Namespace) -> int:
         for i in range(args.streams)
     )
     # Opened once before all that takes long, so that what cannot be read is known at once.
+    if isinstance(args.input, str):
+        with sources.UrlSource(args.input, cfg.height, cfg.width) as received:  # stays connected
+            return _live_from(args, specs, _fps(args, received.fps), lambda i, stop: received.watch(stop))
     with (
         sources.open_camera(args.camera, cfg.height, cfg.width, args.fps)
         if args.camera
         else media.VideoReader(args.input, cfg.height, cfg.width)
     ) as reader:
         rate_hz = _fps(args, reader.fps)
+
+    def source(i: int, stop: threading.Event) -> Source:
+        if args.camera:
+            return sources.watch_camera(args.camera, cfg.height, cfg.width, stop, args.fps)
+        return sources.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
+
+    return _live_from(args, specs, rate_hz, source)
+
+
+def _live_from(
+    args: argparse.Namespace,
+    specs: tuple[SessionSpec, ...],
+    rate_hz: float,
+    source: Callable[[int, threading.Event], Source],
+) -> int:
+    """Runs live streams whose input has been opened once: it is there, and its rate is known."""
+    from svd2_jax.cli import live
+    from svd2_jax.runtime.scheduler import PolicyConfig
+    from svd2_jax.runtime.work import StreamSettings
+
+    cfg = specs[0].config
     if not 0 < rate_hz < math.inf:
         raise ConfigError(f"--fps must be above 0, got {rate_hz:g}")
     settings = StreamSettings(
@@ -766,11 +806,6 @@ def _live(args: argparse.Namespace) -> int:
         floor_steps=args.floor_steps,
         stages=args.stages,
     )
-
-    def source(i: int, stop: threading.Event) -> Source:
-        if args.camera:
-            return sources.watch_camera(args.camera, cfg.height, cfg.width, stop, args.fps)
-        return sources.play_file(args.input, cfg.height, cfg.width, rate_hz, args.loop, stop)
 
     remark = functools.partial(_unknown_style, args.checkpoint)
     describe = (lambda engine: engine.describe(cfg)) if args.verbose else None

@@ -1,4 +1,4 @@
-"""`svd2 live`: a file or a camera in real time, through the live service, to video files, a table and metrics."""
+"""`svd2 live`: a file, a camera or a URL in real time, through the live service, to videos, a table and metrics."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from svd2_jax import files, progress
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.cli.terminal import LOOK_S, Interrupts, TypedLines, heard
 from svd2_jax.errors import ConfigError, MediaError, Svd2Error
-from svd2_jax.media.sinks import VideoSink
+from svd2_jax.media.sinks import UrlSink, VideoSink
 from svd2_jax.runtime import picture
-from svd2_jax.runtime.feed import Source
-from svd2_jax.runtime.loop import HANG_EXIT_CODE, HangReport, LoopConfig, Stream
+from svd2_jax.runtime.loop import HANG_EXIT_CODE, HangReport, LoopConfig
 from svd2_jax.runtime.metrics import JsonLines, Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
+from svd2_jax.runtime.stream import Source, Stream
 from svd2_jax.runtime.table import LiveTable
 from svd2_jax.runtime.work import MS, Event, FrameRecord, PromptRecord, StreamId, StreamSettings
 from svd2_jax.service import LiveService
@@ -45,7 +45,7 @@ class LiveRun:
       specs: what to compute, one for each stream.
       settings: rate, budget and steps of every stream.
       source: opens the input of stream i; its waits end when the event is set.
-      output: video file to write; with several streams its name gets the stream's number.
+      output: video file to write, with several streams its name gets the stream's number; or the URL to send to.
       metrics: JSON-lines file to write, or None.
       picture: PNG file to write, or None.
       seconds: how long to run; None: until the input ends.
@@ -57,7 +57,7 @@ class LiveRun:
     specs: tuple[SessionSpec, ...]
     settings: StreamSettings
     source: Callable[[int, threading.Event], Source]
-    output: Path | None = None
+    output: Path | str | None = None
     metrics: Path | None = None
     picture: Path | None = None
     seconds: float | None = None
@@ -77,7 +77,7 @@ class LiveRun:
     @property
     def outputs(self) -> list[Path]:
         """The video files, one for each stream."""
-        if self.output is None:
+        if not isinstance(self.output, Path):
             return []
         if len(self.specs) == 1:
             return [self.output]
@@ -144,10 +144,8 @@ def run(engines: Sequence[Engine], plan: LiveRun, policy: PolicyConfig, say: Cal
             problems = outputs.close()
         problems += errors
         for sink in outputs.sinks:
-            if sink.is_kept:
-                tell(f"{sink.path}: {sink.frames} frames at {plan.settings.rate_hz:g} fps")
-            elif sink.path is not None and not sink.has_failed:
-                tell(f"{sink.path}: not written, as no frame was shown")
+            if (result := sink.result()) is not None:
+                tell(result)
         if plan.output is None:
             tell("no video was kept; --output FILE keeps it")
         if plan.metrics is not None and not any(p.startswith(f"{plan.metrics}: ") for p in problems):
@@ -225,7 +223,7 @@ def _run_service(
     finally:
         stop.set()
         if stuck := service.stop():
-            say(f"did not end: {', '.join(stuck)}; stuck in a camera, a file or the device")
+            say(f"did not end: {', '.join(stuck)}; stuck in a camera, a file, a URL or the device")
     if outputs.observers and (service.lost_events or service.observer_errors):
         outputs.problems.append(f"{plan.metrics}: {service.lost_events or 'some'} events are missing")
     ended_early = [
@@ -427,7 +425,9 @@ def _json_lines(path: Path, metrics: Metrics, plan: LiveRun) -> JsonLines:
         raise MediaError(f"{path}: cannot be written ({e.strerror})") from e
 
 
-def _sink(plan: LiveRun, i: int) -> VideoSink:
+def _sink(plan: LiveRun, i: int) -> VideoSink | UrlSink:
     cfg = plan.specs[i].config
+    if isinstance(plan.output, str):
+        return UrlSink(plan.output, plan.settings.rate_hz, cfg.height, cfg.width)
     path = plan.outputs[i] if plan.output is not None else None
     return VideoSink(path, plan.settings.rate_hz, cfg.height, cfg.width)

@@ -1,20 +1,25 @@
-"""Where the frames of a live stream come from: a file at its own times, or a camera. Pushed frames need no source."""
+"""Where the frames of a live stream come from: a file at its own times, a camera or a URL. Pushed frames need none."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from svd2_jax.errors import ConfigError
-from svd2_jax.media.video import VideoReader
-from svd2_jax.runtime.feed import Source
+from svd2_jax.media.video import URL_TIMEOUT_S, VideoReader
+from svd2_jax.runtime.stream import Source
 from svd2_jax.runtime.work import SECOND
 
+LOOK_S = 0.05  # how often a source that waits for a frame looks whether it is to stop
+IN_SEGMENTS = ("hls", "dash")  # containers of live streams that come many frames at once
 CAMERA_FORMATS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
 
@@ -98,3 +103,101 @@ def open_camera(device: str, height: int, width: int, rate_hz: float | None = No
         kind, name = CAMERA_FORMATS[sys.platform], device
     asked = {} if rate_hz is None or kind not in CAMERA_FORMATS.values() else {"framerate": f"{rate_hz:g}"}
     return VideoReader(name, height, width, device=kind, device_options=asked)
+
+
+def watch_url(
+    url: str, height: int, width: int, stop: threading.Event, timeout_s: float = URL_TIMEOUT_S
+) -> Source:
+    """Gives the frames of a stream's URL as they come, with the stream's own timestamps.
+
+    Args:
+      url: anything that FFmpeg opens, such as rtsp://, rtmp://, http://, udp:// or tcp://.
+      height: pixels of the frames.
+      width: pixels of the frames.
+      stop: ends the stream at once when it is set, whether frames come or not.
+      timeout_s: seconds without an answer, or without anything sent, after which it is an error.
+
+    Raises:
+      MediaError: the URL cannot be opened; at once, not with the first frame. Later, from the iterator: it broke off.
+    """
+    return UrlSource(url, height, width, timeout_s).watch(stop)
+
+
+class UrlSource:
+    """A stream's URL, connected before there is somebody to watch it. See `watch_url` for the simple way.
+
+    Inside `with` the stream is received and dropped until `watch` is iterated, so that it starts with what is new then.
+    What has a known length, such as a video file on a web server, is played from its start at its real rate instead.
+
+    Attributes:
+      fps: frames per second that the stream states.
+    """
+
+    def __init__(self, url: str, height: int, width: int, timeout_s: float = URL_TIMEOUT_S):
+        """Connects and decodes the first frame; see `watch_url` for arguments and errors."""
+        self._reader = VideoReader(url, height, width, timeout_s=timeout_s)
+        self.fps = self._reader.fps
+        self._has_length = self._reader.frame_count is not None
+        self._frames: queue.Queue[tuple[int | None, np.ndarray] | Exception | None] = queue.Queue(maxsize=1)
+        self._is_watched, self._is_over = threading.Event(), threading.Event()
+        # A read waits for the network and cannot be called off, so it has a thread that nobody waits for.
+        self._thread = threading.Thread(target=self._read, name="svd2-url", daemon=True)
+
+    def __enter__(self) -> Self:
+        if not self._has_length:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def watch(self, stop: threading.Event) -> Iterator[tuple[int | None, np.ndarray]]:
+        """Yields (timestamp in ns or None, frame uint8 [H, W, 3]) until the stream ends or `stop` is set; once only."""
+        self._is_watched.set()
+        if self._thread.ident is None:
+            self._thread.start()
+        try:
+            while not stop.is_set():
+                try:
+                    item = self._frames.get(timeout=LOOK_S)
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Has the connection closed: with the next thing that comes, or when nothing does for the timeout."""
+        self._is_over.set()
+        if self._thread.ident is None:
+            self._reader.close()
+        with contextlib.suppress(queue.Empty):
+            self._frames.get_nowait()  # lets go a thread that waits for room
+
+    def _read(self) -> None:
+        end: Exception | None = None
+        try:
+            with self._reader as reader:
+                for frame in self._at_their_times(reader):
+                    if self._is_over.is_set():
+                        return
+                    if self._is_watched.is_set():
+                        self._frames.put((reader.timestamp_ns, frame))
+        except Exception as e:
+            end = e
+        self._frames.put(end)
+
+    def _at_their_times(self, reader: VideoReader) -> Iterator[np.ndarray]:
+        """Yields frames as they come; those that do not come at their times, when these have come."""
+        is_live = not self._has_length and reader.container not in IN_SEGMENTS
+        ahead_ns: int | None = None  # of the timestamps' clock to ours
+        for frame in reader:
+            if not is_live and reader.timestamp_ns is not None:
+                now_ns = time.monotonic_ns()
+                ahead_ns = now_ns - reader.timestamp_ns if ahead_ns is None else ahead_ns
+                self._is_over.wait(max(0, reader.timestamp_ns + ahead_ns - now_ns) / SECOND)
+            yield frame

@@ -1,4 +1,4 @@
-"""Video files to frames and frames to video files, one piece at a time; a procedural test clip and contact sheets.
+"""Videos to frames and frames to videos, files or streams, one piece at a time; a test clip and contact sheets.
 
 The border where pixels enter and leave: outside any container or codec, inside uint8 RGB frames [H, W, 3].
 Neither direction holds more than a few frames, so an hour-long file needs no more memory than a short one.
@@ -18,21 +18,25 @@ from typing import NamedTuple, Self, cast
 import av
 import numpy as np
 from av.codec.codec import UnknownCodecError
+from av.codec.context import Flags
 from av.container import InputContainer, OutputContainer
-from av.error import FFmpegError
+from av.error import ExitError, FFmpegError, InvalidDataError, ProtocolNotFoundError
 from av.stream import Disposition
+from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
 from svd2_jax import files
 from svd2_jax.errors import MediaError
+from svd2_jax.media.urls import masked, scheme_of
 from svd2_jax.text import shortened
 
 FALLBACK_FPS = 24.0  # for the rare file whose container and codec both state no rate
 MAX_FPS_DENOMINATOR = 1001  # broadcast rates such as 30000/1001 stay exact
 H264_CRF = "18"  # visually lossless; smaller is better and larger on disk
 VP9_CRF = "24"  # about the same quality on VP9's scale
+URL_TIMEOUT_S = 10.0  # that a server may take for an answer; cameras behind slow networks take a few
 
 # swscale's bilinear widens its filter when it shrinks a picture, which is what "antialias" means elsewhere.
 # The other two flags cost nothing measurable and remove a bias of 1 to 1.5 levels from YUV to RGB.
@@ -45,6 +49,7 @@ class _Encoding(NamedTuple):
     codec: str
     options: dict[str, str]
     container_options: dict[str, str]
+    container: str = ""  # FFmpeg's name, for URLs; the suffix of a file says it
 
 
 _H264 = {"crf": H264_CRF, "preset": "fast"}
@@ -55,19 +60,47 @@ _ENCODINGS = {
     ".webm": _Encoding("libvpx-vp9", {"crf": VP9_CRF, "b": "0", "deadline": "realtime", "cpu-used": "5"}, {}),
 }
 
+# zerolatency: no B-frames, no look-ahead, no frame threads, so that each frame leaves as soon as it is encoded.
+_H264_LIVE = {"crf": "21", "preset": "veryfast", "tune": "zerolatency"}
+_FLV = _Encoding("libx264", _H264_LIVE, {"flvflags": "no_duration_filesize"}, "flv")
+_MPEGTS = _Encoding("libx264", _H264_LIVE, {}, "mpegts")
+_HTTP = _Encoding("libx264", _H264_LIVE, {"method": "PUT"}, "mpegts")
+_URL_ENCODINGS = {
+    "rtmp": _FLV, "rtmps": _FLV, "rtsp": _Encoding("libx264", _H264_LIVE, {"rtsp_transport": "tcp"}, "rtsp"),
+    "udp": _Encoding("libx264", _H264_LIVE, {"pkt_size": "1316"}, "mpegts"),  # 7 packets of MPEG-TS, as is usual
+    "tcp": _MPEGTS, "srt": _MPEGTS, "http": _HTTP, "https": _HTTP,
+}  # fmt: skip
+_URL_OPTIONS = {
+    "rtsp": {"rtsp_transport": "tcp"},  # a lost UDP packet spoils the picture up to the next key frame
+    "rtsps": {"rtsp_transport": "tcp"},
+    "udp": {"overrun_nonfatal": "1"},  # who is slow loses packets, as with any camera, and goes on
+}
+_MILLISECOND = Fraction(1, 1000)  # the clock of FLV; fine enough for a picture
+
 
 def _reason(error: Exception) -> str:
     """The system's words for an error, without error number and path."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def _url_problem(url: str, error: Exception, timeout_s: float) -> str:
+    """Returns why a URL cannot be opened, and what to do."""
+    if isinstance(error, (ExitError, TimeoutError)):
+        return f"no answer within {timeout_s:g} s; check the address and that the server is running"
+    if isinstance(error, ProtocolNotFoundError):
+        return f"this build of FFmpeg knows no protocol {scheme_of(url)!r}; use rtsp, rtmp, http, udp or tcp"
+    return f"cannot be opened ({_reason(error)}); check the address and that the server is running"
+
+
 class VideoReader:
-    """Iterates over the frames of a video file: uint8 RGB [H, W, 3], decoded only as they are asked for.
+    """Iterates over the frames of a video file or a stream: uint8 RGB [H, W, 3], decoded as they are asked for.
 
     The whole picture is scaled to the asked size, nothing is cropped, and the file's rotation mark is applied
     first. Frames come as they were coded: a variable frame rate is not resampled.
 
     Opening decodes the first frame, so a file that cannot be used is known before anything slow starts.
+
+    A damaged file is an error. A stream that loses packets goes on with what can be decoded.
 
     Attributes:
       fps: frames per second, the average for a variable frame rate.
@@ -76,6 +109,7 @@ class VideoReader:
       size: (height, width) of the frames handed out.
       source_size: (height, width) of the file's picture, after rotation.
       timestamp_ns: of the last frame handed out, by the file's or the camera's clock; None where it has none.
+      container: FFmpeg's name of the container, such as "hls".
     """
 
     def __init__(
@@ -86,21 +120,25 @@ class VideoReader:
         max_frames: int | None = None,
         device: str | None = None,
         device_options: Mapping[str, str] | None = None,
+        timeout_s: float = URL_TIMEOUT_S,
     ):
         """Opens `path`.
 
         Args:
-          path: a video file of any container and codec FFmpeg reads, or the name of a camera.
+          path: a video file of any container and codec FFmpeg reads, the URL of a stream, or the name of a camera.
           height: pixels of the frames handed out; the file's own when None.
           width: the same; given together with `height` or not at all.
           max_frames: stop after this many frames.
           device: FFmpeg's name of the kind of camera, such as "v4l2"; None for a file.
           device_options: FFmpeg's options for the camera.
+          timeout_s: seconds that a URL may take to answer, and later to send something; then it is an error.
 
         Raises:
-          MediaError: the file is missing, a folder, not a video, damaged or without frames.
+          MediaError: the file is missing, a folder, not a video, damaged or without frames; the URL cannot be opened.
         """
-        self._path, self._device, self._device_options = Path(path), device, dict(device_options or {})
+        self._url = os.fspath(path) if device is None and scheme_of(os.fspath(path)) else None
+        self._path = Path(path) if self._url is None else masked(self._url)  # as messages show it
+        self._device, self._device_options, self._timeout_s = device, dict(device_options or {}), timeout_s
         if (height is None) != (width is None):
             raise MediaError(f"give both height and width or neither, got {height=} and {width=}")
         for name, value in (("height", height), ("width", width), ("max_frames", max_frames)):
@@ -113,11 +151,13 @@ class VideoReader:
         self._container = self._open()
         try:
             self._stream = self._video_stream()
-            self._stream.thread_type = "AUTO"  # decodes ahead by at most one frame per core
+            # For files, decoding ahead by at most one frame per core; a stream's frames are not to wait for the next.
+            self._stream.thread_type = "AUTO" if self._url is None else "SLICE"
             self._decoded = self._decode()
             first = next(self._decoded, None)
             if first is None:
-                raise MediaError(f"{self._path}: holds no video frames; record or export it again")
+                hint = "record or export it again" if self._url is None else "check what is sent there"
+                raise MediaError(f"{self._path}: holds no video frames; {hint}")
         except BaseException:
             self._container.close()
             raise
@@ -127,23 +167,38 @@ class VideoReader:
         self.size = self.source_size if height is None or width is None else (height, width)
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.fps = float(rate) if rate else FALLBACK_FPS
+        self.container = self._container.format.name
         self.frame_count = self._expected_frames()
 
     def _open(self) -> InputContainer:
         if self._device is not None:
             return self._open_camera(self._device)
-        if self._path.is_dir():
-            raise MediaError(f"{self._path}: is a folder, expected a video file")
-        if not self._path.exists():
-            raise MediaError(f"{self._path}: no such file")
-        try:
-            container = av.open(str(self._path), "r")
-        except (FFmpegError, OSError, ValueError) as error:
-            raise MediaError(f"{self._path}: cannot be read as a video ({_reason(error)})") from error
+        container = self._open_file(Path(self._path)) if self._url is None else self._open_url(self._url)
         if container.format.name == "tty":  # FFmpeg renders plain text files as a terminal
             container.close()
-            raise MediaError(f"{self._path}: is a text file, expected a video file")
+            raise MediaError(f"{self._path}: is a text file, expected a video")
         return container
+
+    def _open_file(self, path: Path) -> InputContainer:
+        if path.is_dir():
+            raise MediaError(f"{path}: is a folder, expected a video file")
+        if not path.exists():
+            raise MediaError(f"{path}: no such file")
+        try:
+            return av.open(str(path), "r")
+        except (FFmpegError, OSError, ValueError) as error:
+            raise MediaError(f"{path}: cannot be read as a video ({_reason(error)})") from error
+
+    def _open_url(self, url: str) -> InputContainer:
+        options = _URL_OPTIONS.get(scheme_of(url) or "", {})
+        try:
+            return av.open(url, "r", options=options, timeout=(self._timeout_s, self._timeout_s))
+        except InvalidDataError as error:
+            raise MediaError(
+                f"{self._path}: what comes is no video that FFmpeg can read; check the address"
+            ) from error
+        except (FFmpegError, OSError, ValueError) as error:
+            raise MediaError(f"{self._path}: {_url_problem(url, error, self._timeout_s)}") from error
 
     def _open_camera(self, device: str) -> InputContainer:
         kinds = {kind for names in av.formats_available for kind in names.split(",")}
@@ -160,7 +215,7 @@ class VideoReader:
         for stream in self._container.streams.video:
             if not stream.disposition & Disposition.attached_pic:  # cover art of a sound file
                 return stream
-        raise MediaError(f"{self._path}: holds no video stream, expected a video file")
+        raise MediaError(f"{self._path}: holds no video stream, expected a video")
 
     def _expected_frames(self) -> int | None:
         stream, count = self._stream, self._stream.frames
@@ -176,6 +231,10 @@ class VideoReader:
         damage = "the file ends early"
         try:
             for packet in self._container.demux(self._stream):
+                if self._url is not None:
+                    with suppress(InvalidDataError):  # lost packets, or before the first key frame
+                        yield from self._stream.decode(packet)
+                    continue
                 if packet.is_corrupt:  # with frame threads the decoder may swallow its own error for these
                     yield from self._stream.decode(None)
                     break
@@ -184,6 +243,11 @@ class VideoReader:
                 return
         except (FFmpegError, OSError, ValueError) as error:
             damage = _reason(error)
+            if self._url is not None:
+                damage = f"nothing came for {self._timeout_s:g} s" if isinstance(error, ExitError) else damage
+                raise MediaError(
+                    f"{self._path}: broke off after {self._frames_given} frames ({damage})"
+                ) from error
         done = self._frames_given
         if not done:
             raise MediaError(f"{self._path}: no frame can be decoded ({damage}); it is cut off or damaged")
@@ -226,7 +290,95 @@ class VideoReader:
         self.close()
 
 
-class VideoWriter:
+class _Encoder:
+    """What writers of files and of streams share: encodes uint8 RGB frames into a container.
+
+    Attributes:
+      size: (height, width) of the frames.
+      fps: frames per second.
+      frames_written: frames so far.
+    """
+
+    def __init__(self, name: str, encoding: _Encoding, fps: float, height: int, width: int):
+        """Checks rate and size; `name` is how messages call the target. Raises MediaError."""
+        self._rate = Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR) if 0 < fps < 1e4 else Fraction(0)
+        if not self._rate:
+            raise MediaError(f"fps must be above 0 and below 10000, got {fps}")
+        for axis, value in (("height", height), ("width", width)):
+            if value < 2 or value % 2:
+                raise MediaError(f"{axis} must be a positive even number of pixels, got {value}")
+        self.size, self.fps = (height, width), fps
+        self._name, self._encoding = name, encoding
+        self._reformatter = VideoReformatter()
+        self._container: OutputContainer | None = None
+        self._stream: VideoStream | None = None
+        self.frames_written = 0
+
+    def _add_stream(self, container: OutputContainer) -> VideoStream:
+        stream = cast(
+            VideoStream,
+            container.add_stream(self._encoding.codec, rate=self._rate, options=dict(self._encoding.options)),
+        )
+        stream.height, stream.width = self.size
+        stream.pix_fmt = "yuv420p"
+        # Said outright, because players guess the matrix from the picture size when it is not.
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = int(ColorRange.MPEG)
+        return stream
+
+    def _encode(self, frame: np.ndarray, pts: int, time_base: Fraction, is_key: bool = False) -> None:
+        """Writes a frame, uint8 [H, W, 3], at `pts` in units of `time_base`, in seconds."""
+        assert self._container is not None
+        assert self._stream is not None
+        yuv = self._to_yuv(frame)
+        yuv.pts, yuv.time_base = pts, time_base
+        yuv.pict_type = PictureType.I if is_key else PictureType.NONE
+        self._container.mux(self._stream.encode(yuv))
+        self.frames_written += 1
+
+    def _to_yuv(self, frame: np.ndarray) -> av.VideoFrame:
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        return self._reformatter.reformat(
+            rgb,
+            format="yuv420p",
+            interpolation=_SCALING,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+        )
+
+    def _end(self) -> None:
+        """Writes what the encoder still holds, and closes the target."""
+        assert self._container is not None
+        assert self._stream is not None
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._container = None
+
+    def _give_up(self) -> None:
+        """Closes the target; what goes wrong in that is not worth hiding the cause."""
+        with suppress(Exception):
+            if self._container is not None:
+                self._container.close()
+        self._container = None
+
+    def _check_frames(self, frames: np.ndarray) -> None:
+        expected = (*self.size, 3)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
+            raise MediaError(
+                f"{self._name}: expected uint8 frames [T, {', '.join(map(str, expected))}], "
+                f"got {frames.dtype} {list(frames.shape)}"
+            )
+
+    def _raise_if_no_encoder(self, error: BaseException) -> None:
+        if isinstance(error, UnknownCodecError):
+            raise MediaError(
+                f"{self._name}: this build of PyAV has no encoder {self._encoding.codec!r}; "
+                "install the `av` wheel from the package index"
+            ) from error
+
+
+class VideoWriter(_Encoder):
     """Writes uint8 RGB frames to a video file that appears under its name only once it is whole.
 
     Until then the frames go to a hidden file beside the target. Leaving the `with` block normally finishes it
@@ -261,19 +413,8 @@ class VideoWriter:
             raise MediaError(
                 f"{self.path}: cannot write the format {suffix!r}; supported are {', '.join(_ENCODINGS)}"
             )
-        self._rate = Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR) if 0 < fps < 1e4 else Fraction(0)
-        if not self._rate:
-            raise MediaError(f"fps must be above 0 and below 10000, got {fps}")
-        for name, value in (("height", height), ("width", width)):
-            if value < 2 or value % 2:
-                raise MediaError(f"{name} must be a positive even number of pixels, got {value}")
-        self.size, self.fps = (height, width), fps
-        self._encoding = _ENCODINGS[suffix]
+        super().__init__(str(self.path), _ENCODINGS[suffix], fps, height, width)
         self._part = files.part_of(self.path)
-        self._reformatter = VideoReformatter()
-        self._container: OutputContainer | None = None
-        self._stream: VideoStream | None = None
-        self.frames_written = 0
 
     def __enter__(self) -> Self:
         try:
@@ -287,57 +428,22 @@ class VideoWriter:
             raise
         return self
 
-    def _add_stream(self, container: OutputContainer) -> VideoStream:
-        stream = cast(
-            VideoStream,
-            container.add_stream(self._encoding.codec, rate=self._rate, options=dict(self._encoding.options)),
-        )
-        stream.height, stream.width = self.size
-        stream.pix_fmt = "yuv420p"
-        # Said outright, because players guess the matrix from the picture size when it is not.
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = _BT709
-        context.color_range = int(ColorRange.MPEG)
-        return stream
-
     def write(self, frames: np.ndarray) -> None:
         """Appends `frames`, uint8 [T, H, W, 3] of the writer's size, T >= 0."""
-        if self._container is None or self._stream is None:
+        if self._container is None:
             raise MediaError(f"{self.path}: not open; write inside `with VideoWriter(...) as writer:`")
-        expected = (*self.size, 3)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != expected:
-            raise MediaError(
-                f"{self.path}: expected uint8 frames [T, {', '.join(map(str, expected))}], "
-                f"got {frames.dtype} {list(frames.shape)}"
-            )
+        self._check_frames(frames)
         try:
             for frame in frames:
-                self._container.mux(self._stream.encode(self._to_yuv(frame)))
-                self.frames_written += 1
+                self._encode(frame, self.frames_written, 1 / self._rate)
         except (FFmpegError, OSError, ValueError) as error:
             self._raise_if_media(error)
             raise
 
-    def _to_yuv(self, frame: np.ndarray) -> av.VideoFrame:
-        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        yuv = self._reformatter.reformat(
-            rgb,
-            format="yuv420p",
-            interpolation=_SCALING,
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-        )
-        yuv.pts, yuv.time_base = self.frames_written, 1 / self._rate
-        return yuv
-
     def _finish(self) -> None:
-        assert self._container is not None
-        assert self._stream is not None
         if not self.frames_written:
             raise MediaError(f"{self.path}: no frames were written, so there is no video to keep")
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-        self._container = None
+        self._end()
         os.replace(self._part, self.path)
 
     def __exit__(
@@ -359,24 +465,112 @@ class VideoWriter:
             self._part.unlink(missing_ok=True)
 
     def _discard(self) -> None:
-        """Closes and removes the unfinished file; what goes wrong in that is not worth hiding the cause."""
-        with suppress(Exception):
-            if self._container is not None:
-                self._container.close()
-        self._container = None
+        """Closes and removes the unfinished file."""
+        self._give_up()
         self.remove_part()
 
     def _raise_if_media(self, error: BaseException) -> None:
         """Raises MediaError for what encoding and writing can fail with, does nothing for the rest."""
-        if isinstance(error, UnknownCodecError):
-            raise MediaError(
-                f"{self.path}: this build of PyAV has no encoder {self._encoding.codec!r}; "
-                "install the `av` wheel from the package index"
-            ) from error
+        self._raise_if_no_encoder(error)
         if isinstance(error, (FFmpegError, OSError, ValueError)):
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             hint = "; free some space or write elsewhere" if full else ""
             raise MediaError(f"{self.path}: cannot be written ({_reason(error)}){hint}") from error
+
+
+class UrlWriter(_Encoder):
+    """Sends uint8 RGB frames to a URL as H.264, each at once: no B-frames, a key frame about every second.
+
+    The scheme chooses the container: FLV for rtmp, MPEG-TS for udp, tcp, srt and http (a PUT), RTSP for rtsp.
+
+    Attributes:
+      size: (height, width) of its frames.
+      fps: frames per second, about.
+      frames_written: frames so far, with two black ones at the start.
+    """
+
+    def __init__(self, url: str, fps: float, height: int, width: int, timeout_s: float = URL_TIMEOUT_S):
+        """Checks what can be checked without connecting; `with` connects.
+
+        Args:
+          url: where to send to.
+          fps: frames per second, about; each frame has a time of its own.
+          height: pixels, even.
+          width: pixels, even.
+          timeout_s: seconds that the receiver may take to answer, and later to take what is sent.
+
+        Raises:
+          MediaError: nothing can be sent to such a URL, or rate or size cannot be used.
+        """
+        scheme, name = scheme_of(url), masked(url)
+        if scheme not in _URL_ENCODINGS:
+            raise MediaError(f"{name}: cannot send to such a URL; supported are {', '.join(_URL_ENCODINGS)}")
+        super().__init__(name, _URL_ENCODINGS[scheme], fps, height, width)
+        self._url, self._timeout_s, self._last_ms = url, timeout_s, -1
+
+    def __enter__(self) -> Self:
+        timeout = "timeout" if self._encoding.container == "rtsp" else "rw_timeout"  # in microseconds
+        options = {
+            **self._encoding.container_options,
+            timeout: str(round(self._timeout_s * 1e6)),
+            "flush_packets": "1",
+        }
+        # FFmpeg's own thread connects and sends, as PyAV connects with Python's lock held and without a time limit.
+        fifo = {
+            "fifo_format": self._encoding.container,
+            "format_opts": ":".join(f"{key}={value}" for key, value in options.items()),
+            "queue_size": "1",
+            "attempt_recovery": "0",
+        }
+        try:
+            self._container = av.open(self._url, "w", "fifo", container_options=fifo)
+            self._stream = self._add_stream(self._container)
+            context = self._stream.codec_context
+            context.time_base, context.gop_size = _MILLISECOND, max(1, round(self.fps))
+            if self._encoding.container != "mpegts":  # which repeats the headers, for who comes later
+                context.flags |= Flags.global_header
+            # The queue has room for one: the second waits until the connection is there, and raises if it cannot be.
+            for at_ms in range(2):
+                self._encode(np.zeros((*self.size, 3), np.uint8), at_ms, _MILLISECOND)
+        except (FFmpegError, OSError, ValueError) as error:
+            self._give_up()
+            self._raise_if_no_encoder(error)
+            raise MediaError(f"{self._name}: {_url_problem(self._url, error, self._timeout_s)}") from error
+        self._last_ms = 1
+        return self
+
+    def write(self, frame: np.ndarray, at_ms: int, is_key: bool = False) -> None:
+        """Sends a frame.
+
+        Args:
+          frame: uint8 [H, W, 3] of the writer's size.
+          at_ms: when it is shown, in ms since the stream was opened; at least 1 ms after the one before is taken.
+          is_key: makes it a key frame, with which a viewer can begin.
+
+        Raises:
+          MediaError: the receiver is gone or takes nothing, or the frame is of another kind.
+        """
+        if self._container is None:
+            raise MediaError(f"{self._name}: not open; write inside `with UrlWriter(...) as writer:`")
+        self._check_frames(frame[None])
+        self._last_ms = max(at_ms, self._last_ms + 1)
+        try:
+            self._encode(frame, self._last_ms, _MILLISECOND, is_key)
+        except (FFmpegError, OSError, ValueError) as error:
+            raise self._gone(error) from error
+
+    def _gone(self, error: Exception) -> MediaError:
+        return MediaError(f"{self._name}: the receiver is gone ({_reason(error)})")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._give_up()
+            return
+        try:
+            self._end()
+        except (FFmpegError, OSError, ValueError) as error:
+            self._give_up()
+            raise self._gone(error) from error
 
 
 def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the device does next, and which frames are given up: a pure function of (time, queues, costs, config).
+"""What the device does next, and which frames are given up: a pure function of (time, streams, costs, config).
 
 The promise behind every decision: what has entered the device can still be finished in time. For that, `rescue`
 plays through how the chunks under way would be finished if nothing more entered, most urgent first; its result is
@@ -9,17 +9,23 @@ to wait, the first tick of the rescue is run. docs/scheduling.md tells it in wor
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import NamedTuple
 
 from svd2_jax.errors import ConfigError
+from svd2_jax.rows import InFlight, Rows
+from svd2_jax.runtime.ingest import SourceClock
 from svd2_jax.runtime.latency import Costs, LatencyConfig
-from svd2_jax.runtime.work import MS, NEVER_NS, Reason, StreamId
+from svd2_jax.runtime.pacing import Playout
+from svd2_jax.runtime.work import MS, NEVER_NS, FrameRecord, Part, StreamId, StreamSettings
 
 ROOMY_SHARE = 0.5  # of a tick by which a chunk that is due soon may be held up for pushing others on
-MOST_TRIES = 8  # of possible ticks in one decision; what fails so often waits for the next one
+
+CostsOf = Callable[[Hashable, int], Costs]
+"""Gives the tick times of a shape and a number of steps."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,6 @@ class PolicyConfig:
       admit_below: utilisation of all streams at their floor steps up to which another one is let in; None lets in
         every stream that could be served alone. The first stream is always let in.
       stall_intervals: a source is taken to have stalled when its next frame is overdue by so many of its intervals.
-      most_queued: input frames of one stream that wait at most; fewer where its budget holds fewer.
     """
 
     latency: LatencyConfig = field(default_factory=LatencyConfig)
@@ -49,55 +54,95 @@ class PolicyConfig:
     push_below: float = 0.9
     admit_below: float | None = 1.0
     stall_intervals: float = 3.0
-    most_queued: int = 256
 
     def __post_init__(self):
-        if not 0 < self.raise_below <= self.lower_above:
-            raise ConfigError(
-                "expected 0 < raise_below <= lower_above, "
-                f"got raise_below={self.raise_below} and lower_above={self.lower_above}"
-            )
+        low, high = self.raise_below, self.lower_above
+        if not 0 < low <= high:
+            raise ConfigError(f"expected 0 < raise_below <= lower_above, got {low} and {high}")
         for name in ("guard_ms", "raise_after_ms", "push_below", "stall_intervals"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.most_queued < 1:
-            raise ConfigError(f"most_queued must be at least 1, got {self.most_queued}")
 
     @property
     def guard_ns(self) -> int:
         return round(self.guard_ms * MS)
 
 
-class Load(Enum):
-    """How busy the device is.
+Group = tuple[Hashable, int]
+"""Shape and steps: streams of the same group may share a tick."""
 
-    ROOMY: there is time to push every chunk on to its end by ticks of its own. BUSY: not for all of them.
-    OVER: there is not even time for all chunks.
+
+@dataclass(slots=True)
+class Stream:
+    """All that is known of one stream; decisions read it and change nothing.
+
+    Attributes:
+      id: its number.
+      settings: what it asked for.
+      steps: that it takes from its next tick on.
+      clock: what is known of its source.
+      playout: how it is shown.
+      rows: chunks in flight that need more ticks besides those in flight.
+      served_ns: when its last chunk entered.
+      arrived: frames so far.
+      queue: frames that wait to enter, oldest first.
+      leaving: chunks that a tick in flight finishes.
+      finished: frames that wait to be shown, by number.
+      started: whether its first group has entered.
+      ended: whether no more frames come.
     """
 
-    ROOMY = "roomy"
-    BUSY = "busy"
-    OVER = "over"
-
-
-class Group(NamedTuple):
-    """Streams of the same group may share a tick."""
-
-    shape: Hashable
+    id: StreamId
+    settings: StreamSettings
     steps: int
+    clock: SourceClock
+    playout: Playout
+    rows: Rows[list[FrameRecord]]
+    served_ns: int
+    arrived: int = 0
+    queue: deque[FrameRecord] = field(default_factory=deque)
+    leaving: deque[InFlight[list[FrameRecord]]] = field(default_factory=deque)
+    finished: dict[int, FrameRecord] = field(default_factory=dict)
+    started: bool = False
+    ended: bool = False
+
+    @property
+    def group(self) -> Group:
+        return self.settings.shape, self.steps
+
+    @property
+    def need(self) -> int:
+        """Frames of what enters next: the first group or a chunk."""
+        return self.settings.chunk_frames if self.started else self.settings.first_frames
+
+    @property
+    def ticks(self) -> int:
+        """Ticks of the stream that a chunk takes."""
+        return self.steps * self.settings.stages
+
+    @property
+    def gap_ns(self) -> int:
+        """Expected time between two frames."""
+        return round(max(self.clock.gap_ns, self.settings.interval_ns / 2))
+
+    @property
+    def next_ns(self) -> int:
+        """When the next chunk is expected to be whole."""
+        return self.clock.arrival_ns + max(0, self.need - len(self.queue)) * self.gap_ns
+
+    @property
+    def period_ns(self) -> int:
+        """Expected time between two chunks."""
+        return self.gap_ns * self.settings.chunk_frames
 
 
-class Flight(NamedTuple):
-    """A chunk under way: its deadline, and how many ticks of its stream it still needs."""
-
-    deadline_ns: int
-    left: int
+Flight = tuple[int, int]
+"""A chunk under way: its deadline, and how many ticks of its stream it still needs."""
 
 
 class Job(NamedTuple):
-    """Chunks under way of one stream."""
+    """Chunks under way of one stream, the oldest first."""
 
-    stream: StreamId
     group: Group
     flight: tuple[Flight, ...]
 
@@ -108,330 +153,220 @@ class Rescue(NamedTuple):
     Attributes:
       spare_ns: least time between a chunk's end and its deadline; below 0 if one is lost; NEVER_NS without chunks.
       first: streams of the first tick.
-      lost: positions of the chunks that end behind their deadlines, by stream.
     """
 
     spare_ns: int
     first: tuple[StreamId, ...]
-    lost: dict[StreamId, list[int]]
 
 
-def rescue(
-    jobs: Iterable[Job], start_ns: int, costs: Mapping[Group, Costs], stop_lost: bool = False
-) -> Rescue:
+def rescue(jobs: Mapping[StreamId, Job], start_ns: int, costs_of: CostsOf) -> Rescue:
     """Plays through the ticks that finish all chunks under way, from `start_ns` on, at bound times.
 
     The group with the most urgent chunk goes first, in the largest batch worth its latency, its most urgent streams
     in it. The order does not depend on the start, so starting later by d leaves d less to spare; and what remains
     after the first tick is played through as here.
-
-    Args:
-      jobs: chunks under way, by stream.
-      start_ns: when the device is free.
-      costs: what ticks take, by group.
-      stop_lost: return as soon as one chunk is found lost.
     """
-    heaps: dict[Group, list[tuple]] = {}
-    for stream, group, flight in jobs:
-        latest = _latest(flight, costs[group].bound_ns[1])
-        heaps.setdefault(group, []).append((latest[0], stream, 0, 0, flight, latest))
-    for heap in heaps.values():
-        heapq.heapify(heap)
-    spare, first, lost, now = NEVER_NS, (), {}, start_ns
-    while heaps:
-        group = min(heaps, key=lambda g: heaps[g][0][0]) if len(heaps) > 1 else next(iter(heaps))
-        heap, cost = heaps[group], costs[group]
-        size, one = cost.size(len(heap), cost.knee), cost.bound_ns[1]
+    heaps: dict[Group, list[tuple[int, StreamId, int, tuple[Flight, ...]]]] = {}
+    for stream, (group, flight) in jobs.items():
+        entry = _latest_ns(flight, costs_of(*group)), stream, 0, flight
+        heapq.heappush(heaps.setdefault(group, []), entry)
+    spare, first, now = NEVER_NS, (), start_ns
+    while heaps and spare >= 0:
+        group = min(heaps, key=lambda group: heaps[group][0])
+        heap, cost = heaps[group], costs_of(*group)
+        size = cost.size(len(heap), cost.knee)
         now += cost.bound_ns[size]
         taken = [heapq.heappop(heap) for _ in range(size)]
-        if not first:
-            first = tuple(entry[1] for entry in taken)
-        for _, stream, ticks, head, flight, latest in taken:
+        first = first or tuple(entry[1] for entry in taken)
+        for _, stream, ticks, flight in taken:
             ticks += 1
-            while head < len(flight) and flight[head][1] <= ticks:
-                over = flight[head][0] - now
-                if over < spare:
-                    spare = over
-                if over < 0:
-                    lost.setdefault(stream, []).append(head)
-                    if stop_lost:
-                        return Rescue(spare, first, lost)
-                head += 1
-            if head < len(flight):
-                heapq.heappush(heap, (latest[head] + ticks * one, stream, ticks, head, flight, latest))
+            while flight and flight[0][1] <= ticks:
+                spare, flight = min(spare, flight[0][0] - now), flight[1:]
+            if flight:
+                latest = _latest_ns(flight, cost) + ticks * cost.bound_ns[1]
+                heapq.heappush(heap, (latest, stream, ticks, flight))
         if not heap:
             del heaps[group]
-    return Rescue(spare, first, lost)
+    return Rescue(spare, first)
 
 
-def _latest(flight: Sequence[Flight], tick_ns: int) -> list[int]:
-    """Returns when the stream's next tick must start to finish in time each chunk and all behind it."""
-    least, latest = NEVER_NS, []
-    for deadline_ns, left in reversed(flight):
-        least = min(least, deadline_ns - left * tick_ns)
-        latest.append(least)
-    latest.reverse()
-    return latest
+def _latest_ns(flight: Sequence[Flight], cost: Costs) -> int:
+    """Returns when the first of the ticks of these chunks must start to finish all of them in time."""
+    return min([deadline_ns - left * cost.bound_ns[1] for deadline_ns, left in flight])
 
 
-class View(NamedTuple):
-    """What the policy looks at of one stream.
-
-    Attributes:
-      stream: its number.
-      group: its shape, and the steps that it takes from its next tick on.
-      queue: deadlines of the queued frames, oldest first.
-      need: frames of what enters next: the first group or a chunk.
-      first: whether that is the first group.
-      ticks: of the stream that a chunk takes.
-      flight: chunks in flight, oldest first.
-      next_ns: when the next chunk is expected to be whole.
-      overdue_ns: when the source is taken to have stalled if no frame comes before.
-      period_ns: expected time between two chunks.
-      ended: whether no more frames come.
-      served_ns: when its last chunk entered.
-    """
-
-    stream: StreamId
-    group: Group
-    queue: tuple[int, ...]
-    need: int
-    first: bool
-    ticks: int
-    flight: tuple[Flight, ...]
-    next_ns: int
-    overdue_ns: int
-    period_ns: int
-    ended: bool
-    served_ns: int
-
-
-class Choice(NamedTuple):
-    """A stream's part of the next tick: which of its queued frames enter (positions in the queue), or none."""
-
-    stream: StreamId
-    enter: tuple[int, ...] = ()
-    first: bool = False
-
-
-class Drop(NamedTuple):
-    """Queued frames to give up: positions in the queue."""
-
-    stream: StreamId
-    positions: tuple[int, ...]
-    reason: Reason
+def jobs_of(streams: Iterable[Stream], costs_of: CostsOf) -> dict[StreamId, Job]:
+    """Returns the chunks under way, due a tail before their deadlines: a tick's frames are finished behind it."""
+    jobs = {}
+    for s in streams:
+        if s.rows:
+            tail_ns = costs_of(*s.group).tail_bound_ns
+            rows = s.rows if s.rows.steps == s.steps else s.rows.with_steps(s.steps)
+            flight = [  # what fewer steps have finished takes a tick to leave, too
+                (held.chunk[0].deadline_ns - tail_ns, max(1, left))
+                for held, left in zip(rows.chunks, rows.ticks_left, strict=True)
+            ]
+            jobs[s.id] = Job(s.group, tuple(flight))
+    return jobs
 
 
 class Decision(NamedTuple):
-    """What to drop, what to run, and, with nothing to run, when to ask again (None: when something happens)."""
+    """What a free device does.
 
-    drops: tuple[Drop, ...]
-    parts: tuple[Choice, ...]
-    until_ns: int | None
+    Attributes:
+      expired: how many of the oldest queued frames of each stream cannot be shown in time any more.
+      parts: of the tick to run; empty: none. Queued frames older than those that enter are given up.
+      until_ns: with nothing to run, when to ask again; None: when something happens.
+    """
+
+    expired: dict[StreamId, int]
+    parts: tuple[Part, ...] = ()
+    until_ns: int | None = None
 
 
 class Offer(NamedTuple):
-    """A chunk that could enter; the least key goes first, `start` is the position of its first frame in the queue."""
+    """Queued frames of a stream that could enter; the least goes first."""
 
     key: float
-    view: View
-    start: int
-
-
-class Candidate(NamedTuple):
-    """A stream's possible part of a tick: the queued frames that enter, none for a flush, and those given up."""
-
-    view: View
-    enter: tuple[int, ...] = ()
-    drops: tuple[int, ...] = ()
+    stream: Stream
+    frames: Sequence[FrameRecord]
 
 
 def decide(
-    now_ns: int, views: Sequence[View], costs: Mapping[Group, Costs], config: PolicyConfig, load: Load
+    now_ns: int, streams: Sequence[Stream], costs_of: CostsOf, config: PolicyConfig, overloaded: bool
 ) -> Decision:
     """Returns what a free device does at `now_ns`.
 
     Args:
       now_ns: the time.
-      views: all streams.
-      costs: tick times of each group among the views.
+      streams: all of them.
+      costs_of: what ticks take.
       config: the policy's settings.
-      load: how busy the device is, see `Load`.
+      overloaded: whether there is no time for all frames.
     """
-    guard = config.guard_ns
-    jobs = {view.stream: Job(view.stream, view.group, view.flight) for view in views if view.flight}
-    saved = rescue(jobs.values(), now_ns, costs)
-    must_push = saved.spare_ns <= guard
-    tick_ns = costs[jobs[saved.first[0]].group].bound_ns[len(saved.first)] if jobs else 0
-    # The device may be busy when a stream's time has come: with others, or with a push that cannot wait.
-    busy = max((cost.bound_ns[cost.knee] for cost in costs.values()), default=0) if len(views) > 1 else 0
-    busy = max(busy, tick_ns) if must_push else busy
-    drops, offers, wakes = _offers(now_ns, views, costs, guard, busy, load)
-    chosen = _choose(offers, views, now_ns, jobs, costs, guard, load)
-    if not chosen and saved.lost:
-        # Too late for these: they go first, but must not hold up what can be in time.
-        late = [Candidate(view) for view in views if view.stream in saved.lost][:1]
-        for stream, positions in saved.lost.items():
-            jobs[stream] = _without_deadlines(jobs[stream], positions)
-        saved = rescue(jobs.values(), now_ns, costs)
-        if _in_time(late, now_ns + guard, jobs, costs):
-            chosen = late
-        else:
-            chosen = _choose(offers, views, now_ns, jobs, costs, guard, load)
-    if chosen:
-        drops += [Drop(c.view.stream, c.drops, Reason.OVERLOAD) for c in chosen if c.drops]
-        parts = tuple(Choice(c.view.stream, c.enter, c.view.first and bool(c.enter)) for c in chosen)
-        return Decision(tuple(drops), parts, None)
-    if jobs:
-        until = now_ns
-        if not (offers or must_push):
-            until = _push_ns(now_ns, tick_ns, views, costs, guard, load)
-        if until <= now_ns:
-            return Decision(tuple(drops), tuple(Choice(stream) for stream in saved.first), None)
-        wakes += [until, now_ns + saved.spare_ns - guard]
-    return Decision(tuple(drops), (), max(min(wakes), now_ns + 1) if wakes else None)
+    return _Moment(now_ns, streams, costs_of, config, overloaded).decide()
 
 
-def _push_ns(
-    now_ns: int,
-    tick_ns: int,
-    views: Sequence[View],
-    costs: Mapping[Group, Costs],
-    guard_ns: int,
-    load: Load,
-) -> int:
-    """Returns when chunks in flight are pushed on if nothing else happens before: now, unless a chunk is due soon.
+@dataclass
+class _Moment:
+    """All that a decision depends on."""
 
-    A push that still runs when a chunk becomes whole makes that one wait. A device with room takes this risk for up
-    to half a tick, a busier one not at all. A queued frame that would expire during the push enters together with it,
-    as late as it can.
-    """
-    near = round(tick_ns * (ROOMY_SHARE if load is Load.ROOMY else 1.0))
-    until = [view.next_ns + near for view in views if not view.ended and abs(view.next_ns - now_ns) < near]
-    for view in views:
-        entries = (_latest_entry(view, deadline_ns, costs) - guard_ns for deadline_ns in view.queue)
-        until += [entry_ns for entry_ns in entries if now_ns <= entry_ns < now_ns + tick_ns][:1]
-    return max(until, default=now_ns)
+    now_ns: int
+    streams: Sequence[Stream]
+    costs_of: CostsOf
+    config: PolicyConfig
+    overloaded: bool
 
+    def __post_init__(self):
+        self.costs = {s.id: self.costs_of(*s.group) for s in self.streams}
+        self.jobs = jobs_of(self.streams, self.costs_of)
 
-def _latest_entry(view: View, deadline_ns: int, costs: Mapping[Group, Costs]) -> int:
-    """Returns when a queued frame must enter to be finished by its deadline, if its stream has the device alone."""
-    cost = costs[view.group]
-    return deadline_ns - (cost.first_bound_ns if view.first else view.ticks * cost.bound_ns[1])
+    def decide(self) -> Decision:
+        guard, now_ns = self.config.guard_ns, self.now_ns
+        expired, offers, wakes = self._offers()
+        if chosen := self._choose(offers):
+            return Decision(expired, tuple(_part(s, frames) for _, s, frames in chosen))
+        saved = rescue(self.jobs, now_ns, self.costs_of)
+        push = tuple([_part(s) for s in self.streams if s.id in saved.first])
+        if push:
+            tick_ns = self.costs[push[0].stream].bound_ns[len(push)]
+            until = now_ns if offers or saved.spare_ns <= guard else self._push_ns(tick_ns)
+            if until <= now_ns:
+                return Decision(expired, push)
+            wakes += [until, now_ns + saved.spare_ns - guard]
+        return Decision(expired, (), max(min(wakes), now_ns + 1) if wakes else None)
 
+    def _push_ns(self, tick_ns: int) -> int:
+        """Returns when chunks in flight are pushed on if nothing else happens before: now, unless a chunk is due soon.
 
-def _without_deadlines(job: Job, positions: Sequence[int]) -> Job:
-    flight = tuple(
-        chunk._replace(deadline_ns=NEVER_NS) if i in positions else chunk
-        for i, chunk in enumerate(job.flight)
-    )
-    return job._replace(flight=flight)
+        A push that still runs when a chunk becomes whole makes that one wait. A device with time to push every chunk on
+        by ticks of its own takes this risk for up to half a tick, a busier one not at all.
+        """
+        pushing = sum(s.ticks * self.costs[s.id].bound_ns[1] / s.period_ns for s in self.streams)
+        near = round(tick_ns * (ROOMY_SHARE if pushing <= self.config.push_below else 1.0))
+        due = [s.next_ns for s in self.streams if not s.ended and abs(s.next_ns - self.now_ns) < near]
+        return max(due, default=self.now_ns - near) + near
 
+    def _offers(self) -> tuple[dict[StreamId, int], list[Offer], list[int]]:
+        """Returns the expired frames, the chunks that could enter now, most urgent first, and when others could."""
+        expired, offers, wakes = {}, [], []
+        # The device may be busy when a stream's time has come.
+        several = len(self.streams) > 1 or self.jobs
+        busy = max((cost.bound_ns[cost.knee] for cost in self.costs.values()), default=0) if several else 0
+        for s in self.streams:
+            # How long before its deadline a frame must enter, if its stream has the device alone.
+            cost = self.costs[s.id]
+            takes_ns = s.ticks * cost.bound_ns[1] if s.started else cost.first_bound_ns
+            takes_ns += cost.tail_bound_ns + self.config.guard_ns
+            frames = [frame for frame in s.queue if frame.deadline_ns - takes_ns >= self.now_ns]
+            if len(frames) < len(s.queue):
+                expired[s.id] = len(s.queue) - len(frames)
+            if not frames:
+                continue
+            # Part of a chunk enters when nothing more comes, or its oldest frame would be lost by waiting for more.
+            latest = frames[0].deadline_ns - takes_ns
+            ready = len(frames) >= s.need or s.ended or latest - busy <= self.now_ns
+            interval = max(s.gap_ns, s.settings.interval_ns)
+            stalled = s.clock.arrival_ns + round(self.config.stall_intervals * interval)
+            if ready or (self.now_ns >= stalled and not self.overloaded):
+                key = latest if ready else NEVER_NS
+                if self.overloaded:  # who waited longest
+                    key = (s.served_ns - self.now_ns) / s.period_ns
+                offers.append(Offer(key, s, frames))
+            else:
+                wakes += [at for at in (latest - busy, stalled) if at > self.now_ns]
+        return expired, sorted(offers, key=lambda offer: (offer.key, offer.stream.id)), wakes
 
-def _offers(
-    now_ns: int,
-    views: Sequence[View],
-    costs: Mapping[Group, Costs],
-    guard_ns: int,
-    busy_ns: int,
-    load: Load,
-) -> tuple[list[Drop], list[Offer], list[int]]:
-    """Returns the expired frames, the chunks that could enter now, most urgent first, and when others could."""
-    drops, offers, wakes = [], [], []
-    for view in views:
-        queue, start = view.queue, 0
-        while start < len(queue) and _latest_entry(view, queue[start], costs) < now_ns + guard_ns:
-            start += 1
-        if start:
-            drops.append(Drop(view.stream, tuple(range(start)), Reason.HOPELESS))
-        count = len(queue) - start
-        if not count:
-            continue
-        # Part of a chunk enters when nothing more comes, or its oldest frame would be lost by waiting for more.
-        latest = _latest_entry(view, queue[start], costs)
-        ready = count >= view.need or view.ended or latest - guard_ns - busy_ns <= now_ns
-        if not ready and (load is Load.OVER or now_ns < view.overdue_ns):
-            wakes.append(latest - guard_ns - busy_ns)
-            if now_ns < view.overdue_ns:
-                wakes.append(view.overdue_ns)
-        elif load is Load.OVER:  # who waited longest
-            offers.append(Offer((view.served_ns - now_ns) / view.period_ns, view, start))
-        else:
-            offers.append(Offer(latest if ready else NEVER_NS, view, start))
-    offers.sort(key=lambda offer: (offer.key, offer.view.stream))
-    return drops, offers, wakes
+    def _choose(self, offers: Sequence[Offer]) -> Sequence[Offer]:
+        """Returns the foremost offer in the largest batch that leaves every chunk in time, or nothing."""
+        if not offers:
+            return []
+        head, alike = offers[0].stream, offers[:1]
+        if head.started:
+            alike = [o for o in offers if o.stream.started and o.stream.group == head.group]
+        cost = self.costs[head.id]
+        most = cost.size(len(alike), cost.best if self.overloaded else cost.knee)
+        round_ns = max(cost.bound_ns[most], len(offers) * cost.share_ns(len(offers)))
+        members = [o._replace(frames=self._entering(o, round_ns)) for o in alike[:most]]
+        sizes = reversed([size for size in cost.sizes if size <= most])
+        return next((members[:size] for size in sizes if self._in_time(members[:size])), [])
 
+    def _entering(self, offer: Offer, round_ns: float) -> Sequence[FrameRecord]:
+        """Returns which frames would enter: the oldest, or in overload, evenly spaced ones up to the newest.
 
-def _choose(
-    offers: Sequence[Offer],
-    views: Sequence[View],
-    now_ns: int,
-    jobs: Mapping[StreamId, Job],
-    costs: Mapping[Group, Costs],
-    guard_ns: int,
-    load: Load,
-) -> Sequence[Candidate]:
-    """Returns the foremost offer that leaves every chunk in time, in the largest batch that does; or nothing."""
-    tries, round_ns = MOST_TRIES, round(sum(costs[o.view.group].share_ns(len(offers)) for o in offers))
-    for i, head in enumerate(offers):
-        group, first = head.view.group, head.view.first
-        cost = costs[group]
-        most = 1 if first else cost.best if load is Load.OVER else cost.knee
-        alike = [head] if first else [o for o in offers[i:] if o.view.group == group and not o.view.first]
-        turn_ns = max(round_ns, cost.bound_ns[cost.size(len(alike), most)])
-        members = [_candidate(offer, now_ns, turn_ns, load) for offer in alike[:most]]
-        if load is Load.ROOMY and not first:
-            taken = {member.view.stream for member in members}
-            members += [
-                Candidate(v) for v in views if v.flight and v.group == group and v.stream not in taken
-            ]
-        for size in reversed([size for size in cost.sizes if size <= min(len(members), most)]):
-            if _in_time(members[:size], now_ns + guard_ns, jobs, costs):
-                return members[:size]
-            tries -= 1
-            if not tries:
-                return []
-    return []
+        In overload a stream has a turn each `round_ns`: it chooses among the frames that come between two turns, and
+        takes none so old that its later ticks could not wait for their turns.
+        """
+        _, s, frames = offer
+        if not self.overloaded or len(frames) <= s.need:
+            return frames[: s.need]
+        coming = frames[-max(math.ceil(round_ns / s.gap_ns), 2 * s.need) :]
+        young = [frame for frame in coming if frame.deadline_ns >= self.now_ns + s.ticks * round_ns]
+        return evenly(max(young, frames[-s.need :], key=len), s.need)
 
-
-def _candidate(offer: Offer, now_ns: int, turn_ns: int, load: Load) -> Candidate:
-    """Returns which queued frames would enter: the oldest, or in overload, evenly spaced ones up to the newest.
-
-    In overload a stream has a turn each `turn_ns`: it chooses among the frames that come between two turns, and takes
-    none so old that its later ticks could not wait for their turns.
-    """
-    view, start, end = offer.view, offer.start, len(offer.view.queue)
-    if load is not Load.OVER or end - start <= view.need:
-        return Candidate(view, tuple(range(start, min(start + view.need, end))))
-    coming = -(-turn_ns * view.need // view.period_ns)
-    start = max(start, end - max(coming, 2 * view.need))
-    while start < end - view.need and view.queue[start] < now_ns + view.ticks * turn_ns:
-        start += 1
-    enter = evenly(range(start, end), view.need)
-    return Candidate(view, enter, tuple(i for i in range(offer.start, end) if i not in enter))
+    def _in_time(self, members: Sequence[Offer]) -> bool:
+        """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
+        lead = members[0].stream
+        cost = self.costs[lead.id]
+        end = self.now_ns + self.config.guard_ns
+        end += cost.bound_ns[len(members)] if lead.started else cost.first_bound_ns
+        after = dict(self.jobs)
+        for _, s, frames in members:
+            before = after.pop(s.id).flight if s.id in after else ()
+            flight = *before, (frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)
+            if any(left <= 1 and deadline_ns < end for deadline_ns, left in flight):
+                return False
+            if going := tuple([(deadline_ns, left - 1) for deadline_ns, left in flight if left > 1]):
+                after[s.id] = Job(s.group, going)
+        return rescue(after, end, self.costs_of).spare_ns >= 0
 
 
-def evenly(items: Sequence[int], count: int) -> tuple[int, ...]:
-    """Returns `count` of the items, evenly spaced, the last one always among them."""
-    return tuple(items[(i + 1) * len(items) // count - 1] for i in range(count))
+def evenly(frames: Sequence[FrameRecord], count: int) -> Sequence[FrameRecord]:
+    """Returns `count` of the frames, evenly spaced, the last one always among them."""
+    return [frames[(i + 1) * len(frames) // count - 1] for i in range(count)]
 
 
-def _in_time(
-    members: Sequence[Candidate], now_ns: int, jobs: Mapping[StreamId, Job], costs: Mapping[Group, Costs]
-) -> bool:
-    """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
-    lead = members[0].view
-    cost = costs[lead.group]
-    end = now_ns + (cost.first_bound_ns if lead.first else cost.bound_ns[len(members)])
-    taking = {member.view.stream for member in members}
-    after = [job for stream, job in jobs.items() if stream not in taking]
-    for view, enter, _ in members:
-        flight = jobs[view.stream].flight if view.stream in jobs else ()
-        if enter:
-            flight = (*flight, Flight(view.queue[enter[0]], 1 if view.first else view.ticks))
-        if any(left <= 1 and deadline_ns < end for deadline_ns, left in flight):
-            return False
-        going = tuple(Flight(deadline_ns, left - 1) for deadline_ns, left in flight if left > 1)
-        if going:
-            after.append(Job(view.stream, view.group, going))
-    return not rescue(after, end, costs, stop_lost=True).lost
+def _part(s: Stream, frames: Sequence[FrameRecord] = ()) -> Part:
+    """Returns a stream's part of a tick that these frames enter; without, it pushes on what is in flight."""
+    fill = s.need - len(frames) if frames else 0
+    return Part(s.id, tuple([f.number for f in frames]), fill, s.steps, bool(frames) and not s.started)

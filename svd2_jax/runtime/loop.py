@@ -5,7 +5,7 @@ puts messages there:
 
     loop           decides, keeps the books, and notices a device that hangs
     device         hands ticks and changes of sessions to the engine, in order
-    reader         waits for ticks, in order: until the stages are through, until frames are finished, for their pixels
+    reader         waits for ticks, in order: until the stages are through, and then for the pixels
     encoder        encodes prompts
     sink, for each stream    calls the stream's sink, so that a slow one stalls nobody else
     report         calls the observers of events, so that a slow disk stalls nobody
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 import sys
 import threading
@@ -30,21 +29,20 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from svd2_jax.api import Engine, Session, SessionSpec, Ticket, Work, check_prompt
-from svd2_jax.config import StreamConfig
-from svd2_jax.errors import ConfigError, EngineError, SessionError
+from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Ticket, Work
+from svd2_jax.errors import EngineError, SessionError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.mailbox import Mailbox, Message, Then, Worker
+from svd2_jax.runtime.mailbox import Mailbox, Message, Worker, attempt
 from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
+from svd2_jax.runtime.stream import Life, Sink, Stream, WhenSlow
 from svd2_jax.runtime.work import (
     SECOND,
     Event,
@@ -63,29 +61,7 @@ from svd2_jax.runtime.work import (
 T = TypeVar("T")
 
 HANG_EXIT_CODE = 3
-WAITING_OFFERS = 256  # messages that may wait when a frame is offered; the loop takes microseconds for each
-
-Sink: TypeAlias = Callable[[np.ndarray, FrameRecord], object]
-"""Takes a frame, uint8 [H, W, 3], when it is due, and its record. Called in a thread of the stream's own.
-
-A sink may have an attribute `when_slow`, see `WhenSlow`; a function without it ends its stream.
-"""
-
-
-class WhenSlow(Enum):
-    """What happens when more frames wait for a sink than the loop keeps."""
-
-    END = "end"  # a file: every frame matters, so its stream ends with the reason
-    DROP_OLDEST = "drop-oldest"  # a viewer: only what is newest matters
-
-
-class Life(Enum):
-    """Where a stream is."""
-
-    OPENING = auto()  # its programs are compiled
-    LIVE = auto()  # takes frames
-    DRAINING = auto()  # takes no more frames; those that are there are finished and shown
-    CLOSED = auto()  # the scheduler is through with it
+GRACE_S = 0.2  # how long `stop` waits at least for the loop to give up what is stuck, and for the observers
 
 
 @dataclass(frozen=True)
@@ -134,135 +110,6 @@ class LoopConfig:
     stop_s: float = 10.0
 
 
-class Stream:
-    """A live stream: what `LiveLoop.open` gives. Every method may be called from any thread."""
-
-    def __init__(
-        self, loop: LiveLoop, id: StreamId, spec: SessionSpec, settings: StreamSettings, prepared: set[int]
-    ):
-        """Is called by the loop. `prepared` are the numbers of steps that programs are there for."""
-        self.id, self.spec = id, spec
-        self.ended: Future[None] = Future()
-        """Is done when nothing is left of the stream; has the error that ended it before its time."""
-        self.settings = settings
-        """What it asks for now; `update` changes it."""
-        self.life = Life.OPENING
-        self.error: BaseException | None = None
-        """Why it ended, or is ending, before its time."""
-        self._loop, self._prepared = loop, prepared
-        self._takes_frames = True
-
-    def __repr__(self) -> str:
-        return f"<Stream {self.id}, {self.life.name.lower()}>"
-
-    def offer(self, frame: np.ndarray, timestamp_ns: int | None = None) -> None:
-        """Hands in a frame that is there now. It is copied; does not wait.
-
-        Args:
-          frame: uint8 [H, W, 3] of the spec's size.
-          timestamp_ns: when it was taken, by the source's own clock.
-
-        Raises:
-          SessionError: the stream takes no more frames; this is not such a frame, and the stream ends with this error;
-            or so many frames wait for the loop's thread that this one is not taken.
-        """
-        self._check_open()
-        try:
-            pixels = _checked_frame(frame, self.spec.config)
-        except SessionError as e:
-            self.close(e)
-            raise
-        loop, arrive = self._loop, functools.partial(self._loop._arrive, self.id, pixels, timestamp_ns)
-        if not loop._inbox.put(arrive, WAITING_OFFERS) and not loop._inbox.is_closed:
-            raise SessionError(
-                f"{WAITING_OFFERS} messages wait for the loop already; offer frames as they are taken, "
-                f"{self.settings.rate_hz:g} a second"
-            )
-
-    def update(
-        self,
-        prompt: str | None = None,
-        blend_chunks: int = 0,
-        noise_scale: float | None = None,
-        steps: int | None = None,
-        min_steps: int | None = None,
-    ) -> Future[None]:
-        """Changes what is not None, from the next chunk on; the stream goes on meanwhile. Does not wait.
-
-        Args:
-          prompt: what to re-draw to.
-          blend_chunks: chunks over which a new prompt comes in.
-          noise_scale: share of noise in (0, 1].
-          steps: denoising steps when there is time enough. The stream must have been opened for them.
-          min_steps: steps that overload may bring it down to.
-
-        Returns:
-          Is done when the change is in place. Where it raises, the stream has ended with that error.
-
-        Raises:
-          ConfigError: a value that cannot be; nothing was changed.
-          SessionError: the stream takes nothing more.
-        """
-        if prompt is not None:
-            check_prompt(prompt)
-        if blend_chunks < 0:
-            raise ConfigError(f"blend_chunks must be at least 0, got {blend_chunks}")
-        spec = self.spec
-        if noise_scale is not None:
-            spec = dataclasses.replace(spec, noise_scale=noise_scale)  # checks it
-        settings = dataclasses.replace(
-            self.settings,
-            steps=self.settings.steps if steps is None else steps,
-            floor_steps=self.settings.floor_steps if min_steps is None else min_steps,
-        )
-        if not set(range(settings.floor_steps, settings.steps + 1)) <= self._prepared:
-            there = ", ".join(map(str, sorted(self._prepared)))
-            raise ConfigError(
-                f"stream {self.id} was opened for {there} denoising steps, and {settings.floor_steps} to "
-                f"{settings.steps} are asked for: name them when you open it, as in open(..., steps=(1, 2, 4))"
-            )
-        self._check_open()
-        self.spec, self.settings = spec, settings
-        done: Future[None] = Future()
-        change = functools.partial(
-            self._loop._change, self.id, settings, prompt, blend_chunks, noise_scale, done
-        )
-        if not self._loop._inbox.put(change):
-            raise self._loop._not_running()
-        return done
-
-    def end(self) -> None:
-        """Says that no more frames come; those that are there are still finished and shown."""
-        self._takes_frames = False
-        self._loop._inbox.put(functools.partial(self._loop._end, self))
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Ends the stream at once: frames that are not due yet are dropped. `error` says why, if that is one."""
-        if self.is_open and error is not None:
-            self.error = error
-        self._takes_frames = False
-        self._loop._inbox.put(functools.partial(self._loop._close_stream, self, error))
-
-    def result(self, timeout_s: float | None = None) -> None:
-        """Waits until nothing is left of the stream.
-
-        Raises:
-          BaseException: what ended it before its time.
-          TimeoutError: it is not over yet.
-        """
-        self.ended.result(timeout_s)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it takes frames and changes."""
-        return self._takes_frames and self.life in (Life.OPENING, Life.LIVE)
-
-    def _check_open(self) -> None:
-        if not self.is_open:
-            why = f"it ended with: {self.error}" if self.error is not None else "it is over"
-            raise SessionError(f"stream {self.id} takes nothing more: {why}")
-
-
 @dataclass(eq=False)
 class _StreamState:
     """What the loop's thread keeps of a stream.
@@ -271,74 +118,30 @@ class _StreamState:
       stream: its handle.
       sink: takes its frames.
       sinker: the thread that calls it.
-      settings: that the scheduler knows of.
       session: its device side; None until it is open, and again once its closing began.
-      inputs: pixels of the frames that have not entered a tick, by number.
+      closing: the call that closes its session.
+      pixels: of frames that have not entered a tick, and of finished ones that are not due, by number.
       flight: numbers of the frames of each chunk on the device, oldest first.
-      finished: pixels of finished frames that were not passed on, by number; None while they are copied.
-      due: frames to pass on, oldest first.
+      due: frames to pass on, oldest first, each with its pixels.
       changes: updates that are not in place yet.
       arrived: frames offered so far.
       next_frame: number of the first frame that the next chunk can begin with.
-      pending: what has to come back before nothing is left: opening, closing, the sink, ticks.
-      is_passing: whether the sink has a frame.
     """
 
     stream: Stream
     sink: Sink
     sinker: Worker
-    settings: StreamSettings
     session: Session | None = None
-    inputs: dict[int, np.ndarray] = field(default_factory=dict)
+    closing: Future[None] | None = None
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)
     flight: deque[tuple[int, ...]] = field(default_factory=deque)
-    finished: dict[int, np.ndarray | None] = field(default_factory=dict)
-    due: deque[FrameRecord] = field(default_factory=deque)
+    due: deque[tuple[np.ndarray, FrameRecord]] = field(default_factory=deque)
     changes: set[Future[None]] = field(default_factory=set)
     arrived: int = 0
     next_frame: int = 0
-    pending: int = 1  # it is opening
-    is_passing: bool = False
 
 
-@dataclass(eq=False)
-class _InFlight:
-    """A tick from its start until its frames are finished.
-
-    Attributes:
-      tick: what runs.
-      states: the streams that were to take part; of those that do, their chunks come out of the ticket in this order.
-      ticket: to wait for; None while it is handed over, and if it failed.
-      error: why it failed.
-      is_new: whether that ended any stream. If not, it failed with the tick before it.
-    """
-
-    tick: Tick
-    states: list[_StreamState]
-    ticket: Ticket | None = None
-    error: Exception | None = None
-    is_new: bool = False
-
-    @property
-    def name(self) -> str:
-        """What it is called in reports."""
-        return f"tick {self.tick.number} (stream {', '.join(str(part.stream) for part in self.tick.parts)})"
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """A message whose sender waits for what it returns."""
-
-    function: Callable[[], Any]
-    answer: Future[Any]
-
-    def __call__(self) -> None:
-        try:
-            self.answer.set_result(self.function())
-        except BaseException as e:
-            self.answer.set_exception(e)
-
-
-class LiveLoop:
+class LiveLoop(Driver):
     """Runs live streams on an engine. Use it as a context manager."""
 
     def __init__(
@@ -370,43 +173,25 @@ class LiveLoop:
         """What ended the loop itself, if anything did."""
         self.observer_errors: list[BaseException] = []
         self.lost_events = 0
-        self._engine, self._on_hang = engine, on_hang
+        self._engine, self._on_hang, self._observers = engine, on_hang, list(observers)
         self._config, self._clock = config or LoopConfig(), clock or MonotonicClock()
-        self._inbox: Mailbox[Message] = Mailbox(self._clock)
-        self._events: Mailbox[Event] = Mailbox(self._clock)
-        self._observers = list(observers)
+        self.inbox: Mailbox[Message] = Mailbox(self._clock)
         self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event, ids)
-        self._driver = Driver(
-            self._scheduler,
-            self._inbox,
-            self._clock.now_ns,
-            self._start_tick,
-            self._pass_all_on,
-            self._look_for_hangs,
-        )
-        self._sinkers: set[Worker] = set()
+        super().__init__(self._scheduler, self.inbox, self._clock.now_ns)
         self._states: dict[StreamId, _StreamState] = {}
         self._failed_ticks = 0
-        self._is_stopping = self._has_hung = False
-        self._thread: threading.Thread | None = None
-        self._observer_thread: threading.Thread | None = None
-        self._device: Worker
-        self._reader: Worker
-        self._encoder: Worker
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="svd2-loop", daemon=True)
+        names = ("device", "reader", "encoder", "report")
+        self._workers = [Worker(name, self.inbox, self._clock) for name in names]
+        self._device, self._reader, self._encoder, self._reporter = self._workers
 
     # --- for any thread
 
     def start(self) -> None:
         """Starts the threads."""
-        if self._thread is not None:
-            raise SessionError("the loop was started already; make a new one")
-        self._device, self._reader, self._encoder = (
-            Worker(name, self._inbox, self._clock) for name in ("device", "reader", "encoder")
-        )
-        self._thread = threading.Thread(target=self._run, name="svd2-loop", daemon=True)
-        self._observer_thread = threading.Thread(target=self._observe, name="svd2-report", daemon=True)
-        self._thread.start()
-        self._observer_thread.start()
+        for thread in (self._thread, *self._workers):
+            thread.start()
 
     def stop(self) -> tuple[str, ...]:
         """Closes all streams and ends all threads; waits for them for at most `stop_s` in all.
@@ -414,22 +199,19 @@ class LiveLoop:
         Returns:
           The names of the threads that did not end: they are stuck in a sink, an observer or the device.
         """
-        if self._thread is None:
+        if self._thread.ident is None:
             return ()
         deadline = time.monotonic() + self._config.stop_s
-        self._inbox.put(self._end_all)
+        self.inbox.put(self._end_all)
         self._thread.join(self._config.stop_s)
-        self._inbox.close()  # what is stuck by now is given up
-        workers = [self._device, self._reader, self._encoder, *self._sinkers]
-        for worker in workers:
-            worker.close(drop=worker in self._sinkers)
-        threads = [self._thread, *(worker.thread for worker in workers)]
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self._events.close()
-        assert self._observer_thread is not None
-        self._observer_thread.join(max(deadline - time.monotonic(), 0.2))
-        return tuple(thread.name for thread in [*threads, self._observer_thread] if thread.is_alive())
+        self.inbox.close()  # what is stuck by now is given up
+        self._thread.join(GRACE_S)
+        for worker in self._workers:
+            worker.jobs.close()
+        self._reporter.join(max(GRACE_S, deadline - time.monotonic()))
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+        return tuple(thread.name for thread in (self._thread, *self._workers) if thread.is_alive())
 
     def __enter__(self) -> Self:
         self.start()
@@ -446,7 +228,12 @@ class LiveLoop:
     @property
     def is_running(self) -> bool:
         """Whether it was started, and neither stopped nor failed."""
-        return self._thread is not None and self.error is None and not self._inbox.is_closed
+        return self._thread.ident is not None and self.error is None and not self.inbox.is_closed
+
+    def not_running(self) -> EngineError:
+        """Returns the error of a call that the loop cannot take."""
+        why = str(self.error) if self.error else "not started" if self._thread.ident is None else "stopped"
+        return EngineError(f"the loop does not run: {why}")
 
     def warm_up(self, samples: Iterable[LatencySample]) -> None:
         """Tells the scheduler what ticks take, see `measure.measure`; without, it finds out with the first frames.
@@ -482,19 +269,19 @@ class LiveLoop:
         settings = settings_for(spec, settings)
         spec = with_steps(spec, settings.steps)
         prepared = {*steps, *range(settings.floor_steps, settings.steps + 1)}
-        state = self._ask(functools.partial(self._admit, spec, settings, sink, prepared))
+        stream = self._ask(functools.partial(self._admit, spec, settings, sink, prepared))
         session = None
         try:
             self._engine.prepare(spec, sorted(prepared))
             session = self._engine.open(spec)
-            self.metrics.opened(state.stream.id, settings, name, spec.prompt)
-            self._ask(functools.partial(self._begin, state, session))
+            self.metrics.opened(stream.id, settings, name, spec.prompt)
+            self._ask(functools.partial(self._begin, stream, session))
         except BaseException as e:
             if session is not None:
                 session.close()
-            self._inbox.put(functools.partial(self._opened, state, e))
+            stream.close(e)
             raise
-        return state.stream
+        return stream
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until every stream is over; returns whether that is so.
@@ -509,441 +296,299 @@ class LiveLoop:
 
     def _ask(self, function: Callable[[], T]) -> T:
         """Has a function called on the loop's thread and returns its result."""
-        ask = _Ask(function, Future())
-        if self._thread is None or not self._inbox.put(ask):
-            raise self._not_running()
-        return ask.answer.result()
+        answer: Future[T] = Future()
+        if self._thread.ident is None or not self.inbox.put(functools.partial(attempt, function, answer)):
+            raise self.not_running()
+        return answer.result()
 
-    def _not_running(self) -> EngineError:
-        why = str(self.error) if self.error else "stopped" if self._thread else "not started"
-        return EngineError(f"the loop does not run: {why}")
+    # --- messages of streams; only the loop's thread calls these, and all that follows
 
-    # --- the loop's thread, and what only it calls
+    def take_frame(self, stream: Stream, pixels: np.ndarray, timestamp_ns: int | None) -> None:
+        """Takes a frame that was offered."""
+        if stream.life is not Life.LIVE:
+            return  # it ended while the frame was on its way here
+        state = self._states[stream.id]
+        # Before the scheduler knows of it, as it may report its fate at once.
+        state.pixels[state.arrived] = pixels
+        self.metrics.arrived(stream.id, state.arrived)
+        state.arrived += 1
+        self._scheduler.arrive(stream.id, self.now_ns, timestamp_ns)
+
+    def take_change(
+        self,
+        stream: Stream,
+        settings: StreamSettings | None,
+        prompt: str | None,
+        change: Callable[[Session], None],
+        done: Future[None],
+    ) -> None:
+        """Gives a stream new settings, encodes its prompt, changes its session between two ticks, and says when."""
+        if stream.life is not Life.LIVE:
+            done.set_exception(SessionError(f"stream {stream.id} is {stream.life.name.lower()}: not changed"))
+            return
+        state = self._states[stream.id]
+        state.changes.add(done)
+
+        def prepare() -> None:
+            if prompt is not None:
+                self._engine.prepare_prompt(prompt)
+
+        def encoded(outcome: Future[None]) -> None:
+            if outcome.exception() is not None:
+                changed(outcome)
+            elif state.session is not None:  # else the stream ends, and this change is told so with it
+                then = functools.partial(changed, frame=state.next_frame)
+                self._device.do(functools.partial(change, state.session), then)
+
+        def changed(outcome: Future[None], frame: int = 0) -> None:
+            error = outcome.exception()
+            if error is not None:
+                self.take_close(stream, error)
+            elif prompt is not None:
+                self._report(PromptRecord(stream.id, self.now_ns, prompt, frame))
+            if done in state.changes:  # else the stream is over, and it was told so
+                state.changes.remove(done)
+                done.set_exception(error)
+
+        if settings is not None:
+            update = functools.partial(self._scheduler.update, stream.id, settings, self.now_ns)
+            if (refused := attempt(update)).exception() is not None:
+                changed(refused)
+                return
+        self._encoder.do(prepare, encoded)
+
+    def take_end(self, stream: Stream) -> None:
+        """Takes note that no more frames come."""
+        if stream.life is not Life.CLOSED:
+            stream.life = Life.DRAINING
+            self._scheduler.end(stream.id, self.now_ns)
+
+    def take_close(self, stream: Stream, error: BaseException | None = None) -> None:
+        """Ends a stream at once; what is due already is still passed on. A second time changes nothing."""
+        if stream.life is not Life.CLOSED:
+            stream.life, stream.error = Life.CLOSED, stream.error or error
+            self._scheduler.close(stream.id, self.now_ns)
+
+    # --- the beginning and the end of the loop, and of a stream
 
     def _run(self) -> None:
         try:
-            self._driver.run()
+            self._drive()
         except BaseException as e:
-            error = EngineError(f"the loop's thread failed: {type(e).__name__}: {e}")
-            error.__cause__ = e
-            self._fail(error)
-        finally:
-            self._inbox.close()
-            for message in self._inbox.take() or ():
-                if isinstance(message, _Ask):
-                    message.answer.set_exception(self._not_running())
-            for worker in (self._device, self._reader, self._encoder):
-                worker.close()
+            self.error = e
+            if not isinstance(e, EngineError):
+                self.error = EngineError(f"the loop's thread failed: {type(e).__name__}: {e}")
+                self.error.__cause__ = e
+        self._is_stopping = True
+        self.inbox.close()
+        for state in tuple(self._states.values()):
+            state.stream.error = state.stream.error or self.error
+            with suppress(Exception):  # the scheduler may be what is broken
+                self.take_close(state.stream)
+            self._drop_due(state, Reason.CLOSED)
+            self._wind_up(state, at_once=True)
+        for message in self.inbox.take() or ():
+            with suppress(Exception):
+                message()  # finds the loop ended, and tells those who wait for an answer
+        for worker in self._workers:
+            worker.jobs.close()
 
-    def _admit(
-        self, spec: SessionSpec, settings: StreamSettings, sink: Sink, steps: set[int]
-    ) -> _StreamState:
+    def _end_all(self) -> None:
+        """Closes every stream; the loop ends with the last of them."""
+        self._is_stopping = True
+        for state in self._states.values():
+            self.take_close(state.stream)
+
+    def _admit(self, spec: SessionSpec, settings: StreamSettings, sink: Sink, steps: set[int]) -> Stream:
         if self._is_stopping:
-            raise self._not_running()
-        stream = Stream(self, self._scheduler.open(settings, self._driver.now_ns), spec, settings, steps)
-        self._sinkers = {sinker for sinker in self._sinkers if sinker.thread.is_alive()}
-        sinker = Worker(f"sink-{stream.id}", self._inbox, self._clock)
-        self._sinkers.add(sinker)
-        state = _StreamState(stream, sink, sinker, settings)
-        self._states[stream.id] = state
-        return state
+            raise self.not_running()
+        stream = Stream(self, self._scheduler.open(settings, self.now_ns), spec, settings, steps)
+        sinker = Worker(f"sink-{stream.id}", self.inbox, self._clock)
+        sinker.start()
+        self._workers = [*(worker for worker in self._workers if worker.is_alive()), sinker]
+        self._states[stream.id] = _StreamState(stream, sink, sinker)
+        return stream
 
-    def _begin(self, state: _StreamState, session: Session) -> None:
+    def _begin(self, stream: Stream, session: Session) -> None:
         """Gives an admitted stream its device side."""
-        if state.stream.life is Life.CLOSED:
-            raise SessionError(f"stream {state.stream.id} was closed while it opened")
-        state.session, state.stream.life = session, Life.LIVE
-        state.pending -= 1
+        if stream.life is not Life.OPENING:
+            raise SessionError(f"stream {stream.id} was closed while it opened")
+        self._states[stream.id].session, stream.life = session, Life.LIVE
 
-    def _opened(self, state: _StreamState, error: BaseException) -> None:
-        """Takes note of a stream that could not be opened."""
-        state.pending -= 1
-        self._close(state, error)
-        self._forget_if_over(state)
+    def _wind_up(self, state: _StreamState, at_once: bool = False) -> None:
+        """Closes the device side of a stream that the scheduler is through with; forgets it when nothing is left.
 
-    def _arrive(self, stream: StreamId, pixels: np.ndarray, timestamp_ns: int | None) -> None:
-        state = self._states.get(stream)
-        if state is None or state.stream.life is not Life.LIVE:
-            return  # it ended while the frame was on its way here
-        number = state.arrived
-        state.inputs[number] = pixels  # before the scheduler knows of it, as it may report its fate at once
-        state.arrived += 1
-        self.metrics.arrived(stream, number)
-        self._scheduler.arrive(stream, self._driver.now_ns, timestamp_ns)
-
-    def _end(self, stream: Stream) -> None:
-        if stream.life is Life.LIVE:
-            stream.life = Life.DRAINING
-            self._scheduler.end(stream.id, self._driver.now_ns)
-
-    def _close_stream(self, stream: Stream, error: BaseException | None) -> None:
-        if (state := self._states.get(stream.id)) is not None:
-            self._close(state, error)
-
-    def _close(self, state: _StreamState, error: BaseException | None = None) -> None:
-        """Ends a stream at once; what is due already is still passed on. A second time changes nothing."""
-        stream = state.stream
-        if stream.life is Life.CLOSED:
+        With `at_once`, neither the device nor the sink is waited for.
+        """
+        stream, session = state.stream, state.session
+        stream.life, state.session = Life.CLOSED, None
+        state.pixels.clear()
+        if session is not None:
+            what = f"closing a session (stream {stream.id})"
+            state.closing = self._reader.do(session.close, what=what)  # which is through with its ticks then
+        is_closing = state.closing is not None and not state.closing.done()
+        if not at_once and (is_closing or state.due or state.sinker.calls):
             return
-        stream.error = stream.error or error
-        self._scheduler.close(stream.id, self._driver.now_ns)
-        self._shut(state)
+        del self._states[stream.id]
+        state.sinker.give_up()
+        for change in state.changes:
+            change.set_exception(SessionError(f"stream {stream.id} ended before the change"))
+        state.changes.clear()
+        if state.closing is not None and not is_closing:
+            stream.error = stream.error or state.closing.exception()
+        if stream.error is not None:
+            traceback.clear_frames(stream.error.__traceback__)  # they hold pictures
+        stream.ended.set_exception(stream.error)  # or with None, as it should
 
-    def _change(
-        self,
-        stream: StreamId,
-        settings: StreamSettings,
-        prompt: str | None,
-        blend_chunks: int,
-        noise_scale: float | None,
-        done: Future[None],
-    ) -> None:
-        """Changes a stream: encodes its prompt, changes its session between two ticks, and says when it is done."""
-        state = self._states.get(stream)
-        if state is None or state.stream.life is Life.CLOSED:
-            _settle(done, SessionError(f"stream {stream} ended before the change"))
-            return
-        state.changes.add(done)
-        if settings != state.settings:
-            state.settings = settings
-            self._scheduler.update(stream, settings, self._driver.now_ns)
+    # --- ticks
 
-        def change(session: Session) -> None:
-            if prompt is not None:
-                session.set_prompt(prompt, blend_chunks)
-            if noise_scale is not None:
-                session.set_noise_scale(noise_scale)
-
-        def encoded(_: object, error: Exception | None) -> None:
-            if error is not None:
-                changed(0, None, error)
-                return
-            if state.session is None:
-                return  # the stream ends, and this change is told so with it
-            then = functools.partial(changed, state.next_frame)
-            what = f"a change of stream {stream}"
-            self._call(self._device, functools.partial(change, state.session), then, what)
-
-        def changed(frame: int, _: object, error: Exception | None) -> None:
-            if error is not None:
-                self._close(state, error)
-            elif prompt is not None:
-                self._report(PromptRecord(stream, self._driver.now_ns, prompt, frame))
-            if done in state.changes:  # else the stream is over, and it was told so
-                state.changes.remove(done)
-                _settle(done, error)
-
-        if prompt is None:
-            encoded(None, None)
-        else:
-            self._encoder.do(functools.partial(self._engine.prepare_prompt, prompt), encoded)
-
-    def _start_tick(self, tick: Tick) -> None:
-        """Hands a tick to the device's thread."""
-        flight = _InFlight(tick, [self._states[part.stream] for part in tick.parts])
-        work = []
-        for state, part in zip(flight.states, tick.parts, strict=True):
+    def _start(self, tick: Tick) -> None:
+        """Hands a tick to the device's thread, and has the reader see it through."""
+        states, parts = [self._states[part.stream] for part in tick.parts], []
+        for state, part in zip(states, tick.parts, strict=True):
             assert state.session is not None, f"stream {part.stream} has frames before its session is open"
-            state.pending += 1
             if part.frames:
                 state.flight.append(part.frames)
                 state.next_frame = part.frames[-1] + 1
-            frames = [state.inputs.pop(number) for number in part.frames]
-            work.append((state.session, part, frames))
-        hand_over = functools.partial(self._hand_over, work)
-        self._call(self._device, hand_over, functools.partial(self._handed, flight), flight.name, tick)
+            parts.append((state.session, part, [state.pixels.pop(number) for number in part.frames]))
+        name = f"tick {tick.number} (stream {', '.join(str(part.stream) for part in tick.parts)})"
+        handed = self._device.do(functools.partial(self._hand_over, parts))
+        see_through = functools.partial(self._see_through, handed)
+        self._reader.do(see_through, functools.partial(self._finished, states), name, tick.predicted_ns)
 
     def _hand_over(
-        self, work: Sequence[tuple[Session, Part, list[np.ndarray]]]
-    ) -> tuple[Ticket | None, list[Exception | None]]:
-        """Device thread: changes steps and hands the tick to the engine; returns also why parts could not take part."""
-        taken, problems = [], []
-        for session, part, frames in work:
-            try:
-                if session.steps != part.steps:
-                    session.set_steps(part.steps)
-                taken.append(Work(session, _stacked(frames, part.fill)))
-                problems.append(None)
-            except Exception as e:
-                problems.append(e)
-        return self._engine.tick(taken) if taken else None, problems
+        self, parts: Sequence[tuple[Session, Part, list[np.ndarray]]]
+    ) -> tuple[Ticket | None, list[Future[Work]]]:
+        """Device thread: hands a tick to the engine; returns also each part, or why it could not take part."""
+        prepared = [attempt(functools.partial(_prepared, *part)) for part in parts]
+        work = [part.result() for part in prepared if part.exception() is None]
+        return self._engine.tick(work) if work else None, prepared
 
-    def _handed(
-        self,
-        flight: _InFlight,
-        handed: tuple[Ticket | None, list[Exception | None]] | None,
-        error: Exception | None,
-    ) -> None:
-        """Has the reader wait for the tick's stages."""
-        if handed is None:
-            self._fail_tick(flight, error)
-        else:
-            flight.ticket, problems = handed
-            for state, problem in zip(tuple(flight.states), problems, strict=True):
-                if problem is not None:
-                    flight.states.remove(state)
-                    state.pending -= 1
-                    self._close(state, problem)
-        wait = _nothing if flight.ticket is None else flight.ticket.wait_stages
-        self._call(self._reader, wait, functools.partial(self._passed, flight), flight.name, flight.tick)
+    def _see_through(self, handed: Future[tuple[Ticket | None, list[Future[Work]]]]) -> list[Future[Any]]:
+        """Reader: waits for a tick; returns the frames of each part's finished chunks, or why there are none."""
+        ticket, parts = handed.result()
+        if ticket is None:
+            return parts
+        ticket.wait_stages()
+        self.inbox.put(lambda: self._scheduler.free(self.now_ns))
+        ticket.wait()
+        done = iter(ticket.chunks)
+        return [
+            attempt(functools.partial(_read, next(done))) if part.exception() is None else part
+            for part in parts
+        ]
 
-    def _passed(self, flight: _InFlight, _: object, error: Exception | None) -> None:
-        """Lets the next tick start, and has the reader wait for this one's frames."""
-        self._fail_tick(flight, error)
-        self._scheduler.free(self._driver.now_ns)
-        wait = _nothing if flight.ticket is None else flight.ticket.wait
-        what = f"finishing the frames of {flight.name}"
-        self._call(self._reader, wait, functools.partial(self._finished, flight), what, flight.tick)
-
-    def _finished(self, flight: _InFlight, _: object, error: Exception | None) -> None:
-        """Tells the scheduler which chunks are finished, and has their pixels read."""
-        self._fail_tick(flight, error)
+    def _finished(self, states: Sequence[_StreamState], outcome: Future[list[Future[Any]]]) -> None:
+        """Takes the frames of the oldest tick. Streams whose part failed end."""
+        has_failed = outcome.exception() is not None
+        results: list[Future[Any]] = [outcome] * len(states) if has_failed else outcome.result()
         finished: dict[StreamId, int] = {}
-        done = flight.ticket.chunks if flight.ticket is not None else [()] * len(flight.states)
-        for state, chunks in zip(flight.states, done, strict=True):
+        error = None
+        for state, result in zip(states, results, strict=True):
             if state.stream.life is Life.CLOSED:
                 continue  # if a tick of it failed, nobody knows whose frames these are
-            finished[state.stream.id] = len(chunks)
-            for chunk in chunks:
-                numbers = state.flight.popleft()
-                state.finished.update(dict.fromkeys(numbers))
-                then = functools.partial(self._read, state, numbers)
-                self._call(self._reader, chunk.frames, then, f"reading frames (stream {state.stream.id})")
-        # Their pixels follow within the time of a copy.
-        self._scheduler.done(finished, self._driver.now_ns)
-        for state in flight.states:
-            state.pending -= 1
-            self._forget_if_over(state)
-        if flight.error is None:
-            self._failed_ticks = 0
-        elif flight.is_new:
-            self._failed_ticks += 1
-            if self._failed_ticks >= self._config.failed_ticks:
-                last = EngineError(f"{self._failed_ticks} ticks failed one after another: {flight.error}")
-                last.__cause__ = flight.error
-                self._fail(last)
+            if result.exception() is not None:
+                error = result.exception()
+                self.take_close(state.stream, error)
+                continue
+            finished[state.stream.id] = len(result.result())
+            for frames in result.result():
+                # Before the scheduler knows of them. What only fills a chunk is left out.
+                state.pixels.update(zip(state.flight.popleft(), frames, strict=False))
+        self._scheduler.done(finished, self.now_ns)
+        self._failed_ticks = 0 if finished else self._failed_ticks + (error is not None)
+        if self._failed_ticks >= self._config.failed_ticks:
+            raise EngineError(f"{self._failed_ticks} ticks failed one after another: {error}") from error
 
-    def _fail_tick(self, flight: _InFlight, error: Exception | None) -> None:
-        """Ends the streams of a tick that failed, if it did."""
-        if error is None:
-            return
-        flight.ticket, flight.error = None, error
-        for state in flight.states:
-            if state.stream.life is not Life.CLOSED:
-                flight.is_new = True
-                self._close(state, error)
+    def _check(self) -> int | None:
+        """Looks for a call of the device that does not come back; returns when to look again."""
+        if not self._reader.calls:
+            return None
+        what, expected_ns = self._reader.calls[0]
+        limit_ns = max(round(self._config.hang_s * SECOND), round(self._config.hang_factor * expected_ns))
+        took_ns = self.now_ns - self._reader.since_ns
+        if took_ns <= limit_ns:
+            return self._reader.since_ns + limit_ns + 1
+        report = HangReport(what, took_ns / SECOND, limit_ns / SECOND)
+        self._on_hang(report)
+        raise EngineError(str(report))
 
-    def _read(
-        self,
-        state: _StreamState,
-        numbers: tuple[int, ...],
-        pixels: np.ndarray | None,
-        error: Exception | None,
-    ) -> None:
-        """Takes the pixels of a chunk; what only fills it is left out."""
-        if pixels is None:
-            self._drop_due(state, Reason.CLOSED)
-            self._close(state, error)
-            self._forget_if_over(state)
-            return
-        for i, number in enumerate(numbers):
-            if number in state.finished:  # else it was dropped meanwhile
-                state.finished[number] = pixels[i].copy()  # so each can be freed by itself
-        self._pass_on(state)
+    # --- frames and events on their way out
 
-    def _pass_all_on(self, _: Sequence[Show]) -> None:
-        """Passes on what has become due, and shuts the streams that the scheduler is through with."""
+    def _show(self, shows: Sequence[Show]) -> None:
+        """Passes on what is due, and winds up the streams that the scheduler is through with."""
         for state in tuple(self._states.values()):
-            if state.due:
-                self._pass_on(state)
-            if state.stream.life is not Life.CLOSED and self._scheduler.is_over(state.stream.id):
-                self._shut(state)
+            self._pass_on(state)
+            if self._scheduler.is_over(state.stream.id):
+                self._wind_up(state)
+        if self._is_stopping and not self._states:
+            self.inbox.close()
 
     def _pass_on(self, state: _StreamState) -> None:
-        """Gives the sink its next frame, if it is due and the sink has none; deals with a sink that is slow."""
-        pixels = state.finished.get(state.due[0].number) if state.due else None
-        if not state.is_passing and pixels is not None:
-            record = state.due.popleft()
-            del state.finished[record.number]
-            now_ns = self._driver.now_ns
-            fate = shown_fate(now_ns, record.deadline_ns)
-            record = dataclasses.replace(record, shown_ns=now_ns, fate=fate)
+        """Gives the sink its next frame, if it has none; deals with a sink that is slow."""
+        if state.due and not state.sinker.calls:
+            pixels, record = state.due.popleft()
+            fate = shown_fate(self.now_ns, record.deadline_ns)
+            record = dataclasses.replace(record, shown_ns=self.now_ns, fate=fate)
             self._report(record)
-            state.is_passing = True
-            state.pending += 1
-            take = functools.partial(state.sink, pixels, record)
-            state.sinker.do(take, functools.partial(self._sunk, state))
-        if (excess := len(state.due) - self._config.sink_frames) <= 0:
-            return
-        if getattr(state.sink, "when_slow", WhenSlow.END) is WhenSlow.DROP_OLDEST:
+            state.sinker.do(
+                functools.partial(state.sink, pixels, record), functools.partial(self._sunk, state)
+            )
+        excess = len(state.due) - self._config.sink_frames
+        if excess > 0 and getattr(state.sink, "when_slow", WhenSlow.END) is WhenSlow.DROP_OLDEST:
             self._drop_due(state, Reason.SINK, excess)
-        else:
+        elif excess > 0:
             self._drop_due(state, Reason.SINK)
-            state.pending -= state.is_passing  # nobody waits for a sink that is stuck
-            state.sinker.close(drop=True)
+            state.sinker.give_up()  # nobody waits for a sink that is stuck
             slow = SessionError(f"the sink is too slow: {self._config.sink_frames} frames wait for it")
-            self._close(state, slow)
-            self._forget_if_over(state)
+            self.take_close(state.stream, slow)
 
     def _drop_due(self, state: _StreamState, reason: Reason, count: int | None = None) -> None:
         """Drops the oldest frames that were to be passed on, or all of them."""
         for _ in range(len(state.due) if count is None else count):
-            record = state.due.popleft()
-            state.finished.pop(record.number, None)
+            _, record = state.due.popleft()
             self._report(dataclasses.replace(record, shown_ns=None, fate=Fate.DROPPED, reason=reason))
 
-    def _sunk(self, state: _StreamState, _: object, error: Exception | None) -> None:
-        """Takes note that the sink came back."""
-        if state.stream.ended.done():
-            return  # it was given up
-        state.is_passing = False
-        state.pending -= 1
-        if error is not None:
+    def _sunk(self, state: _StreamState, outcome: Future[object]) -> None:
+        """Ends a stream whose sink raised."""
+        if (error := outcome.exception()) is not None:
             self._drop_due(state, Reason.CLOSED)
-            self._close(state, error)
-        self._pass_on(state)
-        self._forget_if_over(state)
-
-    def _shut(self, state: _StreamState) -> None:
-        """Closes the device side of a stream that the scheduler is through with."""
-        state.stream.life = Life.CLOSED
-        state.inputs.clear()
-        due = {record.number for record in state.due}
-        state.finished = {number: pixels for number, pixels in state.finished.items() if number in due}
-        if state.session is not None:
-            session, state.session = state.session, None
-            state.pending += 1
-            closed = functools.partial(self._session_closed, state)
-            self._call(self._device, session.close, closed, f"closing a session (stream {state.stream.id})")
-        self._forget_if_over(state)
-
-    def _session_closed(self, state: _StreamState, _: object, error: Exception | None) -> None:
-        state.pending -= 1
-        state.stream.error = state.stream.error or error
-        self._forget_if_over(state)
-
-    def _forget_if_over(self, state: _StreamState) -> None:
-        """Ends a stream of which nothing is left."""
-        stream = state.stream
-        if stream.life is Life.CLOSED and not state.due and state.pending == 0:
-            self._forget(state)
-
-    def _forget(self, state: _StreamState) -> None:
-        stream = state.stream
-        if self._states.pop(stream.id, None) is None:
-            return
-        state.sinker.close(drop=True)
-        for change in state.changes:
-            _settle(change, SessionError(f"stream {stream.id} ended before the change"))
-        if stream.error is not None:
-            traceback.clear_frames(stream.error.__traceback__)  # they hold pictures
-        _settle(stream.ended, stream.error)
-        if self._is_stopping and not self._states:
-            self._inbox.close()
-
-    def _end_all(self, error: BaseException | None = None) -> None:
-        """Closes every stream, and the loop with the last of them."""
-        self._is_stopping = True
-        for state in tuple(self._states.values()):
-            self._close(state, error)
-        if not self._states:
-            self._inbox.close()
-
-    def _fail(self, error: BaseException) -> None:
-        """Ends every stream, and the loop, with the reason."""
-        if self.error is None:
-            self.error = error
-        for state in tuple(self._states.values()):
-            with suppress(Exception):  # the scheduler may be what is broken
-                self._close(state, self.error)
-            state.stream.error, state.stream.life = state.stream.error or self.error, Life.CLOSED
-            self._drop_due(state, Reason.CLOSED)
-            if state.session is not None:
-                self._device.do(state.session.close, _ignore)
-                state.session = None
-            self._forget(state)
-        self._end_all(self.error)
+            state.stream.error = state.stream.error or error  # also that of the last frame
+            self.take_close(state.stream)
 
     def _take_event(self, event: Event) -> None:
         """Is given every event, most of them by the scheduler within calls of it."""
         if isinstance(event, FrameRecord) and (state := self._states.get(event.stream)) is not None:
+            pixels = state.pixels.pop(event.number, None)
             if event.fate is not Fate.DROPPED:
-                state.due.append(event)  # its fate is known when the sink has it
+                assert pixels is not None
+                state.due.append((pixels, event))  # its fate is known when the sink has it
                 return
-            state.inputs.pop(event.number, None)
-            state.finished.pop(event.number, None)
         self._report(event)
 
     def _report(self, event: Event) -> None:
         self.metrics(event)
-        if self._observers and not self._events.put(event, self._config.waiting_events):
+        observe = functools.partial(self._observe, event)
+        if self._observers and not self._reporter.jobs.put(observe, self._config.waiting_events):
             self.lost_events += 1
 
-    def _call(
-        self, worker: Worker, function: Callable[[], object], then: Then, what: str, tick: Tick | None = None
-    ) -> None:
-        """Has a worker call something of the device, for as long as that may take."""
-        predicted_ns = tick.predicted_ns if tick is not None else 0
-        limit_ns = max(round(self._config.hang_s * SECOND), round(self._config.hang_factor * predicted_ns))
-        worker.do(function, then, what, limit_ns)
-
-    def _look_for_hangs(self) -> int | None:
-        """Looks for a call of the device that does not come back; returns when to look again."""
-        calls = [call for call in (self._device.current, self._reader.current) if call is not None]
-        if not calls or self._has_hung:
-            return None
-        call, end_ns = min(calls, key=lambda call: call[1])
-        if self._driver.now_ns <= end_ns:
-            return end_ns + 1
-        self._has_hung = True
-        seconds = (self._driver.now_ns - end_ns + call.limit_ns) / SECOND
-        report = HangReport(call.what, seconds, call.limit_ns / SECOND)
-        self._on_hang(report)
-        self._fail(EngineError(str(report)))
-        return None
-
-    # --- the report thread
-
-    def _observe(self) -> None:
-        """Hands events to the observers."""
-        while (events := self._events.take()) is not None:
-            for event, observer in itertools.product(events, tuple(self._observers)):
-                if observer in self._observers:
-                    try:
-                        observer(event)
-                    except Exception as e:
-                        self._observers.remove(observer)
-                        self.observer_errors.append(e)
-            events = event = None
+    def _observe(self, event: Event) -> None:
+        """Report thread: hands an event to the observers."""
+        for observer in tuple(self._observers):
+            try:
+                observer(event)
+            except Exception as e:
+                self._observers.remove(observer)
+                self.observer_errors.append(e)
 
 
-def _nothing() -> None:
-    pass
+def _prepared(session: Session, part: Part, frames: Sequence[np.ndarray]) -> Work:
+    """Gives a session its steps, and returns its part of a tick, the last frame repeated to make a whole chunk."""
+    if session.steps != part.steps:
+        session.set_steps(part.steps)
+    return Work(session, np.stack([*frames, *[frames[-1]] * part.fill]) if frames else None)
 
 
-def _ignore(_: object, error: Exception | None) -> None:
-    pass
-
-
-def _settle(future: Future[None], error: BaseException | None) -> None:
-    """Ends a future, unless somebody cancelled it."""
-    if future.set_running_or_notify_cancel():
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-
-def _checked_frame(frame: np.ndarray, cfg: StreamConfig) -> np.ndarray:
-    """Returns a copy of a frame; raises SessionError if it is not one of this stream's."""
-    expected = (cfg.height, cfg.width, 3)
-    if not isinstance(frame, np.ndarray):
-        raise SessionError(f"a frame must be a numpy array {expected}, got {type(frame).__name__}")
-    if frame.shape != expected or frame.dtype != np.uint8:
-        raise SessionError(f"a frame must be uint8 {expected}, got {frame.dtype} {frame.shape}")
-    return np.array(frame, order="C")
-
-
-def _stacked(frames: Sequence[np.ndarray], fill: int) -> np.ndarray | None:
-    """Returns frames as one array, the last one repeated `fill` times; None if there are none."""
-    return np.stack([*frames, *[frames[-1]] * fill]) if frames else None
+def _read(chunks: Sequence[Chunk]) -> list[list[np.ndarray]]:
+    """Returns the frames of finished chunks, each of which can be freed by itself."""
+    return [[frame.copy() for frame in chunk.frames()] for chunk in chunks]

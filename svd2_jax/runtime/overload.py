@@ -2,44 +2,21 @@
 
 *Utilisation* is the share of time for which the device is busy if every stream gives a chunk per period and ticks
 run in the best batches. A chunk needs one tick of its stream, or several where the budget is too tight to wait for
-the ticks of later chunks.
+the ticks of later chunks. None takes more steps than the *level*, or than its floor where that is higher.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
-from svd2_jax.runtime.deadline import PolicyConfig
-from svd2_jax.runtime.latency import Costs
-from svd2_jax.runtime.work import MS, StreamId, StreamSettings
+from svd2_jax.runtime.deadline import CostsOf, PolicyConfig
+from svd2_jax.runtime.work import MS, StreamSettings
 
-CostsOf = Callable[[Hashable, int], Costs]
 GAIN = 0.02  # share of the utilisation that must be gained by a step less of all streams; times wobble by as much
-NEVER_IN_TIME = 1e6  # ticks per chunk of a stream whose budget is too short
-
-
-class Demand(NamedTuple):
-    """What the controller looks at of one stream.
-
-    Attributes:
-      stream: its number.
-      settings: what it asked for.
-      steps: that it takes at present.
-      chunks_per_ns: how often a chunk of it comes.
-    """
-
-    stream: StreamId
-    settings: StreamSettings
-    steps: int
-    chunks_per_ns: float
-
-
-def chunk_rate(settings: StreamSettings, gap_ns: float) -> float:
-    """Returns the chunks per ns of a stream with so much time between its frames; at most twice the promised rate."""
-    return 1 / (settings.chunk_frames * max(gap_ns, settings.interval_ns / 2))
+NEVER_IN_TIME = 1_000_000  # ticks per chunk of a stream whose budget is too short
+NO_LIMIT = 1_000_000  # the level at which all take the steps that they prefer
 
 
 @dataclass(frozen=True)
@@ -47,16 +24,23 @@ class Control:
     """What the controller remembers.
 
     Attributes:
-      raisable_ns: since when more steps would be affordable; None if they are not, or are taken already.
-      utilisation: at the present steps.
+      level: of steps.
+      raisable_ns: since when a higher one would be affordable; None if it is not.
+      utilisation: at this level; above 1 there is no time for all frames.
     """
 
+    level: int = NO_LIMIT
     raisable_ns: int | None = None
     utilisation: float = 0.0
 
 
-def ticks_per_chunk(settings: StreamSettings, steps: int, tick_ns: int, spare_ns: int) -> int | None:
-    """Returns the fewest ticks per chunk with which chunks are finished in time; None if even all at once are late.
+def steps_at(settings: StreamSettings, level: int) -> int:
+    """Returns the steps that a stream takes at a level."""
+    return min(max(level, settings.floor_steps), settings.steps)
+
+
+def ticks_per_chunk(settings: StreamSettings, steps: int, tick_ns: int, spare_ns: int) -> int:
+    """Returns the fewest ticks per chunk with which chunks are finished in time; many if even all at once are late.
 
     With n ticks per chunk, one as it enters and the others right behind, its last tick is the (k mod n)-th of those
     of the (k div n)-th chunk after it, k = steps * stages - 1. `spare_ns` is kept free.
@@ -66,7 +50,7 @@ def ticks_per_chunk(settings: StreamSettings, steps: int, tick_ns: int, spare_ns
         chunks, more = divmod(steps * settings.stages - 1, ticks)
         if fill + chunks * period + (more + 1) * tick_ns + spare_ns <= settings.budget_ns:
             return ticks
-    return None
+    return NEVER_IN_TIME
 
 
 def fill_ns(settings: StreamSettings) -> int:
@@ -84,109 +68,60 @@ def nominal_ns(settings: StreamSettings, costs_of: CostsOf) -> int:
     return min(fill_ns(settings) + ticks_ns + costs.tail_bound_ns, settings.budget_ns)
 
 
-def utilisation(
-    demands: Sequence[Demand], steps: Mapping[StreamId, int], costs_of: CostsOf, guard_ns: int
-) -> float:
-    """Returns the share of time for which these streams keep the device busy at these steps, 0 or more."""
+def utilisation(asked: Sequence[StreamSettings], level: int, costs_of: CostsOf, guard_ns: int) -> float:
+    """Returns the share of time for which these streams keep the device busy at a level of steps, 0 or more."""
+    groups: dict[tuple[Hashable, int], list[StreamSettings]] = {}
+    for settings in asked:
+        groups.setdefault((settings.shape, steps_at(settings, level)), []).append(settings)
     total = 0.0
-    for group, members in _groups(demands, steps).items():
-        costs = costs_of(*group)
+    for (shape, steps), members in groups.items():
+        costs = costs_of(shape, steps)
         tick = costs.expected_ns[costs.size(len(members), costs.knee)]
-        for demand in members:
-            found = ticks_per_chunk(demand.settings, group[1], tick, guard_ns + costs.tail_bound_ns)
-            ticks = NEVER_IN_TIME if found is None else found
-            total += ticks * demand.chunks_per_ns * costs.share_ns(len(members))
+        for settings in members:
+            ticks = ticks_per_chunk(settings, steps, tick, guard_ns + costs.tail_bound_ns)
+            period = settings.chunk_frames * settings.interval_ns
+            total += ticks * costs.share_ns(len(members)) / period
     return total
 
 
-def need(demands: Sequence[Demand], steps: Mapping[StreamId, int], costs_of: CostsOf) -> float:
-    """Returns the least share of time in which the device could do all that is promised to come.
-
-    That is a tick for each chunk, in the best batches. Measured rates say too much while a burst comes.
-    """
-    return sum(
-        sum(chunk_rate(demand.settings, demand.settings.interval_ns) for demand in members)
-        * costs_of(*group).least_ns(len(members))
-        for group, members in _groups(demands, steps).items()
-    )
-
-
-def push_need(demands: Sequence[Demand], steps: Mapping[StreamId, int], costs_of: CostsOf) -> float:
-    """Returns the share of time that it takes to push every chunk on to its end, by ticks of its own."""
-    return sum(
-        demand.chunks_per_ns * group[1] * demand.settings.stages * costs_of(*group).expected_ns[1]
-        for group, members in _groups(demands, steps).items()
-        for demand in members
-    )
-
-
-def _groups(
-    demands: Sequence[Demand], steps: Mapping[StreamId, int]
-) -> dict[tuple[Hashable, int], list[Demand]]:
-    """Returns the streams that may share ticks, by shape and steps."""
-    groups: dict[tuple[Hashable, int], list[Demand]] = {}
-    for demand in demands:
-        groups.setdefault((demand.settings.shape, steps[demand.stream]), []).append(demand)
-    return groups
-
-
-def at_level(demands: Sequence[Demand], level: int) -> dict[StreamId, int]:
-    """Returns the steps of each stream when none takes more than `level`, or its floor where that is higher."""
-    return {d.stream: min(max(level, d.settings.floor_steps), d.settings.steps) for d in demands}
-
-
-def affordable(demands: Sequence[Demand], costs_of: CostsOf, guard_ns: int, limit: float) -> int:
-    """Returns the highest level of steps whose utilisation is within the limit.
-
-    Where none is, it is the level of the least utilisation; a level lower must gain `GAIN` of it, so a device that
-    takes as long for fewer steps stays where it is.
-    """
-    top = max(d.settings.steps for d in demands)
-    used = {
-        level: utilisation(demands, at_level(demands, level), costs_of, guard_ns)
-        for level in range(top, 0, -1)
-    }
-    price = GAIN * used[top]
-    within = (lv for lv in used if used[lv] <= limit and used[lv] + price * (top - lv) <= used[top])
-    return next(within, min(used, key=lambda level: used[level] + price * (top - level)))
-
-
 def control(
-    state: Control, demands: Sequence[Demand], costs_of: CostsOf, config: PolicyConfig, now_ns: int
-) -> tuple[Control, dict[StreamId, int]]:
-    """Returns the controller and the steps of each stream from now on.
+    state: Control, asked: Sequence[StreamSettings], costs_of: CostsOf, config: PolicyConfig, now_ns: int
+) -> Control:
+    """Returns the controller at a later time.
 
-    Lowers at once when the utilisation is above `lower_above`. Raises when more steps have been affordable, below
-    `raise_below` or as cheap as fewer, for `raise_after_ms`.
+    Lowers at once when the utilisation is above `lower_above`, to the highest level within; raises when one within
+    `raise_below` has been there for `raise_after_ms`. Where none is, the level of the least utilisation counts. A level
+    lower must gain `GAIN`, so a device that takes as long for fewer steps stays where it is, or comes back.
     """
-    steps = {demand.stream: demand.steps for demand in demands}
-    used = utilisation(demands, steps, costs_of, config.guard_ns)
-    if not demands:
-        return replace(state, utilisation=used), steps
-    if used > config.lower_above:
-        aim = at_level(demands, affordable(demands, costs_of, config.guard_ns, config.lower_above))
-        fewer = {stream: min(count, aim[stream]) for stream, count in steps.items()}
-        if fewer != steps:
-            return Control(None, utilisation(demands, fewer, costs_of, config.guard_ns)), fewer
-    aim = at_level(demands, affordable(demands, costs_of, config.guard_ns, config.raise_below))
-    more = {stream: max(count, aim[stream]) for stream, count in steps.items()}
-    if more == steps:
-        return Control(None, used), steps
-    since = now_ns if state.raisable_ns is None else state.raisable_ns
-    if now_ns - since < round(config.raise_after_ms * MS):
-        return Control(since, used), steps
-    return Control(None, utilisation(demands, more, costs_of, config.guard_ns)), more
+    top = max([settings.steps for settings in asked], default=1)
+    used = {NO_LIMIT: utilisation(asked, NO_LIMIT, costs_of, config.guard_ns)}
+    for fewer in range(top - 1, 0, -1):
+        share = utilisation(asked, fewer, costs_of, config.guard_ns)
+        if share * (1 + GAIN) <= min(used.values()):
+            used[fewer] = share
+
+    def within(limit: float) -> int:
+        return next((level for level in used if used[level] <= limit), min(used))
+
+    lower, higher = within(config.lower_above), within(config.raise_below)
+    level, since = state.level, None
+    if lower < level:
+        level = lower
+    elif higher > level:
+        since = now_ns if state.raisable_ns is None else state.raisable_ns
+        if now_ns - since >= round(config.raise_after_ms * MS):
+            level, since = higher, None
+    return Control(level, since, utilisation(asked, level, costs_of, config.guard_ns))
 
 
 def refusal(
-    settings: StreamSettings, others: Sequence[Demand], costs_of: CostsOf, config: PolicyConfig
+    settings: StreamSettings, others: Sequence[StreamSettings], costs_of: CostsOf, config: PolicyConfig
 ) -> str | None:
     """Returns why a stream is not let in, in one line with numbers; None if it is."""
     costs, floor = costs_of(settings.shape, settings.floor_steps), settings.floor_steps
-    tick, guard = costs.bound_ns[1], config.guard_ns
     tail = costs.tail_bound_ns
-    alone = floor * settings.stages * tick + tail
-    least = max(fill_ns(settings) + alone, costs.first_bound_ns + tail) + guard
+    alone = floor * settings.stages * costs.bound_ns[1] + tail
+    least = max(fill_ns(settings) + alone, costs.first_bound_ns + tail) + config.guard_ns
     if least > settings.budget_ns:
         return (
             f"a latency budget of {settings.budget_ms:g} ms cannot be met: {settings.chunk_frames} frames at "
@@ -194,14 +129,8 @@ def refusal(
             f"step{'s take' if floor > 1 else ' takes'} {alone / MS:.0f} ms; "
             f"ask for at least {math.ceil(least / MS)} ms"
         )
-    if not others or config.admit_below is None:
-        return None
-    new = Demand(-1, settings, floor, chunk_rate(settings, settings.interval_ns))
-    demands = [*others, new]
-    floors = {demand.stream: demand.settings.floor_steps for demand in demands}
-    now = utilisation(others, floors, costs_of, guard)
-    then = utilisation(demands, floors, costs_of, guard)
-    if then > config.admit_below:
+    now, then = (utilisation(s, 1, costs_of, config.guard_ns) for s in (others, [*others, settings]))
+    if others and config.admit_below is not None and then > config.admit_below:
         running = "1 stream needs" if len(others) == 1 else f"{len(others)} streams need"
         return (
             f"the device is full: at minimum steps, {running} {100 * now:.0f} % of the device's time and this one "

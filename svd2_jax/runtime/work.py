@@ -160,6 +160,7 @@ class FrameRecord:
       steps: denoising steps that its chunk took.
       fate: what became of it.
       reason: why it was dropped.
+      media_ns: when it was made, by our clock, see ingest.py; 0 where that was not asked.
     """
 
     stream: StreamId
@@ -173,6 +174,7 @@ class FrameRecord:
     shown_ns: int | None = None
     steps: int | None = None
     reason: Reason | None = None
+    media_ns: int = 0
 
 
 @dataclass(frozen=True)

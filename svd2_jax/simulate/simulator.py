@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from svd2_jax.errors import SessionError
-from svd2_jax.runtime.driver import Driver, Policy
+from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.mailbox import Message
+from svd2_jax.runtime.scheduler import Scheduler
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -25,6 +26,7 @@ from svd2_jax.runtime.work import (
     Tick,
     TickRecord,
 )
+from svd2_jax.simulate.baselines import Fifo
 from svd2_jax.simulate.device import SimulatedDevice
 from svd2_jax.simulate.trace import Arrival, StreamTrace, Trace, earliest_ns, merged
 
@@ -36,7 +38,7 @@ class PolicyFault(AssertionError):
     """A policy did what no device could run or no viewer could see."""
 
 
-MakePolicy = Callable[[Sequence[int], Callable[[Event], None]], Policy]
+MakePolicy = Callable[[Sequence[int], Callable[[Event], None]], Scheduler | Fifo]
 """Takes the device's batch sizes and where to report; returns a policy."""
 
 
@@ -177,7 +179,7 @@ def simulate(
     return _Run(trace, name, make_policy, progress).run()
 
 
-class _Run:
+class _Run(Driver):
     def __init__(self, trace: Trace, name: str, make_policy: MakePolicy, progress: Callable[[float], None]):
         self.trace, self.outcome = trace, Outcome(trace, name)
         self.device = SimulatedDevice(trace.device, trace.seed)
@@ -188,12 +190,12 @@ class _Run:
         self.ids: dict[int, StreamId] = {}  # by source; a refused one has none
         self.ticks = 0
         self.events = VirtualInbox(self._inputs(), progress)
-        self.driver = Driver(self.policy, self.events, lambda: self.events.now_ns, self._start, self._show)
+        super().__init__(self.policy, self.events, lambda: self.events.now_ns)
 
     def run(self) -> Outcome:
         """Plays all events in order of time."""
         self._warm_up()
-        self.driver.run()
+        self._drive()
         self._check_end()
         self.outcome.ended_s = self.events.now_ns / SECOND
         self.outcome.busy_s = self.device.busy_ns / SECOND
@@ -224,7 +226,7 @@ class _Run:
                     self.policy.warm_up(sample)
 
     def _input(self, rank: int, source: int, arrival: Arrival | None) -> None:
-        now_ns = self.driver.now_ns
+        now_ns = self.now_ns
         if rank == 0:
             settings = self.trace.sources[source].settings()
             try:
@@ -251,20 +253,20 @@ class _Run:
     def _start(self, tick: Tick) -> None:
         self._check_tick(tick)
         self.ticks += 1
-        free_ns, done_ns = self.device.start(tick, self.driver.now_ns)
+        free_ns, done_ns = self.device.start(tick, self.now_ns)
         self.events.at(free_ns, self._free)
         self.events.at(done_ns, self._done)
 
     def _free(self) -> None:
         self.device.pass_on()
-        self.policy.free(self.driver.now_ns)
+        self.policy.free(self.now_ns)
 
     def _done(self) -> None:
         finished = self.device.finish()
         for stream, chunks in finished.items():
             if not self.streams[stream].gone:
                 self.streams[stream].finished.update(n for chunk in chunks for n in chunk)
-        self.policy.done({stream: len(chunks) for stream, chunks in finished.items()}, self.driver.now_ns)
+        self.policy.done({stream: len(chunks) for stream, chunks in finished.items()}, self.now_ns)
 
     def _show(self, shows: Sequence[Show]) -> None:
         for show in shows:

@@ -16,9 +16,11 @@ from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
 
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.deadline import PolicyConfig
-from svd2_jax.runtime.feed import feed
+from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig
 from svd2_jax.runtime.measure import measure, settings_for, shape_of
+from svd2_jax.runtime.scheduler import Refused
+from svd2_jax.runtime.stream import feed
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -320,6 +322,34 @@ def test_a_sink_that_raises_ends_its_stream_and_no_other():
         assert b.pixels("good") == expected(range(41))
 
 
+def test_a_sink_that_raises_at_the_last_frame_ends_its_stream_with_the_reason():
+    def broken(frame, record):
+        if record.number == 20:
+            raise OSError("the disk is full")
+
+    with bench() as b:
+        stream = b.open(sink=broken, source=camera(b.clock, 21))
+        b.clock.run_until(b.over(stream))
+        assert str(stream.ended.exception()) == "the disk is full"
+
+
+def test_steps_that_the_device_has_become_too_slow_for_end_their_stream_and_no_other():
+    with bench() as b:
+        settings = StreamSettings(rate_hz=16, budget_ms=1000, steps=1)
+        bad, good = (
+            b.loop.open(spec(steps=1), settings, b.sink("bad"), steps=(1, 2)),
+            b.open("good", source=camera(b.clock, 41)),
+        )
+        b.clock.run(0.5)
+        for _ in range(50):
+            b.loop._scheduler.warm_up(LatencySample(bad.settings.shape, 1, 2, 3 * SECOND, False))
+        change = bad.update(steps=2, min_steps=2)
+        b.clock.run_until(b.over(bad, good))
+        assert isinstance(change.exception(), Refused)
+        assert bad.ended.exception() is change.exception()
+        assert b.loop.error is None
+
+
 def test_a_frame_of_the_wrong_shape_ends_its_stream_and_no_other():
     with bench() as b:
         bad, good = b.open("bad"), b.open("good", source=camera(b.clock, 21))
@@ -466,6 +496,19 @@ def test_the_frames_of_a_tick_are_finished_while_the_next_one_runs():
         assert [record.tick.number for record in ticks] == list(range(len(ticks)))
         assert all(a.done_ns < b.done_ns for a, b in itertools.pairwise(ticks))
         assert 0.9 < b.loop.metrics.summary().utilisation <= 1
+
+
+def test_the_frames_of_a_tick_are_read_before_the_next_one_is_waited_for():
+    seen = []
+    with overlapping() as b:
+        b.engine.stages_fault = lambda number: seen.append(f"stages {number}")
+        b.engine.finish_fault = lambda number: seen.append(f"finished {number}")
+        b.engine.before_read = lambda: seen.append("read")
+        b.clock.run_until(b.over(b.open(settings=FAST, source=camera(b.clock, 97, rate_hz=60))))
+        assert b.pixels() == expected(range(97))
+    for number in range(3, 20):  # the second chunk is finished by tick 2, and so on
+        at = seen.index(f"finished {number}")
+        assert seen[at : at + 3] == [f"finished {number}", "read", f"stages {number + 1}"]
 
 
 @pytest.mark.parametrize("wait", ["stages_fault", "finish_fault"])
@@ -617,7 +660,7 @@ def test_closing_in_the_middle_of_a_tick_drops_what_is_inside_and_nothing_else()
         gone, stays = b.open("gone", source=camera(b.clock, 97)), b.open("stays", source=camera(b.clock, 41))
 
         def is_in_a_tick():
-            return (now := b.loop._reader.current) and f"(stream {gone.id}" in now[0].what
+            return (calls := b.loop._reader.calls) and f"(stream {gone.id}" in calls[0][0]
 
         b.clock.run_until(lambda: len(engine.ticks) >= 6 and is_in_a_tick())
         gone.close()
@@ -707,7 +750,7 @@ def test_frames_that_are_never_finished_are_noticed_once():
     engine = FakeEngine(clock)
     engine.hang_behind = {4}
     b, stream, report = run_until_it_hangs(engine, clock)
-    assert report.what == f"finishing the frames of tick 4 (stream {stream.id})"
+    assert report.what == f"tick 4 (stream {stream.id})"
     assert len(engine.ticks) <= 6  # two are in flight, and no third one starts
     assert "svd2-reader" in b.loop.stop()
     assert b.loop.metrics.summary().inside == 0
@@ -729,7 +772,7 @@ def test_a_copy_to_the_host_that_hangs_is_noticed_too():
     b.loop.start()
     stream = b.open(source=camera(b.clock, 2000))
     b.clock.run_until(lambda: b.hangs)
-    assert b.hangs[0].what == f"reading frames (stream {stream.id})"
+    assert b.hangs[0].what == f"tick 0 (stream {stream.id})"
     b.loop.stop()
     b.clock.run(101)
     wait_for_threads()
@@ -749,7 +792,7 @@ def test_a_hanging_device_ends_the_process_with_a_line_and_code_3():
     script = """
 import itertools, time
 from fakes import FakeEngine, picture, spec
-from svd2_jax.runtime.feed import feed
+from svd2_jax.runtime.stream import feed
 from svd2_jax.runtime.loop import LiveLoop, LoopConfig
 from svd2_jax.runtime.work import StreamSettings
 
@@ -793,6 +836,29 @@ def test_a_thread_of_the_loop_that_dies_ends_the_loop_with_the_reason():
         assert stream.ended.exception() is b.loop.error
 
 
+def test_what_waits_for_a_loop_that_dies_is_told():
+    changes = []
+
+    with bench() as b:
+        stream = b.open(source=camera(b.clock, 97))
+
+        def broken():
+            changes.append(stream.update("green"))  # reaches the inbox when nobody takes it any more
+            raise ZeroDivisionError("a bug")
+
+        b.loop.inbox.put(broken)
+        b.clock.run_until(b.over(stream))
+        assert isinstance(changes[0].exception(), SessionError)
+
+
+def test_a_stream_that_is_ended_while_it_opens_leaves_nothing():
+    with bench() as b:
+        b.engine.prepare = lambda spec, steps: [stream.end() for stream in b.loop.streams]
+        with pytest.raises(SessionError, match="closed while it opened"):
+            b.open()
+        assert not b.loop.streams
+
+
 def test_an_observer_that_raises_is_left_out_and_told_of():
     clock = FakeClock()
     seen = []
@@ -818,7 +884,7 @@ def test_stopping_drops_what_is_inside_and_ends_all_threads():
         streams = [b.open(str(i), source=camera(b.clock, 1000)) for i in range(3)]
         b.clock.run(1.0)
     assert all(stream.ended.exception() is None for stream in streams)
-    assert not len(b.loop._events)
+    assert not b.loop._reporter.calls
     assert {e.reason for e in b.frames if e.reason} == {Reason.CLOSED}
 
 
@@ -839,10 +905,10 @@ def test_streams_that_come_and_go_leave_nothing_behind():
         assert sum(ref() is not None for ref in held) == 0
         loop = b.loop
         assert not loop._states
-        assert [len(box) for box in (loop._inbox, loop._events)] == [0, 0]
-        assert [worker.current for worker in (loop._device, loop._reader, loop._encoder)] == [None] * 3
-        assert sum(sinker.thread.is_alive() for sinker in loop._sinkers) == 0
-        assert len(loop._sinkers) < 10
+        assert [len(box) for box in (loop.inbox, loop._reporter.jobs)] == [0, 0]
+        assert not any(worker.calls for worker in loop._workers)
+        assert sum(worker.is_alive() for worker in loop._workers) == 4  # no stream's
+        assert len(loop._workers) < 10
         assert b.engine.open_sessions == 0
 
 
@@ -852,11 +918,11 @@ def test_pixels_are_freed_when_their_fate_is_known():
         state = b.loop._states[stream.id]
         for _ in range(20):
             b.clock.run(0.5)
-            assert len(state.inputs) <= 8
-            assert len(state.finished) <= 16
+            assert sum(number >= state.next_frame for number in state.pixels) <= 8  # not entered yet
+            assert len(state.pixels) <= 24
         b.clock.run_until(b.over(stream))
-        assert not state.inputs
-        assert not state.finished
+        assert not state.pixels
+        assert not state.due
 
 
 def test_pixels_of_frames_that_are_dropped_when_they_are_finished_are_freed():
@@ -873,7 +939,7 @@ def test_pixels_of_frames_that_are_dropped_when_they_are_finished_are_freed():
             engine.device_ms = lambda streams, steps, first: 20.0
             b.clock.run(1.5)
         assert any(e.fate is Fate.DROPPED and e.done_ns is not None for e in b.frames)
-        assert set(state.finished) <= {n for n in range(state.arrived)} - {e.number for e in b.frames}
+        assert set(state.pixels) <= {n for n in range(state.arrived)} - {e.number for e in b.frames}
         b.clock.run_until(b.over(stream))
 
 

@@ -9,16 +9,13 @@ import pytest
 from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import Costs, LatencyConfig, LatencyModel, LatencySample
 from svd2_jax.runtime.overload import (
+    NEVER_IN_TIME,
+    NO_LIMIT,
     Control,
-    Demand,
-    affordable,
-    at_level,
-    chunk_rate,
     control,
-    need,
     nominal_ns,
-    push_need,
     refusal,
+    steps_at,
     ticks_per_chunk,
     utilisation,
 )
@@ -34,12 +31,11 @@ def costs_of(shape: Hashable, steps: int, slowness: float = 1.0) -> Costs:
     return model.costs(shape, steps)
 
 
-def load(stream: int = 0, steps: int = 2, now: int | None = None, rate_hz: float = 16, **settings) -> Demand:
-    asked = StreamSettings(rate_hz, **{"budget_ms": 900, "steps": steps, **settings})
-    return Demand(stream, asked, steps if now is None else now, chunk_rate(asked, asked.interval_ns))
+def load(steps: int = 2, rate_hz: float = 16, **settings) -> StreamSettings:
+    return StreamSettings(rate_hz, **{"budget_ms": 900, "steps": steps, **settings})
 
 
-@pytest.mark.parametrize(("budget_ms", "ticks"), [(518, 1), (517, 2), (348, 2), (347, None)])
+@pytest.mark.parametrize(("budget_ms", "ticks"), [(518, 1), (517, 2), (348, 2), (347, NEVER_IN_TIME)])
 def test_ticks_per_chunk_are_the_fewest_that_are_in_time(budget_ms, ticks):
     """187.5 ms until the frames are there; then 250 and 80 ms, or twice 80."""
     settings = StreamSettings(16, budget_ms)
@@ -48,7 +44,7 @@ def test_ticks_per_chunk_are_the_fewest_that_are_in_time(budget_ms, ticks):
 
 @pytest.mark.parametrize(
     ("budget_ms", "ticks"),
-    [(760, 1), (759, 2), (370, 2), (369, 3), (360, 3), (359, 4), (190, 4), (189, None)],
+    [(760, 1), (759, 2), (370, 2), (369, 3), (360, 3), (359, 4), (190, 4), (189, NEVER_IN_TIME)],
 )
 def test_ticks_per_chunk_count_every_stage(budget_ms, ticks):
     """150 ms for a chunk to fill; then 3 chunks of 200 ms and a tick of 10, a chunk and 2 ticks or one, or 4 ticks."""
@@ -62,41 +58,35 @@ def test_the_playout_delay_is_a_chunk_that_fills_and_its_ticks_right_behind_each
     assert nominal_ns(StreamSettings(20, 400, steps=2, stages=2), costs_of) == 400 * MS
 
 
-def test_pushing_on_takes_every_tick_of_every_chunk():
-    loads = [load(0), load(1, steps=1, stages=2, rate_hz=8)]
-    assert push_need(loads, {0: 2, 1: 1}, costs_of) == pytest.approx(2 * 80 / 250 + 2 * 50 / 500)
-
-
 @pytest.mark.parametrize(
     ("count", "share"),
     [(1, 80 / 250), (2, 140 / 250), (3, 220 / 250), (4, 260 / 250)],
 )
 def test_utilisation_is_that_of_the_best_batches(count, share):
-    loads = [load(i) for i in range(count)]
-    steps = {i: 2 for i in range(count)}
-    assert utilisation(loads, steps, costs_of, 0) == pytest.approx(share)
+    assert utilisation([load()] * count, 2, costs_of, 0) == pytest.approx(share)
 
 
 def test_utilisation_counts_second_ticks_of_tight_budgets():
-    assert utilisation([load(budget_ms=400)], {0: 2}, costs_of, 0) == pytest.approx(160 / 250)
+    assert utilisation([load(budget_ms=400)], NO_LIMIT, costs_of, 0) == pytest.approx(160 / 250)
 
 
-def test_the_stream_with_most_steps_is_lowered_first():
-    loads = [load(0, 2), load(1, 4, budget_ms=2000), load(2, 3, budget_ms=2000)]
-    level = affordable(loads, costs_of, 0, 0.95)
-    assert at_level(loads, level) == {0: 2, 1: 2, 2: 2}  # 3 and 3 would take 200 ms and the other one 80
-    assert utilisation(loads, at_level(loads, level), costs_of, 0) == pytest.approx(220 / 250)
+def test_a_level_limits_the_steps_of_all_and_none_goes_below_its_floor():
+    streams = load(2), load(4), load(3, floor_steps=3), load(1)
+    assert [steps_at(s, 2) for s in streams] == [2, 2, 3, 1]
+    assert [steps_at(s, NO_LIMIT) for s in streams] == [2, 4, 3, 1]
 
 
-def test_no_stream_goes_below_its_floor():
-    loads = [load(0, 2, floor_steps=2), load(1, 2)]
-    assert at_level(loads, affordable(loads, costs_of, 0, 0.01)) == {0: 2, 1: 1}
+def test_the_streams_with_most_steps_are_lowered_first():
+    loads = [load(2), load(4, budget_ms=2000), load(3, budget_ms=2000)]  # 3 and 3 would take 200 ms and 2 80
+    state = control(Control(), loads, costs_of, CONFIG, 0)
+    assert state.level == 2
+    assert state.utilisation == pytest.approx(220 / 250)
 
 
-def test_what_is_needed_at_least_is_a_tick_per_chunk_in_the_best_batches():
-    """Three streams in pairs take 70 ms each, though only two of them at a time."""
-    loads = [load(i, budget_ms=400) for i in range(3)]
-    assert need(loads, dict.fromkeys(range(3), 2), costs_of) == pytest.approx(3 * 70 / 250)
+def test_where_nothing_is_enough_it_is_the_level_of_the_least_utilisation():
+    state = control(Control(), [load()] * 20, costs_of, CONFIG, 0)
+    assert state.level == 1
+    assert state.utilisation == pytest.approx(20 * 35 / 250)
 
 
 @pytest.mark.parametrize("tick_ms", [10, 120, 400])
@@ -111,13 +101,12 @@ def test_steps_stay_where_fewer_take_as_long(tick_ms):
             )
         return model.costs(shape, steps)
 
-    loads = [load(i, steps=3, budget_ms=4000) for i in range(2)]
-    assert control(Control(), loads, same, CONFIG, 0)[1] == {0: 3, 1: 3}
-    state, lower = Control(), [load(i, steps=3, now=1, budget_ms=4000) for i in range(2)]
-    for at_ms in (0, 400):
-        state, steps = control(state, lower, same, CONFIG, at_ms * MS)
-        if tick_ms == 10:
-            assert steps == {0: 1, 1: 1}
+    loads = [load(steps=3, budget_ms=4000)] * 2
+    assert control(Control(), loads, same, CONFIG, 0).level == NO_LIMIT
+    state = Control(1)
+    for at_ms, level in ((0, 1), (400, 1), (500, NO_LIMIT)):
+        state = control(state, loads, same, CONFIG, at_ms * MS)
+        assert state.level == level
 
 
 def slower(factor: float):
@@ -125,38 +114,35 @@ def slower(factor: float):
 
 
 def test_steps_fall_at_once_and_rise_after_a_while():
-    state, steps = control(Control(), [load()], slower(3), CONFIG, 0)  # 240 of 250 ms
-    assert steps == {0: 1}
-    assert state.utilisation == pytest.approx(150 / 250)
+    state = control(Control(), [load()], slower(3), CONFIG, 0)  # 240 of 250 ms
+    assert (state.level, state.utilisation) == (1, pytest.approx(150 / 250))
     for at_ms in (1000, 1200, 1499):
-        state, steps = control(state, [load(now=1)], costs_of, CONFIG, at_ms * MS)
-        assert steps == {0: 1}
-    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 1500 * MS)
-    assert steps == {0: 2}
+        state = control(state, [load()], costs_of, CONFIG, at_ms * MS)
+        assert state.level == 1
+    state = control(state, [load()], costs_of, CONFIG, 1500 * MS)
+    assert state.level == NO_LIMIT
 
 
-def test_steps_do_not_rise_where_they_would_fall_again():
+@pytest.mark.parametrize("level", [1, NO_LIMIT])
+def test_steps_do_not_rise_where_they_would_fall_again(level):
     """At two steps 212 of 250 ms: more than 80 %, less than 90 %."""
-    for now in (1, 2):
-        state = Control()
-        for at_ms in range(0, 3000, 100):
-            state, steps = control(state, [load(now=now)], slower(2.65), CONFIG, at_ms * MS)
-            assert steps == {0: now}
+    state = Control(level)
+    for at_ms in range(0, 3000, 100):
+        state = control(state, [load()], slower(2.65), CONFIG, at_ms * MS)
+        assert state.level == level
 
 
 def test_an_interruption_starts_the_wait_anew():
-    state, _ = control(Control(), [load(now=1)], costs_of, CONFIG, 0)
-    state, _ = control(state, [load(now=1)], slower(2.65), CONFIG, 400 * MS)
-    state, steps = control(state, [load(now=1)], costs_of, CONFIG, 600 * MS)
-    assert steps == {0: 1}
+    state = control(Control(1), [load()], costs_of, CONFIG, 0)
+    state = control(state, [load()], slower(2.65), CONFIG, 400 * MS)
+    assert control(state, [load()], costs_of, CONFIG, 600 * MS).level == 1
 
 
 def test_a_budget_too_short_for_some_steps_never_gets_them():
-    tight = load(now=1, budget_ms=340)
     state = Control()
     for at_ms in range(0, 2000, 100):
-        state, steps = control(state, [tight], costs_of, CONFIG, at_ms * MS)
-        assert steps == {0: 1}
+        state = control(state, [load(budget_ms=340)], costs_of, CONFIG, at_ms * MS)
+        assert state.level == 1
 
 
 def test_refusals_say_why_and_what_would_do():
@@ -164,7 +150,7 @@ def test_refusals_say_why_and_what_would_do():
     message = refusal(StreamSettings(16, 200, floor_steps=2), [], costs_of, CONFIG)
     assert message is not None
     assert message.endswith("and 2 denoising steps take 160 ms; ask for at least 348 ms")
-    others = [load(i) for i in range(7)]  # at one step 140 + 80 + 50 ms
+    others = [load()] * 7  # at one step 140 + 80 + 50 ms
     message = refusal(StreamSettings(16, 900), others, costs_of, CONFIG)
     assert message is not None
     assert (
@@ -191,7 +177,6 @@ def test_a_tail_takes_of_the_budget_but_not_of_the_device():
     assert message is not None
     assert message.endswith("and 2 denoising steps take 200 ms; ask for at least 388 ms")
     for budget_ms, ticks in ((558, 1), (557, 2)):  # as 518 and 517 without
-        loads = [load(budget_ms=budget_ms)]
-        assert utilisation(loads, {0: 2}, tailed, 0) == pytest.approx(ticks * 80 / 250)
+        assert utilisation([load(budget_ms=budget_ms)], 2, tailed, 0) == pytest.approx(ticks * 80 / 250)
     settings = StreamSettings(16, 900)
     assert nominal_ns(settings, tailed) == nominal_ns(settings, costs_of) + 40 * MS

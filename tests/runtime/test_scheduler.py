@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svd2_jax.errors import ConfigError, SessionError
-from svd2_jax.runtime.latency import LatencyConfig
-from svd2_jax.runtime.scheduler import LatencySample, PolicyConfig, Refused, Scheduler
+from svd2_jax.errors import SessionError
+from svd2_jax.runtime.deadline import PolicyConfig
+from svd2_jax.runtime.latency import LatencyConfig, LatencySample
+from svd2_jax.runtime.scheduler import Refused, Scheduler
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -347,7 +348,6 @@ CONFIGS = st.builds(
     push_below=st.sampled_from([0.0, 0.9, 1e6]),
     admit_below=st.sampled_from([None, 0.7]),
     stall_intervals=st.sampled_from([0.0, 4.0, 1e6]),
-    most_queued=st.sampled_from([6, 256]),
 )
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=60)
 
@@ -474,7 +474,7 @@ def test_overload_at_the_floor_skips_frames_evenly_and_keeps_the_newest():
 
 @pytest.mark.parametrize("streams", [1, 3])
 def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
-    """Eight times slower, two ticks take 1.3 s. A frame every now and then, of each in turn, tries whether they do."""
+    """Eight times slower, two ticks take 1.3 s. A chunk every now and then tries whether they do."""
     sources_ = [regular(16, 480, i * 50 * MS, floor_steps=2, budget_ms=800) for i in range(streams)]
     world = World(sources_, slow(8)).run()
     at = {f: f.arrival_ns / SECOND for f in world.frames}
@@ -482,9 +482,7 @@ def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
     tries = [r.tick.parts for r in world.ticks if SLOW[0] + 4 < r.started_ns / SECOND < SLOW[1]]
     tried = [parts[0].stream for parts in tries if parts[0].frames]
     assert 2 <= len(tried) <= 3
-    assert len(set(tried)) == min(streams, len(tried))
     assert {len(parts) for parts in tries} == {1}
-    assert {len(parts[0].frames) for parts in tries} == {0, 1}
 
 
 def test_a_source_that_is_silent_does_not_keep_others_from_trying_the_device():
@@ -638,7 +636,7 @@ def test_a_closed_stream_takes_nothing_and_a_tick_of_it_ends_well():
     assert isinstance(scheduler.next(0), Tick)
     scheduler.close(stream, 1)
     assert scheduler.is_over(stream)
-    with pytest.raises(SessionError, match="stream 0 takes no more frames: it has ended"):
+    with pytest.raises(SessionError, match="stream 0 has ended"):
         scheduler.arrive(stream, 2)
     scheduler.done({stream: 1}, 3)
     assert scheduler.shows(4) == ([], None)
@@ -707,84 +705,21 @@ def test_new_steps_hold_from_the_next_chunk_on_and_nothing_is_late(before, after
     assert {p.steps for p in entered if p.frames[0] > 100} == {after}
 
 
-def test_a_new_budget_holds_for_the_frames_that_come_after():
-    world = Updated(regular(16, 205, budget_ms=900), Device(), 100, budget_ms=500).run()
-    given_ms = {f.number: (f.deadline_ns - f.arrival_ns) // MS for f in world.frames}
-    assert {given_ms[n] for n in range(100)} == {900}
-    assert {given_ms[n] for n in range(105, 205)} == {500}
-    assert world.count(Fate.SHOWN) == 205
-
-
-def late_starter() -> tuple[Scheduler, int, StreamSettings]:
-    """A stream whose first frame had to wait until 2400 ms, so that its playout delay is 2500 ms.
-
-    The second frame is finished at 2600 ms; it is shown at about 5000 ms.
-    """
-    scheduler = Scheduler(PolicyConfig(latency=LatencyConfig(least_margin=0)), (1,), [].append)
-    for first in (True, False):
-        scheduler.warm_up(LatencySample(None, 1, 1, 100 * MS, first))
-    settings = StreamSettings(5, 3000, steps=1, first_frames=1, chunk_frames=1)
-    stream = scheduler.open(settings, 0)
-    for at_ms, begins_ms in ((0, 2400), (2500, 2500)):
-        scheduler.arrive(stream, at_ms * MS, at_ms * MS)
-        tick_at(scheduler, begins_ms)
-        scheduler.done({stream: 1}, (begins_ms + 100) * MS)
-        scheduler.shows((begins_ms + 100) * MS)
-    assert scheduler.shows(2610 * MS)[1] > 4900 * MS
-    return scheduler, stream, settings
-
-
-def test_a_shorter_budget_shows_what_is_finished_sooner():
-    scheduler, stream, settings = late_starter()
-    scheduler.update(stream, dataclasses.replace(settings, budget_ms=300), 2610 * MS)
-    scheduler.next(2610 * MS)
-    assert scheduler.shows(2610 * MS)[1] == 2790 * MS  # a guard before 2500 + 300
-
-
-def test_frames_that_come_after_a_shorter_budget_need_not_wait_for_those_before():
-    scheduler, stream, settings = late_starter()
-    scheduler.arrive(stream, 2700 * MS, 2700 * MS)
-    tick_at(scheduler, 2700)  # in flight with the longer budget
-    scheduler.update(stream, dataclasses.replace(settings, budget_ms=300), 2710 * MS)
-    scheduler.done({stream: 1}, 2800 * MS)
-    scheduler.next(2800 * MS)
-    shown = {}
-    for at_ms in range(2800, 4000, 5):
-        if at_ms % 200 == 100:
-            scheduler.arrive(stream, at_ms * MS, at_ms * MS)
-            tick_at(scheduler, at_ms)
-        elif at_ms % 200 == 0 and at_ms > 2800:
-            scheduler.done({stream: 1}, at_ms * MS)
-        shown.update((show.number, at_ms) for show in scheduler.shows(at_ms * MS)[0])
-    assert list(shown) == sorted(shown)
-    assert all(shown[n] <= 2500 + 200 * (n - 1) + 300 for n in range(1, 7))
-
-
-def test_a_longer_budget_leaves_what_is_finished_where_it_is():
-    scheduler, stream, settings = late_starter()
-    before = scheduler.shows(2610 * MS)[1]
-    scheduler.update(stream, dataclasses.replace(settings, budget_ms=4000), 2610 * MS)
-    scheduler.next(2610 * MS)
-    assert scheduler.shows(2610 * MS)[1] == before
-
-
 def test_more_steps_than_the_budget_holds_are_not_taken():
     world = Updated(regular(16, 205, budget_ms=370, first_frames=1), Device(), 100, steps=4).run()
     assert world.count(Fate.SHOWN) == 205
     assert max(f.steps for f in world.frames) <= 2
 
 
-def test_settings_that_cannot_change_and_streams_that_ended_are_refused():
+def test_minimum_steps_that_cannot_be_met_and_streams_that_ended_are_refused():
     scheduler, stream = overlapping()
-    settings = StreamSettings(5, 2000, steps=1, first_frames=1, chunk_frames=1)
-    with pytest.raises(ConfigError, match="only steps, floor_steps and budget_ms can change"):
-        scheduler.update(stream, dataclasses.replace(settings, rate_hz=6), 0)
-    with pytest.raises(Refused, match="a latency budget of 50 ms cannot be met"):
-        scheduler.update(stream, dataclasses.replace(settings, budget_ms=50), 0)
-    scheduler.end(stream, 0)
-    with pytest.raises(SessionError, match="stream 0 takes no new settings: it has ended"):
+    settings = StreamSettings(5, 2000, steps=30, floor_steps=30)
+    with pytest.raises(Refused, match="a latency budget of 2000 ms cannot be met"):
         scheduler.update(stream, settings, 0)
-    with pytest.raises(SessionError, match="stream 7 takes no new settings"):
+    scheduler.end(stream, 0)
+    with pytest.raises(SessionError, match="stream 0 has ended"):
+        scheduler.update(stream, settings, 0)
+    with pytest.raises(SessionError, match="stream 7 has ended"):
         scheduler.update(7, settings, 0)
 
 
@@ -871,26 +806,6 @@ def test_a_tick_that_is_through_early_is_followed_at_once():
     assert scheduler.next(50 * MS) == Wait(90 * MS)
     scheduler.done({stream: 1}, 55 * MS)
     assert tick_at(scheduler, 55).number == 1
-
-
-@pytest.mark.parametrize(("tail_ms", "stages_ms"), [(0, 60), (40, 100)])
-def test_after_stages_that_are_through_early_no_more_than_the_decoder_is_waited_for(tail_ms, stages_ms):
-    """Decoding takes 40 of the 100 on the only device, or 40 more on another one, which may have two chunks in turn."""
-    scheduler, stream = overlapping(tail_ms)
-    for _ in range(4):
-        scheduler.arrive(stream, 0)
-    tick_at(scheduler, 0)  # a first group
-    scheduler.done({stream: 1}, 140 * MS)
-    tick_at(scheduler, 150)
-    scheduler.free((150 + stages_ms) * MS)
-    scheduler.done({stream: 1}, (150 + stages_ms + 40) * MS)
-    tick_at(scheduler, 300)
-    early_ms = 300 + stages_ms - 30
-    scheduler.free(early_ms * MS)
-    turn_ms = early_ms + 40 - tail_ms
-    if turn_ms - 10 > early_ms:
-        assert scheduler.next(early_ms * MS) == Wait((turn_ms - 10) * MS)
-    assert tick_at(scheduler, max(early_ms, turn_ms - 10)).number == 3
 
 
 def test_a_chunk_that_the_tick_in_flight_finishes_is_not_pushed_on():
