@@ -23,8 +23,8 @@ from svd2_jax.errors import EXIT_BAD_INPUT, MediaError
 from svd2_jax.media import sources
 from svd2_jax.media.sinks import UrlSink
 from svd2_jax.media.urls import masked, path_or_url
-from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.scheduler import PolicyConfig
+from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.work import SECOND, Fate, FrameRecord, StreamSettings
 
 H, W = SMALL.height, SMALL.width
