@@ -53,7 +53,7 @@ class PolicyConfig:
     raise_after_ms: float = 500.0
     push_below: float = 0.9
     admit_below: float | None = 1.0
-    stall_intervals: float = 3.0
+    stall_intervals: float = 2.0
 
     def __post_init__(self):
         low, high = self.raise_below, self.lower_above
@@ -175,8 +175,8 @@ def rescue(jobs: Mapping[StreamId, Job], start_ns: int, costs_of: CostsOf) -> Re
         group = min(heaps, key=lambda group: heaps[group][0])
         heap, cost = heaps[group], costs_of(*group)
         size = cost.size(len(heap), cost.knee)
-        now += cost.bound_ns[size]
         taken = [heapq.heappop(heap) for _ in range(size)]
+        now += _tick_of([entry[3] for entry in taken], cost).bound_ns[size]
         first = first or tuple(entry[1] for entry in taken)
         for _, stream, ticks, flight in taken:
             ticks += 1
@@ -188,6 +188,11 @@ def rescue(jobs: Mapping[StreamId, Job], start_ns: int, costs_of: CostsOf) -> Re
         if not heap:
             del heaps[group]
     return Rescue(spare, first)
+
+
+def _tick_of(flights: Sequence[Sequence[Flight]], cost: Costs) -> Costs:
+    """Returns the costs of a tick of these: of one row only where each stream has one chunk under way."""
+    return cost if any(len(flight) > 1 for flight in flights) else cost.of_one_row
 
 
 def _latest_ns(flight: Sequence[Flight], cost: Costs) -> int:
@@ -269,7 +274,8 @@ class _Moment:
         saved = rescue(self.jobs, now_ns, self.costs_of)
         push = tuple([_part(s) for s in self.streams if s.id in saved.first])
         if push:
-            tick_ns = self.costs[push[0].stream].bound_ns[len(push)]
+            flights = [self.jobs[part.stream].flight for part in push]
+            tick_ns = _tick_of(flights, self.costs[push[0].stream]).bound_ns[len(push)]
             until = now_ns if offers or saved.spare_ns <= guard else self._push_ns(tick_ns)
             if until <= now_ns:
                 return Decision(expired, push)
@@ -282,7 +288,8 @@ class _Moment:
         A push that still runs when a chunk becomes whole makes that one wait. A device with time to push every chunk on
         by ticks of its own takes this risk for up to half a tick, a busier one not at all.
         """
-        pushing = sum(s.ticks * self.costs[s.id].bound_ns[1] / s.period_ns for s in self.streams)
+        ones = [(s, self.costs[s.id].of_one_row) for s in self.streams]
+        pushing = sum(s.ticks * cost.bound_ns[1] / s.period_ns for s, cost in ones)
         near = round(tick_ns * (ROOMY_SHARE if pushing <= self.config.push_below else 1.0))
         due = [s.next_ns for s in self.streams if not s.ended and abs(s.next_ns - self.now_ns) < near]
         return max(due, default=self.now_ns - near) + near
@@ -296,7 +303,7 @@ class _Moment:
         for s in self.streams:
             # How long before its deadline a frame must enter, if its stream has the device alone.
             cost = self.costs[s.id]
-            takes_ns = s.ticks * cost.bound_ns[1] if s.started else cost.first_bound_ns
+            takes_ns = s.ticks * cost.of_one_row.bound_ns[1] if s.started else cost.first_bound_ns
             takes_ns += cost.tail_bound_ns + self.config.guard_ns
             frames = [frame for frame in s.queue if frame.deadline_ns - takes_ns >= self.now_ns]
             if len(frames) < len(s.queue):
@@ -347,17 +354,18 @@ class _Moment:
     def _in_time(self, members: Sequence[Offer]) -> bool:
         """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
         lead = members[0].stream
-        cost = self.costs[lead.id]
-        end = self.now_ns + self.config.guard_ns
-        end += cost.bound_ns[len(members)] if lead.started else cost.first_bound_ns
-        after = dict(self.jobs)
+        cost, after, flights = self.costs[lead.id], dict(self.jobs), {}
         for _, s, frames in members:
             before = after.pop(s.id).flight if s.id in after else ()
-            flight = *before, (frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)
+            flights[s.id] = *before, (frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)
+        tick = _tick_of(list(flights.values()), cost)
+        end = self.now_ns + self.config.guard_ns
+        end += tick.bound_ns[len(members)] if lead.started else cost.first_bound_ns
+        for stream, flight in flights.items():
             if any(left <= 1 and deadline_ns < end for deadline_ns, left in flight):
                 return False
             if going := tuple([(deadline_ns, left - 1) for deadline_ns, left in flight if left > 1]):
-                after[s.id] = Job(s.group, going)
+                after[stream] = Job(lead.group, going)
         return rescue(after, end, self.costs_of).spare_ns >= 0
 
 

@@ -18,7 +18,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -92,6 +92,7 @@ class Costs:
       tail_bound_ns: time that hardly any of these tails exceeds.
       knee: largest batch size that is worth its latency.
       best: batch size of the highest throughput.
+      lone: the same of ticks that compute one row of each stream only; None in these.
     """
 
     sizes: tuple[int, ...]
@@ -104,6 +105,12 @@ class Costs:
     tail_bound_ns: int
     knee: int
     best: int
+    lone: Costs | None = None
+
+    @property
+    def of_one_row(self) -> Costs:
+        """The costs of ticks that compute one row of each stream only."""
+        return self.lone or self
 
     def size(self, ready: int, most: int) -> int:
         """Returns the largest allowed batch of at most `most` out of `ready` streams; both at least 1."""
@@ -137,7 +144,7 @@ class LatencyModel:
         self._tail: dict[Cell, float] = {}
         self._recent: deque[tuple[Cell, int, float]] = deque(maxlen=self.config.speed_window)
         self._misses: deque[float] = deque(maxlen=self.config.window)  # observed / predicted
-        self._costs: dict[tuple[Hashable, int, bool], Costs] = {}
+        self._costs: dict[tuple[Hashable, int], Costs] = {}
 
     def observe(self, sample: LatencySample) -> None:
         """Learns from one device time."""
@@ -179,15 +186,13 @@ class LatencyModel:
         times.append(duration_ns / self.speed)
         self._typical[cell] = statistics.median(times)
 
-    def costs(self, shape: Hashable, steps: int, lone: bool = False) -> Costs:
-        """Returns what ticks of this shape and number of steps take, as far as is known now.
-
-        With `lone`, those that compute one row of each stream only; where none was seen, they take as long as others.
-        """
-        key = shape, steps, lone
-        if key not in self._costs:
-            self._costs[key] = self._predict(*key)
-        return self._costs[key]
+    def costs(self, shape: Hashable, steps: int) -> Costs:
+        """Returns what ticks of this shape and number of steps take, as far as is known now."""
+        found = self._costs.get((shape, steps))
+        if found is None:
+            lone = self._predict(shape, steps, lone=True)
+            found = self._costs[shape, steps] = replace(self._predict(shape, steps), lone=lone)
+        return found
 
     @property
     def margin(self) -> float:
@@ -198,11 +203,11 @@ class LatencyModel:
         seen = ordered[min(len(ordered) - 1, int(self.config.quantile * len(ordered)))]
         return 1 + min(max(seen - 1, self.config.least_margin), self.config.most_margin)
 
-    def _predict(self, shape: Hashable, steps: int, lone: bool) -> Costs:
-        margin, cells = self.margin, {size: Cell(shape, size, steps, False, lone) for size in self.sizes}
-        cells = {
-            size: cell if cell in self._typical else cell._replace(lone=False) for size, cell in cells.items()
-        }
+    def _predict(self, shape: Hashable, steps: int, lone: bool = False) -> Costs:
+        margin, cells = self.margin, {size: Cell(shape, size, steps, False) for size in self.sizes}
+        if lone:  # where none was seen, they take as long as others
+            ones = {size: cell._replace(lone=True) for size, cell in cells.items()}
+            cells |= {size: cell for size, cell in ones.items() if cell in self._typical}
         expected = {size: round(self._cell_ns(cell)) for size, cell in cells.items()}
         first = round(self._cell_ns(Cell(shape, 1, steps, True)))
         tails = {size: self._tail_ns(cell) for size, cell in cells.items()}

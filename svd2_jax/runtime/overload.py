@@ -64,7 +64,7 @@ def nominal_ns(settings: StreamSettings, costs_of: CostsOf) -> int:
     Its chunk fills, takes (steps x stages) ticks right behind each other, and a tail.
     """
     costs = costs_of(settings.shape, settings.steps)
-    ticks_ns = settings.steps * settings.stages * costs.expected_ns[1]
+    ticks_ns = settings.steps * settings.stages * costs.of_one_row.expected_ns[1]
     return min(fill_ns(settings) + ticks_ns + costs.tail_bound_ns, settings.budget_ns)
 
 
@@ -120,7 +120,7 @@ def refusal(
     """Returns why a stream is not let in, in one line with numbers; None if it is."""
     costs, floor = costs_of(settings.shape, settings.floor_steps), settings.floor_steps
     tail = costs.tail_bound_ns
-    alone = floor * settings.stages * costs.bound_ns[1] + tail
+    alone = floor * settings.stages * costs.of_one_row.bound_ns[1] + tail
     least = max(fill_ns(settings) + alone, costs.first_bound_ns + tail) + config.guard_ns
     if least > settings.budget_ns:
         return (

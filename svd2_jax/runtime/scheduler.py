@@ -232,14 +232,14 @@ class Scheduler:
             self._forget_if_over(s)
         if not decision.parts:
             return Wait(decision.until_ns)
-        for part in decision.parts:
-            self._enter(part, now_ns)
+        is_lone = all([self._enter(part, now_ns) for part in decision.parts])
         shape, size = self._streams[decision.parts[0].stream].settings.shape, len(decision.parts)
         cost = self.model.costs(shape, decision.parts[0].steps)
+        cost = cost.of_one_row if is_lone else cost
         took, bound, tail = cost.expected_ns[size], cost.bound_ns[size], cost.tails_ns[size]
         if decision.parts[0].first:
             took, bound, tail = cost.first_expected_ns, cost.first_bound_ns, cost.first_tail_ns
-        tick = Tick(self._ticks, decision.parts, begins_ns - now_ns + took + tail)
+        tick = Tick(self._ticks, decision.parts, begins_ns - now_ns + took + tail, is_lone)
         self._ticks += 1
         self._running.append(_Running(tick, shape, now_ns, queued, begins_ns, took, bound, tail))
         return tick
@@ -274,7 +274,8 @@ class Scheduler:
         for behind in self._running:
             behind.begins_ns = max(behind.started_ns, ended_ns)
         took_ns = ended_ns - running.begins_ns
-        self.model.observe(LatencySample(running.shape, len(tick.parts), tick.steps, took_ns, tick.first))
+        kind = running.shape, len(tick.parts), tick.steps
+        self.model.observe(LatencySample(*kind, took_ns, tick.first, lone=tick.lone))
         for part in tick.parts:
             if s := self._streams.get(part.stream):  # else closed meanwhile
                 for _ in range(min(finished.get(part.stream, 0), len(s.leaving))):
@@ -331,8 +332,12 @@ class Scheduler:
         jobs = jobs_of(self._streams.values(), self.model.costs)
         return rescue(jobs, start_ns, self.model.costs).spare_ns
 
-    def _enter(self, part: Part, now_ns: int) -> None:
-        """Moves a part's frames from the queue into the device; older ones that are left out are dropped."""
+    def _enter(self, part: Part, now_ns: int) -> bool:
+        """Moves a part's frames from the queue into the device; older ones that are left out are dropped.
+
+        Returns:
+          Whether the tick can compute one row of the stream only.
+        """
         s, frames = self._streams[part.stream], []
         if s.rows.steps != s.steps:
             self._report(StepChange(s.id, now_ns, s.rows.steps, s.steps))
@@ -343,10 +348,12 @@ class Scheduler:
                 frames.append(replace(frame, started_ns=now_ns))
             else:
                 self._drop(frame, Reason.OVERLOAD)
-        s.rows, leaving = s.rows.enter(frames or None, whole=part.first).leave()
+        entered = s.rows.enter(frames or None, whole=part.first)
+        s.rows, leaving = entered.leave()
         s.leaving.extend(leaving)
         if frames:
             s.started, s.served_ns = True, now_ns
+        return s.steps > 1 and not part.first and entered.lone is not None
 
     def _finish(self, s: Stream, chunk: InFlight[list[FrameRecord]], now_ns: int) -> None:
         """Gives the frames of a finished chunk the times at which they are shown.

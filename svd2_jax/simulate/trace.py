@@ -171,6 +171,16 @@ class StreamTrace:
             raise ConfigError(f"end_s must be behind the last start, got {self.end_s}")
         self.settings()  # checks the rest
 
+    @property
+    def fill_ms(self) -> float:
+        """How long a chunk's first frame waits for its last one."""
+        return (self.chunk_frames - 1) * 1000 / self.rate_hz
+
+    @property
+    def floor_passes(self) -> int:
+        """Ticks that a chunk takes at least."""
+        return self.floor_steps * self.stages
+
     def settings(self) -> StreamSettings:
         """Returns what the scheduler is asked for."""
         return StreamSettings(
@@ -195,7 +205,7 @@ class Segment:
       demand_hz: frames that come in a second, over all streams.
       capacity_hz: frames of these streams that the device can finish in a second, at floor steps and best batches.
       preferred_hz: the same at the steps that the streams prefer.
-      takes_chunks: whether every stream's whole chunks can be in time, on a device that has nothing else to do.
+      takes_chunks: whether every stream's whole chunks can be in time one right behind the other, in ticks of all rows.
       busy: share of the time for a tick per chunk, each of one stream alone, at the steps that the streams prefer.
     """
 
@@ -281,7 +291,8 @@ class Trace:
             speed * capacity_hz(self.device, [(s, s.floor_steps) for s in active]),
             speed * capacity_hz(self.device, [(s, s.steps) for s in active]),
             all(
-                (s.chunk_frames - 1) * 1000 / s.rate_hz + least_ms(self.device, s) / speed <= s.budget_ms
+                s.fill_ms + (s.floor_passes * self.device.tick_ms(1, s.floor_steps) + self.device.tail_ms) / speed
+                <= s.budget_ms
                 for s in active
             ),
             sum(s.rate_hz / s.chunk_frames * self.device.tick_ms(1, s.steps) / 1000 for s in active) / speed,
@@ -334,7 +345,7 @@ def least_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     first group takes as many passes. Both can be filled up, so neither has to wait for more frames. Behind the last
     comes the tail.
     """
-    return stream.floor_steps * stream.stages * device.tick_ms(1, 1) + device.tail_ms
+    return stream.floor_passes * device.tick_ms(1, 1) + device.tail_ms
 
 
 def bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
@@ -343,8 +354,7 @@ def bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     A chunk's first frame waits for its last one, then come (steps x stages) ticks of its one row and a tail. All
     frames of a chunk have the latency of the first, as they are shown in the rhythm in which they came.
     """
-    fill_ms = (stream.chunk_frames - 1) * 1000 / stream.rate_hz
-    return fill_ms + stream.steps * stream.stages * device.tick_ms(1, 1) + device.tail_ms
+    return stream.fill_ms + stream.steps * stream.stages * device.tick_ms(1, 1) + device.tail_ms
 
 
 def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> int:
