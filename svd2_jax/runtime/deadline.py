@@ -23,6 +23,7 @@ from svd2_jax.runtime.pacing import Playout
 from svd2_jax.runtime.work import MS, NEVER_NS, FrameRecord, Part, StreamId, StreamSettings
 
 ROOMY_SHARE = 0.5  # of a tick by which a chunk that is due soon may be held up for pushing others on
+RIDE_BELOW = 0.7  # share of time for pushing all chunks on, up to which they are pushed with whatever enters
 
 CostsOf = Callable[[Hashable, int], Costs]
 """Gives the tick times of a shape and a number of steps."""
@@ -288,11 +289,14 @@ class _Moment:
         A push that still runs when a chunk becomes whole makes that one wait. A device with time to push every chunk on
         by ticks of its own takes this risk for up to half a tick, a busier one not at all.
         """
-        ones = [(s, self.costs[s.id].of_one_row) for s in self.streams]
-        pushing = sum(s.ticks * cost.bound_ns[1] / s.period_ns for s, cost in ones)
-        near = round(tick_ns * (ROOMY_SHARE if pushing <= self.config.push_below else 1.0))
+        near = round(tick_ns * (ROOMY_SHARE if self._pushing(1) <= self.config.push_below else 1.0))
         due = [s.next_ns for s in self.streams if not s.ended and abs(s.next_ns - self.now_ns) < near]
         return max(due, default=self.now_ns - near) + near
+
+    def _pushing(self, batch: int) -> float:
+        """Returns the share of time that it takes to push every chunk on to its end, so many streams at once."""
+        ones = [(s, self.costs[s.id].of_one_row.share_ns(batch)) for s in self.streams]
+        return sum(s.ticks * share_ns / s.period_ns for s, share_ns in ones)
 
     def _offers(self) -> tuple[dict[StreamId, int], list[Offer], list[int]]:
         """Returns the expired frames, the chunks that could enter now, most urgent first, and when others could."""
@@ -335,6 +339,11 @@ class _Moment:
         most = cost.size(len(alike), cost.best if self.overloaded else cost.knee)
         round_ns = max(cost.bound_ns[most], len(offers) * cost.share_ns(len(offers)))
         members = [o._replace(frames=self._entering(o, round_ns)) for o in alike[:most]]
+        if head.started and self._pushing(len(self.streams)) <= RIDE_BELOW:  # a larger batch pushes on what has a row for itself
+            taken = {o.stream.id for o in members}
+            others = [s for s in self.streams if s.group == head.group and s.id not in taken and len(s.rows) == 1]
+            most = cost.size(len(members) + len(others), cost.knee)
+            members += [Offer(NEVER_NS, s, ()) for s in others]
         sizes = reversed([size for size in cost.sizes if size <= most])
         return next((members[:size] for size in sizes if self._in_time(members[:size])), [])
 
@@ -357,7 +366,8 @@ class _Moment:
         cost, after, flights = self.costs[lead.id], dict(self.jobs), {}
         for _, s, frames in members:
             before = after.pop(s.id).flight if s.id in after else ()
-            flights[s.id] = *before, (frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)
+            new = [(frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)] if frames else []
+            flights[s.id] = *before, *new
         tick = _tick_of(list(flights.values()), cost)
         end = self.now_ns + self.config.guard_ns
         end += tick.bound_ns[len(members)] if lead.started else cost.first_bound_ns
