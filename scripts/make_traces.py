@@ -124,7 +124,9 @@ def traces() -> list[Trace]:
         Trace(
             "overload_hopeless",
             "One camera at 16; for 20 s the device is too slow for a chunk within its budget, later for any frame.", 90,
-            dataclasses.replace(FOR_SEVERAL, speed=((20.0, 0.15), (40.0, 1.0), (60.0, 0.1), (80.0, 1.0))),
+            dataclasses.replace(
+                FOR_SEVERAL, fixed_ms=40, row_ms=10, speed=((20.0, 0.15), (40.0, 1.0), (60.0, 0.1), (80.0, 1.0))
+            ),
             (dataclasses.replace(camera, floor_steps=2),),
         ),
         Trace(

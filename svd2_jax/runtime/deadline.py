@@ -339,9 +339,13 @@ class _Moment:
         most = cost.size(len(alike), cost.best if self.overloaded else cost.knee)
         round_ns = max(cost.bound_ns[most], len(offers) * cost.share_ns(len(offers)))
         members = [o._replace(frames=self._entering(o, round_ns)) for o in alike[:most]]
-        if head.started and self._pushing(len(self.streams)) <= RIDE_BELOW:  # a larger batch pushes on what has a row for itself
+        if (
+            head.started and self._pushing(len(self.streams)) <= RIDE_BELOW
+        ):  # a larger batch pushes on what has a row for itself
             taken = {o.stream.id for o in members}
-            others = [s for s in self.streams if s.group == head.group and s.id not in taken and len(s.rows) == 1]
+            others = [
+                s for s in self.streams if s.group == head.group and s.id not in taken and len(s.rows) == 1
+            ]
             most = cost.size(len(members) + len(others), cost.knee)
             members += [Offer(NEVER_NS, s, ()) for s in others]
         sizes = reversed([size for size in cost.sizes if size <= most])
@@ -366,7 +370,9 @@ class _Moment:
         cost, after, flights = self.costs[lead.id], dict(self.jobs), {}
         for _, s, frames in members:
             before = after.pop(s.id).flight if s.id in after else ()
-            new = [(frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)] if frames else []
+            new = (
+                [(frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)] if frames else []
+            )
             flights[s.id] = *before, *new
         tick = _tick_of(list(flights.values()), cost)
         end = self.now_ns + self.config.guard_ns

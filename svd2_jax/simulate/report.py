@@ -20,6 +20,7 @@ MOST_MISSED_OVERLOADED = 0.01
 LEAST_THROUGHPUT = 0.95  # of the capacity
 LONGEST_RECOVERY_S = 2.0
 LONGEST_GAP_S = 2.0  # without a frame of a stream, under overload
+LONG = 1000  # frames of a stream in which its beginning is less than one in a hundred
 QUIET = 0.5  # share of the time for a tick per chunk below which latencies have to be near their bound
 MOST_OF_BOUND = (1.10, 1.25)  # p50 and p99 of every stream as multiples of its bound, on a quiet device
 SETTLED_NS = SECOND  # so long everything has to be well for a recovery
@@ -58,7 +59,8 @@ class Row:
       gap_s: the longest time without a frame of a stream under overload; None without overload.
       bound_ms: (least, most) of the streams: what latency a chunk would have if the device did nothing else.
       of_bound: p50 and p99 latency as multiples of the stream's bound, of the stream where each is largest.
-      quiet: whether less than half of the time is enough for a tick per chunk, all the time.
+      quiet: whether less than half of the time is enough for a tick per chunk, all the time, and streams are long
+        enough for a p99.
     """
 
     trace: str
@@ -157,7 +159,7 @@ def summarise(outcome: Outcome) -> Row:
         impossible_shown=sum(frame.shown_ns is not None for frame in impossible),
         bound_ms=(min(bounds), max(bounds)),
         of_bound=(max((m[0] for m in multiples), default=0.0), max((m[1] for m in multiples), default=0.0)),
-        quiet=trace.peak_busy < QUIET,
+        quiet=trace.peak_busy < QUIET and all(one.frames_in >= LONG for one in streams),
     )
 
 

@@ -291,7 +291,8 @@ class Trace:
             speed * capacity_hz(self.device, [(s, s.floor_steps) for s in active]),
             speed * capacity_hz(self.device, [(s, s.steps) for s in active]),
             all(
-                s.fill_ms + (s.floor_passes * self.device.tick_ms(1, s.floor_steps) + self.device.tail_ms) / speed
+                s.fill_ms
+                + (s.floor_passes * self.device.tick_ms(1, s.floor_steps) + self.device.tail_ms) / speed
                 <= s.budget_ms
                 for s in active
             ),

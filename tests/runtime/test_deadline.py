@@ -90,12 +90,12 @@ def test_part_of_a_chunk_enters_when_nothing_more_comes():
 
 
 def test_part_of_a_chunk_enters_when_its_source_stalls_and_the_device_is_free():
-    """Three intervals of 50 ms."""
+    """Two intervals of 50 ms."""
     stalled, other = stream(0, queue=(2000,)), stream(1, queue=(2500,) * 4)
-    assert decided(stalled) == Decision({}, (), 150 * MS)
-    assert entering(decided(stalled, now=150)) == [(0, (0,))]
-    assert entering(decided(stalled, other, now=150, sizes=(1,))) == [(1, (0, 1, 2, 3))]
-    assert decided(stalled, now=150, overloaded=True) == Decision({}, (), 1840 * MS)
+    assert decided(stalled) == Decision({}, (), 100 * MS)
+    assert entering(decided(stalled, now=100)) == [(0, (0,))]
+    assert entering(decided(stalled, other, now=100, sizes=(1,))) == [(1, (0, 1, 2, 3))]
+    assert decided(stalled, now=100, overloaded=True) == Decision({}, (), 1840 * MS)
 
 
 @pytest.mark.parametrize("overloaded", [False, True])

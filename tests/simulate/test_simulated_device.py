@@ -77,7 +77,15 @@ def test_a_first_group_takes_all_its_steps_in_one_tick():
 
 
 def test_every_row_of_a_tick_costs_time():
-    assert [ends_ms(EXACT, 0, b, s) for b, s in ((1, 1), (1, 3), (2, 3))] == [110, 130, 160]
+    assert [device(EXACT).sample_ms(SETTINGS, b, s, False) for b, s in ((1, 1), (1, 3), (2, 3))] == [
+        110,
+        130,
+        160,
+    ]
+
+
+def test_a_tick_of_chunks_in_one_row_each_takes_as_long_as_with_one_step():
+    assert [ends_ms(EXACT, 0, b, s) for b, s in ((1, 1), (1, 3), (2, 3))] == [110, 110, 120]
 
 
 def test_a_change_of_speed_holds_for_what_is_left_of_the_tick():
@@ -139,9 +147,8 @@ def alone_ms(device_trace: DeviceTrace, at_ms: int, **settings) -> float:
 def test_no_frame_is_finished_before_its_ticks_would_be_on_an_empty_device():
     exact = DeviceTrace(fixed_ms=100, row_ms=10, knee_rows=0, noise=0, speed=((1.0, 0.5), (2.0, 1.0)))
     assert alone_ms(exact, 0) == 110  # one step, one row
-    assert alone_ms(exact, 0, first_frames=4, floor_steps=2) == 220  # as a first group: two passes of one row
-    assert alone_ms(exact, 0, first_frames=5, floor_steps=2) == 240  # of two rows, as two ticks of two steps
-    assert alone_ms(exact, 0, floor_steps=2, stages=3) == 720
+    assert alone_ms(exact, 0, floor_steps=2) == 220  # two ticks of one row
+    assert alone_ms(exact, 0, floor_steps=2, stages=3) == 660
     assert alone_ms(exact, 945) == 1055 + 55  # half of it at half the speed
     assert alone_ms(exact, 1890) == 2000 + 55
     tailed = dataclasses.replace(exact, tail_ms=40)

@@ -138,7 +138,7 @@ def test_streams_come_back_when_the_device_was_too_slow_for_any_frame():
     arrived = {f: f.arrival_ns / SECOND for f in outcome.frames}
     impossible = [at for f, at in arrived.items() if not outcome.is_possible(f)]
     assert row.impossible == len(impossible) > 300
-    # Of the budget of 0.7 s, two ticks take 1 s at a tenth of the speed; at 0.15 they take 0.67 s.
+    # Of the budget of 0.7 s, two ticks of one row take 0.8 s at a tenth of the speed; at 0.15, 0.53 s.
     assert all(59.9 < at < 80 for at in impossible)
     for begin_s, end_s in ((0.0, 19.0), (42.0, 59.0), (82.0, 90.0)):
         assert all(f.fate is Fate.SHOWN for f, at in arrived.items() if begin_s <= at < end_s)
