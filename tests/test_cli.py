@@ -373,6 +373,34 @@ def test_a_video_that_ends_early_leaves_nothing_and_says_what_can_be_used(svd2, 
     check_refused(result, "cut.mp4: cut off or damaged after ")
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "./a.mp4", "link.mp4"])
+@pytest.mark.parametrize("command", ["run", "live"])
+def test_no_output_takes_the_place_of_the_input(svd2, tmp_path, monkeypatch, command, name):
+    save_clip(tmp_path / "a.mp4", 5)
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    monkeypatch.chdir(tmp_path)
+    with unchanged(tmp_path):
+        args = ["--checkpoint", "nowhere", "--input", "a.mp4", "--prompt", "a", "--output", name]
+        check_refused(svd2(command, *args), f"--output {Path(name)}: is the same file as --input a.mp4")
+
+
+def test_no_report_takes_the_place_of_the_input_or_of_another_output(svd2, tmp_path):
+    video = save_clip(tmp_path / "demo.mp4", 5)
+    sheet = tmp_path / "x.png"
+    live = ["live", "--checkpoint", "nowhere", "--input", video, "--prompt", "a"]
+    settings = CONFIGS / "v2v_fast.yaml"
+    with unchanged(tmp_path):
+        for args, message in (
+            ([*live, "--metrics", video], f"--metrics {video}: is the same file as --input {video}"),
+            ([*live, "--metrics", sheet, "--picture", sheet], f"--picture {sheet}: is the same file as --metrics"),
+            (["demo", "--input", video, "--out", tmp_path], f"--out {video}: is the same file as --input"),
+            (["bench", "--json", sheet, "--picture", sheet], f"--picture {sheet}: is the same file as --json"),
+            (["simulate", video, "--json", video], f"--json {video}: is the same file as the trace"),
+            (["plan", "--config", settings, "--json", settings], "is the same file as --config"),
+        ):  # fmt: skip
+            check_refused(svd2(*args), message)
+
+
 # --- what goes wrong on the way, with a session that needs no model
 
 

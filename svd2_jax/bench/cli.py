@@ -112,6 +112,7 @@ def run(
         files.check_target(args.json)
     if args.picture:
         files.check_picture(args.picture)
+    files.check_apart([("--json", args.json), ("--picture", args.picture)], [("--config", args.config)])
     if args.trace:
         try:
             args.trace.mkdir(parents=True, exist_ok=True)

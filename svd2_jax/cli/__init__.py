@@ -355,6 +355,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--{name} {masked(url)}: `svd2 run` works on files; use `svd2 live` for streams"
             )
+    files.check_apart([("--output", args.output)], _inputs(args))
     *unused, prompt = args.prompt
     if unused:
         _say(
@@ -400,6 +401,11 @@ def _run(args: argparse.Namespace) -> int:
                 f"note: --prompt-at {frame} is past the end (last frame {writer.frames_written - 1}): ignored"
             )
     return 0
+
+
+def _inputs(args: argparse.Namespace) -> list[tuple[str, Path | str | None]]:
+    """Returns the files that a command reads, each with its option."""
+    return [("--input", args.input), ("--config", args.config)]
 
 
 def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str]) -> Cluster:
@@ -728,6 +734,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 
 
 def _live(args: argparse.Namespace) -> int:
+    from svd2_jax.cli import live
     from svd2_jax.media import sources
     from svd2_jax.runtime import heap
 
@@ -754,6 +761,8 @@ def _live(args: argparse.Namespace) -> int:
         raise ConfigError(f"--loop is for a file; {masked(args.input)} is a stream and is not started over")
     for path in filter(None, (args.metrics, args.picture)):
         files.check_target(path)
+    outputs = [("--output", path) for path in live.output_files(args.output, args.streams)]
+    files.check_apart([*outputs, ("--metrics", args.metrics), ("--picture", args.picture)], _inputs(args))
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
     if cfg.mode != "stream":
         raise ConfigError(
@@ -992,6 +1001,7 @@ def _plan(args: argparse.Namespace) -> int:
     model, device, split = _model(args), hardware(args.hardware), _parse_split(args.split)
     if args.json:
         files.check_target(args.json)
+        files.check_apart([("--json", args.json)], [("--config", args.config)])
     cfg = _planned_stream(args)
     stages = len(split) if split and args.stages is None else args.stages
     devices = _virtual_devices(stages)
@@ -1071,6 +1081,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> int:
     if args.frames is not None and args.frames < 1:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
+    video, sheet = args.out / "demo.mp4", args.out / "demo.png"
+    files.check_apart([("--out", video), ("--out", sheet)], _inputs(args))
     cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
     for text in texts:
         check_prompt(text)
@@ -1088,7 +1100,7 @@ def _demo(args: argparse.Namespace) -> int:
     prompts = {round(i * len(clip) / len(texts)): text for i, text in enumerate(texts)}
     scale = max(1, round(DEMO_HEIGHT / cfg.height))
     height = cfg.height * scale + media.CAPTION_HEIGHT
-    writer = media.VideoWriter(args.out / "demo.mp4", fps, height, 2 * cfg.width * scale)
+    writer = media.VideoWriter(video, fps, height, 2 * cfg.width * scale)
     shown: list[np.ndarray] = []
 
     def beside_input(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -1105,7 +1117,6 @@ def _demo(args: argparse.Namespace) -> int:
     _prepare_devices()
     with _open(args, spec, _mesh(args), _pipeline_options(args), len(clip)) as session:
         _write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
-    sheet = args.out / "demo.png"
     media.contact_sheet(sheet, clip, shown, prompts)
     print(f"{sheet}: input above output, prompts as captions")
     return 0

@@ -67,21 +67,22 @@ class LiveRun:
 
     def check(self) -> None:
         """Raises MediaError for an output that could not be written, before the work begins."""
-        paths = [path.resolve() for path in (*self.outputs, self.metrics, self.picture) if path is not None]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise MediaError(f"{path}: two outputs cannot be one file; give each a name of its own")
         for i in range(len(self.specs)):
             _sink(self, i)
 
     @property
     def outputs(self) -> list[Path]:
         """The video files, one for each stream."""
-        if not isinstance(self.output, Path):
-            return []
-        if len(self.specs) == 1:
-            return [self.output]
-        return [self.output.with_stem(f"{self.output.stem}-{i}") for i in range(len(self.specs))]
+        return output_files(self.output, len(self.specs))
+
+
+def output_files(output: Path | str | None, streams: int) -> list[Path]:
+    """Returns the video files that `--output` stands for, one for each stream; none for a URL."""
+    if not isinstance(output, Path):
+        return []
+    if streams == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(streams)]
 
 
 def default_budget_ms(spec: SessionSpec, rate_hz: float, stages: int = 1) -> float:
