@@ -9,6 +9,7 @@ from svd2_jax.errors import ConfigError
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = "tiny"
+TINY_LEAST_NOISE = 0.3  # noise scale, of those that it was trained with (training.denoiser)
 DEMO_CLIP = ASSETS / "demo.mp4"
 RANDOM = "random:"
 

@@ -152,7 +152,7 @@ def test_any_number_of_frames_of_the_input_can_be_taken(svd2, tmp_path, clip, fr
     )
     assert code == 0
     assert len(load_clip(out)) == frames
-    assert f"{frames} frames, {W}x{H} at 12.5 fps" in said
+    assert f": {frames} frame{'s' if frames > 1 else ''}, {W}x{H} at 12.5 fps" in said
 
 
 def test_options_win_over_the_config_file(svd2, tmp_path, clip):
@@ -324,6 +324,13 @@ def test_more_frames_than_the_input_has_are_pointed_out(svd2, tmp_path, clip):
         in svd2("run", *RANDOM, *args, 12, "--output", tmp_path / "out.mp4")[2]
     )
     assert "note: the input" not in svd2("run", *RANDOM, *args, 11, "--output", tmp_path / "out.mp4")[2]
+
+
+def test_a_blend_without_a_change_of_prompt_is_pointed_out(svd2, tmp_path, clip):
+    args = ["run", *RANDOM, "--input", clip, "--prompt", "a", "--output", tmp_path / "o.gif", "--blend", 4]
+    note = "note: --blend 4 is ignored: no --prompt-at changes the prompt\n"
+    assert note in svd2(*args)[2]
+    assert note not in svd2(*args, "--prompt-at", "5=b")[2]
 
 
 def test_a_missing_video_is_told_before_an_unknown_style(svd2, tmp_path):

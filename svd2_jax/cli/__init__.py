@@ -30,7 +30,7 @@ from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
 from svd2_jax.hardware import HARDWARE, hardware
 from svd2_jax.media.urls import masked, path_or_url
-from svd2_jax.text import held_in, measured_blocks
+from svd2_jax.text import counted, held_in, measured_blocks
 
 if TYPE_CHECKING:
     from svd2_jax.engine.cluster import Cluster
@@ -271,7 +271,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
         help="above 0, up to 1: the higher, the freer the re-drawing; lower stays closer to the input. The small model "
-        "was trained for 0.3 to 1 (default %(default)s)",
+        f"was trained for {shipped.TINY_LEAST_NOISE:g} to 1 (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same video (default %(default)s)"
@@ -343,9 +343,15 @@ def _unknown_style(checkpoint: str, prompt: str) -> str | None:
     )
 
 
-def _note_unknown_styles(checkpoint: str, prompts: Iterable[str]) -> None:
+def _note_untrained(args: argparse.Namespace, prompts: Iterable[str]) -> None:
+    """Says what of a noise scale and of prompts the shipped model was not trained for."""
+    if args.checkpoint == shipped.TINY and args.noise_scale < shipped.TINY_LEAST_NOISE:
+        _say(
+            f"note: the model {shipped.TINY!r} was trained for a noise scale of {shipped.TINY_LEAST_NOISE:g} to 1, "
+            f"not for {args.noise_scale:g}"
+        )
     for prompt in dict.fromkeys(prompts):
-        if note := _unknown_style(checkpoint, prompt):
+        if note := _unknown_style(args.checkpoint, prompt):
             _say(note)
 
 
@@ -369,7 +375,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
     if args.blend < 0:
         raise ConfigError(f"--blend must be at least 0, got {args.blend}")
-
+    if args.blend and not prompts:
+        _say(f"note: --blend {args.blend} is ignored: no --prompt-at changes the prompt")
     if cfg.task == "t2v" and args.frames is None:
         raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
     options = _pipeline_options(args)
@@ -377,7 +384,7 @@ def _run(args: argparse.Namespace) -> int:
         _prepare_devices()
         mesh = _mesh(args)
         if cfg.task == "t2v":
-            _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
+            _note_untrained(args, (prompt, *prompts.values()))
             writer = _writer(args, T2V_FPS, cfg, mesh, group)
             with _open(args, spec, mesh, options, args.frames, group.meet) as session:
                 group.meet()
@@ -387,14 +394,16 @@ def _run(args: argparse.Namespace) -> int:
                 _write(frames, writer, args.frames)
         else:
             with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
-                _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
+                _note_untrained(args, (prompt, *prompts.values()))
                 writer = _writer(args, reader.fps, cfg, mesh, group)
                 with _open(args, spec, mesh, options, reader.frame_count, group.meet) as session:
                     group.meet()
                     frames = session.run(reader, prompts=prompts, blend_chunks=args.blend, on_step=group.step)
                     _write(frames, writer, reader.frame_count)
     if writer and args.frames is not None and writer.frames_written < args.frames:
-        _say(f"note: the input has {writer.frames_written} frames, not the {args.frames} of --frames")
+        _say(
+            f"note: the input has {counted(writer.frames_written, 'frame')}, not the {args.frames} of --frames"
+        )
     for frame in sorted(prompts):
         if writer and frame >= writer.frames_written:
             _say(
@@ -628,7 +637,7 @@ def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter | None, total
     seconds = time.monotonic() - started
     height, width = writer.size
     print(
-        f"{writer.path}: {count} frames, {width}x{height} at {writer.fps:g} fps, "
+        f"{writer.path}: {counted(count, 'frame')}, {width}x{height} at {writer.fps:g} fps, "
         f"made in {seconds:.1f} s ({count / seconds:.2f} frames/s)"
     )
 
@@ -831,7 +840,7 @@ def _live_from(
         describe,
     )
     plan.check()
-    _note_unknown_styles(args.checkpoint, args.prompt)
+    _note_untrained(args, args.prompt)
     if args.output is None:
         _say("no --output: frames are shown nowhere and not kept; the table says how fast they come")
     _prepare_devices()
@@ -922,7 +931,7 @@ def _eval(args: argparse.Namespace) -> int:
         return engine, functools.partial(rebuild, engine, cfg)
 
     cfg = _stream_config(args)
-    _note_unknown_styles(args.checkpoint, args.prompt)
+    _note_untrained(args, args.prompt)
     return _device_errors(evaluate_cli.run, args, cfg, open_model)
 
 
@@ -1086,12 +1095,12 @@ def _demo(args: argparse.Namespace) -> int:
     cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
     for text in texts:
         check_prompt(text)
-    _note_unknown_styles(args.checkpoint, texts)
+    _note_untrained(args, texts)
     with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
         clip, fps = list(reader), reader.fps
     if len(clip) < len(texts):
         raise ConfigError(
-            f"{len(texts)} prompts cannot share {len(clip)} frames; give fewer prompts or more frames"
+            f"{len(texts)} prompts cannot share {counted(len(clip), 'frame')}; give fewer prompts or more frames"
         )
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from svd2_jax.runtime.stream import Source, Stream
 from svd2_jax.runtime.table import LiveTable
 from svd2_jax.runtime.work import MS, Event, FrameRecord, PromptRecord, StreamId, StreamSettings
 from svd2_jax.service import LiveService
-from svd2_jax.text import measured_blocks
+from svd2_jax.text import counted, measured_blocks
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
 STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
@@ -304,8 +304,8 @@ def _state_now(metrics: Metrics, seconds: float) -> str:
     whole, now = metrics.summary(), metrics.summary(recent=True)
     latency = "" if now.latency_p50_ms is None else f", latency {now.latency_p50_ms:.0f} ms"
     return (
-        f"{seconds:.0f} s: {whole.frames_in} frames in, {whole.shown + whole.late} shown, {whole.late} late, "
-        f"{whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS in all{latency}, device busy "
+        f"{seconds:.0f} s: {counted(whole.frames_in, 'frame')} in, {whole.shown + whole.late} shown, "
+        f"{whole.late} late, {whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS in all{latency}, device busy "
         f"{100 * now.utilisation:.0f} %"
     )
 
