@@ -28,7 +28,7 @@ from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
 from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
-from svd2_jax.hardware import HARDWARE, hardware
+from svd2_jax.hardware import HARDWARE, Hardware, hardware
 from svd2_jax.media.urls import masked, path_or_url
 from svd2_jax.text import counted, held_in, measured_blocks
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from svd2_jax.engine.mesh import StageMesh
     from svd2_jax.engine.session import DeviceSession
     from svd2_jax.evaluate.run import Rebuild
+    from svd2_jax.plan import Plan
     from svd2_jax.runtime.stream import Source
 
 T = TypeVar("T")
@@ -880,17 +881,18 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from svd2_jax import verify
-    from svd2_jax.engine.mesh import stage_meshes
-
     if args.json:
         files.check_target(args.json)
-    _prepare_devices()
-    stage_meshes(1, args.stages)
-    verify.golden_files(args.folder)  # an error at once
     outcomes = []
     computed_in = args.dtype + held_in(args.weight_dtype or "compute", args.cache_dtype or "compute")
     with progress.shown("verifying", (lambda _: None) if sys.stderr.isatty() else _say):
+        with progress.working("loading JAX"):
+            from svd2_jax import verify
+            from svd2_jax.engine.mesh import stage_meshes
+
+            _prepare_devices()
+        stage_meshes(1, args.stages)
+        verify.golden_files(args.folder)  # an error at once
         for outcome in _guarded(
             verify.verify(args.folder, args.dtype, args.stages, args.weight_dtype, args.cache_dtype)
         ):
@@ -1012,9 +1014,27 @@ def _plan(args: argparse.Namespace) -> int:
         files.check_target(args.json)
         files.check_apart([("--json", args.json)], [("--config", args.config)])
     cfg = _planned_stream(args)
-    stages = len(split) if split and args.stages is None else args.stages
-    devices = _virtual_devices(stages)
+    with progress.shown("working out the plan", _say):
+        plan = _worked_out(args, model, cfg, device, split)
+    if args.json:
+        files.write_json(args.json, plan.to_dict())
     from svd2_jax import plan as plan_lib
+
+    print(plan_lib.report(plan))
+    return EXIT_FAILED if plan_lib.too_full(plan) else 0
+
+
+def _worked_out(
+    args: argparse.Namespace,
+    model: ModelConfig,
+    cfg: StreamConfig,
+    device: Hardware,
+    split: tuple[int, ...] | None,
+) -> Plan:
+    stages = len(split) if split and args.stages is None else args.stages
+    with progress.working("loading JAX"):
+        devices = _virtual_devices(stages)
+        from svd2_jax import plan as plan_lib
     from svd2_jax.engine.memory import Temporaries, compiled_temporaries
     from svd2_jax.engine.mesh import stage_meshes
     from svd2_jax.engine.policy import checked_dtype
@@ -1038,10 +1058,7 @@ def _plan(args: argparse.Namespace) -> int:
             plan = planned(stages, args.quick)
     else:
         plan = planned(stages, args.quick)
-    if args.json:
-        files.write_json(args.json, plan.to_dict())
-    print(plan_lib.report(plan))
-    return EXIT_FAILED if plan_lib.too_full(plan) else 0
+    return plan
 
 
 def _planned_stream(args: argparse.Namespace) -> StreamConfig:
