@@ -1047,7 +1047,8 @@ def _worked_out(
 
     def planned(stages: int, quick: bool) -> plan_lib.Plan:
         find = None if quick else temporaries
-        return plan_lib.plan(model, cfg, stages, device, args.dtype, split, find, args.share_vae)
+        with progress.working("counting memory and arithmetic"):
+            return plan_lib.plan(model, cfg, stages, device, args.dtype, split, find, args.share_vae)
 
     if stages is None:
         plan, stages = None, planned(1, quick=True).recommended or 1
