@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from svd2_jax import shipped
 from svd2_jax.api import SessionSpec
-from svd2_jax.config import StreamConfig, check_whole
+from svd2_jax.config import StreamConfig, check_flag, check_whole
 from svd2_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -84,6 +84,7 @@ def load(
       EngineError: JAX has no device to run on.
     """
     check_whole("stages", stages, 1)
+    check_flag("keep_programs", keep_programs)
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise ConfigError(f"checkpoint must be a folder or a name, got {type(checkpoint).__name__}")
     from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, prepare_devices

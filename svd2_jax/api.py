@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -199,6 +199,7 @@ class Ticket(Protocol):
         ...
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A loaded model that opens sessions."""
 

@@ -7,9 +7,10 @@ chunk (prompt, noise scale) are not configuration; they are arguments of the ses
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
@@ -60,6 +61,24 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
         raise ConfigError(f"{name} must be a whole number, {wanted}; got {value!r}")
     if value < least or (most is not None and value > most):
         raise ConfigError(f"{name} must be {wanted}, got {value}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raises ConfigError for what is neither a number of seconds nor None."""
+    if value is not None and not is_number(value):
+        raise ConfigError(f"{name} must be a number of seconds, or None; got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ConfigError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r}")
+
+
+def check_several(name: str, value: Any, example: str) -> None:
+    """Raises ConfigError for what is not several values; text is one."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise ConfigError(f"{name} must be several {example}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -282,7 +301,7 @@ class StreamConfig(_Config):
     Attributes:
       height: pixels, a multiple of 16.
       width: pixels, a multiple of 16.
-      timesteps: denoising timesteps (1000 = pure noise), one row of the stream batch each.
+      timesteps: denoising timesteps (1000 = pure noise), descending, one row of the stream batch each.
       task: "v2v" re-draws frames, "t2v" makes them from noise.
       mode: "stream" runs all steps at once on different chunks; "sequential" runs a chunk's steps one after
         another (lower latency, lower throughput).
@@ -328,6 +347,8 @@ class StreamConfig(_Config):
             check_choice(name, getattr(self, name), choices)
         if not 1 <= len(self.timesteps) <= 8 or not all(0 <= t <= 1000 for t in self.timesteps):
             raise ConfigError(f"timesteps must be 1 to 8 values in [0, 1000], got {self.timesteps}")
+        if any(a <= b for a, b in itertools.pairwise(self.timesteps)):
+            raise ConfigError(f"timesteps must descend, as in {V2V_TIMESTEPS[:2]}, got {self.timesteps}")
         if self.frames_per_block < 1:
             raise ConfigError(f"frames_per_block must be at least 1, got {self.frames_per_block}")
         if not 0 <= self.sink_frames < self.cache_frames:

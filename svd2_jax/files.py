@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,31 @@ def check_picture(path: Path) -> None:
     check_target(path)
     if path.suffix.lower() != ".png":
         raise MediaError(f"{path}: a picture's name ends in .png")
+
+
+def check_apart(
+    outputs: Iterable[tuple[str, Path | str | None]], inputs: Iterable[tuple[str, Path | str | None]] = ()
+) -> None:
+    """Raises MediaError where an output is the same file as an input or as another output, however it is written.
+
+    Args:
+      outputs: each with the option that named it. URLs and None are no files.
+      inputs: likewise.
+    """
+    named = [(option, path) for option, path in inputs if isinstance(path, Path)]
+    for option, path in outputs:
+        if not isinstance(path, Path) or (path.exists() and not path.is_file()):  # a pipe can take several
+            continue
+        for other, there in named:
+            if _is_same(path, there):
+                raise MediaError(f"{option} {path}: is the same file as {other} {there}; choose another")
+        named.append((option, path))
+
+
+def _is_same(a: Path, b: Path) -> bool:
+    if a.exists() and b.exists():
+        return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def part_of(path: Path) -> Path:

@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
-from svd2_jax.api import Engine, SessionSpec
+from svd2_jax.api import Engine, SessionSpec, check_prompt
+from svd2_jax.config import check_seconds, check_several
 from svd2_jax.errors import ConfigError, EngineError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.latency import LatencySample
@@ -64,9 +65,14 @@ class LiveService:
           clock: where time comes from.
 
         Raises:
-          ConfigError: there is no engine.
+          ConfigError: there is no engine, or something else in its place.
         """
         self._engines = tuple(engines) if isinstance(engines, Sequence) else (engines,)
+        for engine in self._engines:
+            if not isinstance(engine, Engine):
+                raise ConfigError(
+                    f"a live service takes engines, as svd2_jax.load() makes them, got {engine!r}"
+                )
         if not self._engines:
             raise ConfigError("a live service needs at least one engine")
         self.metrics = metrics or Metrics()
@@ -155,6 +161,10 @@ class LiveService:
 
     def prepare_prompts(self, prompts: Iterable[str]) -> None:
         """Encodes prompts, so that no stream waits for them when it opens."""
+        check_several("prompts", prompts, 'texts, as in ["a sketch", "a comic"]')
+        prompts = tuple(prompts)
+        for prompt in prompts:
+            check_prompt(prompt)
         for prompt in dict.fromkeys(prompts):
             for engine in self._engines:
                 engine.prepare_prompt(prompt)
@@ -184,6 +194,16 @@ class LiveService:
           ConfigError: such a stream cannot run live.
           EngineError: no loop runs.
         """
+        if not isinstance(settings, StreamSettings):
+            raise ConfigError(
+                f"settings must be StreamSettings, got {type(settings).__name__}; "
+                "as in StreamSettings(rate_hz=8, budget_ms=1500)"
+            )
+        if not callable(sink):
+            raise ConfigError(f"sink must be a function that takes a frame and its record, got {sink!r}")
+        if source is not None:
+            check_several("the frames of a source", source, "pairs (timestamp in ns or None, frame)")
+        check_several("steps", steps, "numbers, as in (1, 2)")
         refused: Exception | None = None
         for loop in sorted(self.loops, key=lambda loop: len(loop.streams)):
             try:
@@ -205,8 +225,10 @@ class LiveService:
         """Waits until every stream is over; returns whether that is so.
 
         Raises:
+          ConfigError: the time is no number.
           EngineError: a loop failed.
         """
+        check_seconds("timeout_s", timeout_s)
         end = None if timeout_s is None else time.monotonic() + timeout_s
         is_over = True
         for loop in self.loops:  # all of them, as a loop that failed says so here
@@ -218,7 +240,11 @@ class LiveService:
 
         Returns:
           Whether all of it was shown in that time.
+
+        Raises:
+          ConfigError: the time is no number.
         """
+        check_seconds("timeout_s", timeout_s)
         for stream in self.streams:
             stream.end()
         in_time = self.wait(timeout_s)

@@ -21,6 +21,11 @@ def blocks_named(first: int, count: int) -> str:
     return f"block {first}" if count == 1 else f"blocks {first} to {first + count - 1}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns "1 frame", "5 frames"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def held_in(weight_dtype: str, cache_dtype: str) -> str:
     """Returns what is held in another way than it is computed in, to go behind the dtype; may be nothing."""
     held = (("weights", weight_dtype), ("cache", cache_dtype))

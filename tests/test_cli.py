@@ -152,7 +152,7 @@ def test_any_number_of_frames_of_the_input_can_be_taken(svd2, tmp_path, clip, fr
     )
     assert code == 0
     assert len(load_clip(out)) == frames
-    assert f"{frames} frames, {W}x{H} at 12.5 fps" in said
+    assert f": {frames} frame{'s' if frames > 1 else ''}, {W}x{H} at 12.5 fps" in said
 
 
 def test_options_win_over_the_config_file(svd2, tmp_path, clip):
@@ -326,6 +326,13 @@ def test_more_frames_than_the_input_has_are_pointed_out(svd2, tmp_path, clip):
     assert "note: the input" not in svd2("run", *RANDOM, *args, 11, "--output", tmp_path / "out.mp4")[2]
 
 
+def test_a_blend_without_a_change_of_prompt_is_pointed_out(svd2, tmp_path, clip):
+    args = ["run", *RANDOM, "--input", clip, "--prompt", "a", "--output", tmp_path / "o.gif", "--blend", 4]
+    note = "note: --blend 4 is ignored: no --prompt-at changes the prompt\n"
+    assert note in svd2(*args)[2]
+    assert note not in svd2(*args, "--prompt-at", "5=b")[2]
+
+
 def test_a_missing_video_is_told_before_an_unknown_style(svd2, tmp_path):
     out = ["--prompt", "x", "--output", tmp_path / "out.mp4"]
     check_refused(svd2("run", "--input", tmp_path / "none.mp4", *out), "none.mp4")
@@ -371,6 +378,34 @@ def test_a_video_that_ends_early_leaves_nothing_and_says_what_can_be_used(svd2, 
             *SIZE,
         )
     check_refused(result, "cut.mp4: cut off or damaged after ")
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "./a.mp4", "link.mp4"])
+@pytest.mark.parametrize("command", ["run", "live"])
+def test_no_output_takes_the_place_of_the_input(svd2, tmp_path, monkeypatch, command, name):
+    save_clip(tmp_path / "a.mp4", 5)
+    (tmp_path / "link.mp4").symlink_to("a.mp4")
+    monkeypatch.chdir(tmp_path)
+    with unchanged(tmp_path):
+        args = ["--checkpoint", "nowhere", "--input", "a.mp4", "--prompt", "a", "--output", name]
+        check_refused(svd2(command, *args), f"--output {Path(name)}: is the same file as --input a.mp4")
+
+
+def test_no_report_takes_the_place_of_the_input_or_of_another_output(svd2, tmp_path):
+    video = save_clip(tmp_path / "demo.mp4", 5)
+    sheet = tmp_path / "x.png"
+    live = ["live", "--checkpoint", "nowhere", "--input", video, "--prompt", "a"]
+    settings = CONFIGS / "v2v_fast.yaml"
+    with unchanged(tmp_path):
+        for args, message in (
+            ([*live, "--metrics", video], f"--metrics {video}: is the same file as --input {video}"),
+            ([*live, "--metrics", sheet, "--picture", sheet], f"--picture {sheet}: is the same file as --metrics"),
+            (["demo", "--input", video, "--out", tmp_path], f"--out {video}: is the same file as --input"),
+            (["bench", "--json", sheet, "--picture", sheet], f"--picture {sheet}: is the same file as --json"),
+            (["simulate", video, "--json", video], f"--json {video}: is the same file as the trace"),
+            (["plan", "--config", settings, "--json", settings], "is the same file as --config"),
+        ):  # fmt: skip
+            check_refused(svd2(*args), message)
 
 
 # --- what goes wrong on the way, with a session that needs no model

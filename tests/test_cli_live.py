@@ -130,6 +130,25 @@ def test_a_style_that_the_shipped_model_does_not_know_is_pointed_out(clip, capsy
     note = "note: the model 'tiny' knows 12 styles, none is named in 'anime': pencil sketch, oil painting, "
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert [line[: len(note)] for line in notes] == [note]
-    assert main([*words, unknown.replace("anime", "cyberpunk")]) == EXIT_BAD_INPUT
+    assert main([*words, unknown.replace("anime", "cyberpunk"), "--noise-scale", "0.3"]) == EXIT_BAD_INPUT
     assert main([*words, unknown, "--checkpoint", "random:tiny"]) == EXIT_BAD_INPUT
     assert "note: " not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "random:tiny"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "live --input {clip} --stages 99 --prompt sepia",
+        "run --input {clip} --output out.gif --prompt sepia",
+        "demo --out {clip}",
+        "eval --clips {clip} --prompt sepia",
+    ],
+)
+def test_a_noise_scale_that_the_shipped_model_was_not_trained_for_is_pointed_out(
+    clip, capsys, command, checkpoint
+):
+    words = command.format(clip=clip).split()
+    assert main([*words, "--checkpoint", checkpoint, "--noise-scale", "0.2"]) == EXIT_BAD_INPUT
+    note = "note: the model 'tiny' was trained for a noise scale of 0.3 to 1, not for 0.2\n"
+    assert (note in capsys.readouterr().err) == (checkpoint == "tiny")

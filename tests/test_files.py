@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +86,19 @@ def test_values_that_are_no_numbers_are_refused_where_they_may_not_be(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "b.json", {"a": float("nan")}, allow_nan=False)
     assert names(tmp_path) == {"a.json"}
+
+
+def test_an_output_is_no_input_and_no_other_output_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, link = tmp_path / "a.mp4", tmp_path / "link.mp4"
+    source.write_text("a")
+    link.symlink_to(source)
+    for path in (source, link, Path("a.mp4"), Path("none/../a.mp4")):
+        with pytest.raises(MediaError, match=r"--output .*: is the same file as --input .*a\.mp4"):
+            files.check_apart([("--output", path)], [("--input", source)])
+    with pytest.raises(MediaError, match=r"--picture new\.png: is the same file as --json new\.png"):
+        files.check_apart([("--json", Path("new.png")), ("--picture", Path("new.png"))])
+    files.check_apart(
+        [("--output", Path("b.mp4")), ("--json", None)], [("--input", source), ("--config", None)]
+    )
+    files.check_apart([("--metrics", Path("/dev/null")), ("--output", "udp://a")], [("--input", "udp://a")])

@@ -442,11 +442,6 @@ def test_metrics_that_could_not_be_written_are_not_said_to_be_there(clip, capsys
     assert "/dev/full" not in capsys.readouterr().out
 
 
-def test_outputs_cannot_share_a_file(clip, tmp_path):
-    with pytest.raises(MediaError, match="two outputs cannot be one file"):
-        plan(clip, metrics=tmp_path / "out", picture=tmp_path / "out").check()
-
-
 def test_a_played_file_has_the_timestamps_of_its_rate_and_starts_over(clip):
     source = sources.play_file(clip, HEIGHT, WIDTH, 400.0, True, threading.Event())
     taken = list(itertools.islice(source, 70))

@@ -9,7 +9,7 @@ import pytest
 from fakes import SMALL, FakeClock, FakeEngine, camera, expected, picture, spec
 
 import svd2_jax
-from svd2_jax.errors import ConfigError, SessionError
+from svd2_jax.errors import ConfigError, SessionError, Svd2Error
 from svd2_jax.runtime.loop import LoopConfig
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
 from svd2_jax.runtime.stream import Life
@@ -221,11 +221,13 @@ def test_noise_scale_and_steps_change_at_the_next_chunk_and_nothing_is_lost():
     [
         ({"prompt": " "}, "the prompt is empty"),
         ({"prompt": "x", "blend_chunks": -1}, "blend_chunks must be at least 0"),
+        ({"prompt": "x", "blend_chunks": "z"}, "blend_chunks must be a whole number, at least 0; got 'z'"),
+        ({"steps": "z"}, "steps must be a whole number, at least 1; got 'z'"),
         ({"noise_scale": 0.0}, r"noise_scale must be in \(0, 1\]"),
         ({"noise_scale": "much"}, "noise_scale must be a number"),
         ({"steps": 4}, r"was opened for 1, 2 denoising steps, and 1 to 4 are asked for: name them"),
         ({"min_steps": 3}, "floor_steps must be 1 to steps=2, got 3"),
-        ({"steps": 0}, "floor_steps must be 1 to steps=0, got 1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )
 def test_a_change_that_cannot_be_is_refused_and_changes_nothing(change, message):
@@ -303,6 +305,56 @@ def test_a_frame_too_many_for_the_loop_is_refused_and_not_kept():
 def test_a_service_needs_an_engine():
     with pytest.raises(ConfigError, match="at least one engine"):
         LiveService([])
+    for wrong in (None, "tiny", [FakeEngine(), "tiny"]):
+        with pytest.raises(ConfigError, match=r"takes engines, as svd2_jax\.load\(\) makes them, got"):
+            LiveService(wrong)
+
+
+def sink(frame, record):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: s.open(spec(), {"rate_hz": 8}, sink=print), "settings must be StreamSettings, got dict; as in"),
+        (lambda s: s.open(spec(), LIVE, sink="out.mp4"), "sink must be a function .*, got 'out.mp4'"),
+        (lambda s: s.open(spec(), LIVE, sink, source=5), "the frames of a source must be several pairs .*; got 5"),
+        (lambda s: s.open(spec(), LIVE, sink, source="in.mp4"), "must be several pairs .*; got 'in.mp4'"),
+        (lambda s: s.open(spec(), LIVE, sink, steps=2), r"steps must be several numbers, as in \(1, 2\); got 2"),
+        (lambda s: s.prepare_prompts(5), "prompts must be several texts, .*; got 5"),
+        (lambda s: s.prepare_prompts("abc"), "prompts must be several texts, .*; got 'abc'"),
+        (lambda s: s.prepare_prompts([5]), "the prompt must be text, got int"),
+        (lambda s: s.wait("a"), "timeout_s must be a number of seconds, or None; got 'a'"),
+        (lambda s: s.drain("x"), "timeout_s must be a number of seconds, or None; got 'x'"),
+        (lambda s: s.metrics.summary(99), r"no numbers of stream 99 are kept; those kept are of \[\]"),
+        (lambda s: StreamSettings(8, "1000"), "budget_ms must be a number above 0"),
+        (lambda s: StreamSettings(8, 1000, steps="2"), "steps must be a whole number, at least 1; got '2'"),
+    ],
+)  # fmt: skip
+def test_a_service_refuses_wrong_arguments_in_one_line(call, message):
+    with serving() as (service, _, engines):
+        with pytest.raises(Svd2Error, match=message):
+            call(service)
+        assert not engines[0].prepared_prompts
+
+
+def test_a_source_of_bare_frames_is_told_what_a_source_gives():
+    with serving() as (service, clock, _):
+        stream = service.open(spec(), LIVE, sink, iter([picture(0), picture(1)]))
+        clock.run_until(stream.ended.done)
+        with pytest.raises(
+            SessionError, match=r"gives pairs \(timestamp in ns or None, frame\), got ndarray"
+        ):
+            stream.result()
+
+
+def test_a_timestamp_that_is_no_number_ends_its_stream_and_not_the_service():
+    with serving() as (service, _, _):
+        stream = service.open(spec(), LIVE, sink)
+        with pytest.raises(SessionError, match="a timestamp must be a whole number of ns, or None; got '1'"):
+            stream.offer(picture(0), "1")
+        assert service.is_healthy
 
 
 def test_frames_of_another_kind_are_refused_by_name():

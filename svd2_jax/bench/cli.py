@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,6 +113,7 @@ def run(
         files.check_target(args.json)
     if args.picture:
         files.check_picture(args.picture)
+    files.check_apart([("--json", args.json), ("--picture", args.picture)], [("--config", args.config)])
     if args.trace:
         try:
             args.trace.mkdir(parents=True, exist_ok=True)
@@ -177,11 +179,13 @@ def _report(
     for name in PART_NAMES:
         if args.part and name not in args.part:
             continue
-        with tqdm(desc=name, unit="run", dynamic_ncols=True) as bar:
+        with ExitStack() as line:
+            line.enter_context(progress.shown(f"getting {name} ready", say))
 
-            def started(rounds: int, bar: tqdm = bar) -> Callable[[], object]:
-                bar.reset(total=rounds)
-                return bar.update
+            def started(rounds: int, name: str = name, line: ExitStack = line) -> Callable[[], object]:
+                line.close()
+                bar = tqdm(desc=name, total=rounds, unit="run", dynamic_ncols=True)
+                return line.enter_context(bar).update
 
             try:
                 parts.append(measure(bench, name, args.repeats, started, reference, args.trace))

@@ -28,9 +28,9 @@ from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
 from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
-from svd2_jax.hardware import HARDWARE, hardware
+from svd2_jax.hardware import HARDWARE, Hardware, hardware
 from svd2_jax.media.urls import masked, path_or_url
-from svd2_jax.text import held_in, measured_blocks
+from svd2_jax.text import counted, held_in, measured_blocks
 
 if TYPE_CHECKING:
     from svd2_jax.engine.cluster import Cluster
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from svd2_jax.engine.mesh import StageMesh
     from svd2_jax.engine.session import DeviceSession
     from svd2_jax.evaluate.run import Rebuild
+    from svd2_jax.plan import Plan
     from svd2_jax.runtime.stream import Source
 
 T = TypeVar("T")
@@ -271,7 +272,7 @@ def _add_noise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise-scale", type=float, default=DEFAULT_NOISE_SCALE, metavar="X",
         help="above 0, up to 1: the higher, the freer the re-drawing; lower stays closer to the input. The small model "
-        "was trained for 0.3 to 1 (default %(default)s)",
+        f"was trained for {shipped.TINY_LEAST_NOISE:g} to 1 (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same video (default %(default)s)"
@@ -343,9 +344,15 @@ def _unknown_style(checkpoint: str, prompt: str) -> str | None:
     )
 
 
-def _note_unknown_styles(checkpoint: str, prompts: Iterable[str]) -> None:
+def _note_untrained(args: argparse.Namespace, prompts: Iterable[str]) -> None:
+    """Says what of a noise scale and of prompts the shipped model was not trained for."""
+    if args.checkpoint == shipped.TINY and args.noise_scale < shipped.TINY_LEAST_NOISE:
+        _say(
+            f"note: the model {shipped.TINY!r} was trained for a noise scale of {shipped.TINY_LEAST_NOISE:g} to 1, "
+            f"not for {args.noise_scale:g}"
+        )
     for prompt in dict.fromkeys(prompts):
-        if note := _unknown_style(checkpoint, prompt):
+        if note := _unknown_style(args.checkpoint, prompt):
             _say(note)
 
 
@@ -355,6 +362,7 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--{name} {masked(url)}: `svd2 run` works on files; use `svd2 live` for streams"
             )
+    files.check_apart([("--output", args.output)], _inputs(args))
     *unused, prompt = args.prompt
     if unused:
         _say(
@@ -368,7 +376,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
     if args.blend < 0:
         raise ConfigError(f"--blend must be at least 0, got {args.blend}")
-
+    if args.blend and not prompts:
+        _say(f"note: --blend {args.blend} is ignored: no --prompt-at changes the prompt")
     if cfg.task == "t2v" and args.frames is None:
         raise ConfigError("text-to-video needs --frames N (or give --input to re-draw a video)")
     options = _pipeline_options(args)
@@ -376,7 +385,7 @@ def _run(args: argparse.Namespace) -> int:
         _prepare_devices()
         mesh = _mesh(args)
         if cfg.task == "t2v":
-            _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
+            _note_untrained(args, (prompt, *prompts.values()))
             writer = _writer(args, T2V_FPS, cfg, mesh, group)
             with _open(args, spec, mesh, options, args.frames, group.meet) as session:
                 group.meet()
@@ -386,20 +395,27 @@ def _run(args: argparse.Namespace) -> int:
                 _write(frames, writer, args.frames)
         else:
             with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
-                _note_unknown_styles(args.checkpoint, (prompt, *prompts.values()))
+                _note_untrained(args, (prompt, *prompts.values()))
                 writer = _writer(args, reader.fps, cfg, mesh, group)
                 with _open(args, spec, mesh, options, reader.frame_count, group.meet) as session:
                     group.meet()
                     frames = session.run(reader, prompts=prompts, blend_chunks=args.blend, on_step=group.step)
                     _write(frames, writer, reader.frame_count)
     if writer and args.frames is not None and writer.frames_written < args.frames:
-        _say(f"note: the input has {writer.frames_written} frames, not the {args.frames} of --frames")
+        _say(
+            f"note: the input has {counted(writer.frames_written, 'frame')}, not the {args.frames} of --frames"
+        )
     for frame in sorted(prompts):
         if writer and frame >= writer.frames_written:
             _say(
                 f"note: --prompt-at {frame} is past the end (last frame {writer.frames_written - 1}): ignored"
             )
     return 0
+
+
+def _inputs(args: argparse.Namespace) -> list[tuple[str, Path | str | None]]:
+    """Returns the files that a command reads, each with its option."""
+    return [("--input", args.input), ("--config", args.config)]
 
 
 def _join(args: argparse.Namespace, spec: SessionSpec, prompts: Mapping[int, str]) -> Cluster:
@@ -622,7 +638,7 @@ def _write(frames: Iterable[np.ndarray], writer: media.VideoWriter | None, total
     seconds = time.monotonic() - started
     height, width = writer.size
     print(
-        f"{writer.path}: {count} frames, {width}x{height} at {writer.fps:g} fps, "
+        f"{writer.path}: {counted(count, 'frame')}, {width}x{height} at {writer.fps:g} fps, "
         f"made in {seconds:.1f} s ({count / seconds:.2f} frames/s)"
     )
 
@@ -728,6 +744,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
 
 
 def _live(args: argparse.Namespace) -> int:
+    from svd2_jax.cli import live
     from svd2_jax.media import sources
     from svd2_jax.runtime import heap
 
@@ -754,6 +771,8 @@ def _live(args: argparse.Namespace) -> int:
         raise ConfigError(f"--loop is for a file; {masked(args.input)} is a stream and is not started over")
     for path in filter(None, (args.metrics, args.picture)):
         files.check_target(path)
+    outputs = [("--output", path) for path in live.output_files(args.output, args.streams)]
+    files.check_apart([*outputs, ("--metrics", args.metrics), ("--picture", args.picture)], _inputs(args))
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
     if cfg.mode != "stream":
         raise ConfigError(
@@ -822,7 +841,7 @@ def _live_from(
         describe,
     )
     plan.check()
-    _note_unknown_styles(args.checkpoint, args.prompt)
+    _note_untrained(args, args.prompt)
     if args.output is None:
         _say("no --output: frames are shown nowhere and not kept; the table says how fast they come")
     _prepare_devices()
@@ -862,17 +881,18 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from svd2_jax import verify
-    from svd2_jax.engine.mesh import stage_meshes
-
     if args.json:
         files.check_target(args.json)
-    _prepare_devices()
-    stage_meshes(1, args.stages)
-    verify.golden_files(args.folder)  # an error at once
     outcomes = []
     computed_in = args.dtype + held_in(args.weight_dtype or "compute", args.cache_dtype or "compute")
     with progress.shown("verifying", (lambda _: None) if sys.stderr.isatty() else _say):
+        with progress.working("loading JAX"):
+            from svd2_jax import verify
+            from svd2_jax.engine.mesh import stage_meshes
+
+            _prepare_devices()
+        stage_meshes(1, args.stages)
+        verify.golden_files(args.folder)  # an error at once
         for outcome in _guarded(
             verify.verify(args.folder, args.dtype, args.stages, args.weight_dtype, args.cache_dtype)
         ):
@@ -913,7 +933,7 @@ def _eval(args: argparse.Namespace) -> int:
         return engine, functools.partial(rebuild, engine, cfg)
 
     cfg = _stream_config(args)
-    _note_unknown_styles(args.checkpoint, args.prompt)
+    _note_untrained(args, args.prompt)
     return _device_errors(evaluate_cli.run, args, cfg, open_model)
 
 
@@ -992,10 +1012,29 @@ def _plan(args: argparse.Namespace) -> int:
     model, device, split = _model(args), hardware(args.hardware), _parse_split(args.split)
     if args.json:
         files.check_target(args.json)
+        files.check_apart([("--json", args.json)], [("--config", args.config)])
     cfg = _planned_stream(args)
-    stages = len(split) if split and args.stages is None else args.stages
-    devices = _virtual_devices(stages)
+    with progress.shown("working out the plan", _say):
+        plan = _worked_out(args, model, cfg, device, split)
+    if args.json:
+        files.write_json(args.json, plan.to_dict())
     from svd2_jax import plan as plan_lib
+
+    print(plan_lib.report(plan))
+    return EXIT_FAILED if plan_lib.too_full(plan) else 0
+
+
+def _worked_out(
+    args: argparse.Namespace,
+    model: ModelConfig,
+    cfg: StreamConfig,
+    device: Hardware,
+    split: tuple[int, ...] | None,
+) -> Plan:
+    stages = len(split) if split and args.stages is None else args.stages
+    with progress.working("loading JAX"):
+        devices = _virtual_devices(stages)
+        from svd2_jax import plan as plan_lib
     from svd2_jax.engine.memory import Temporaries, compiled_temporaries
     from svd2_jax.engine.mesh import stage_meshes
     from svd2_jax.engine.policy import checked_dtype
@@ -1008,7 +1047,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     def planned(stages: int, quick: bool) -> plan_lib.Plan:
         find = None if quick else temporaries
-        return plan_lib.plan(model, cfg, stages, device, args.dtype, split, find, args.share_vae)
+        with progress.working("counting memory and arithmetic"):
+            return plan_lib.plan(model, cfg, stages, device, args.dtype, split, find, args.share_vae)
 
     if stages is None:
         plan, stages = None, planned(1, quick=True).recommended or 1
@@ -1019,10 +1059,7 @@ def _plan(args: argparse.Namespace) -> int:
             plan = planned(stages, args.quick)
     else:
         plan = planned(stages, args.quick)
-    if args.json:
-        files.write_json(args.json, plan.to_dict())
-    print(plan_lib.report(plan))
-    return EXIT_FAILED if plan_lib.too_full(plan) else 0
+    return plan
 
 
 def _planned_stream(args: argparse.Namespace) -> StreamConfig:
@@ -1071,15 +1108,17 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(args: argparse.Namespace) -> int:
     if args.frames is not None and args.frames < 1:
         raise ConfigError(f"--frames must be at least 1, got {args.frames}")
+    video, sheet = args.out / "demo.mp4", args.out / "demo.png"
+    files.check_apart([("--out", video), ("--out", sheet)], _inputs(args))
     cfg, texts = _stream_config(args), args.prompt or DEMO_PROMPTS
     for text in texts:
         check_prompt(text)
-    _note_unknown_styles(args.checkpoint, texts)
+    _note_untrained(args, texts)
     with media.VideoReader(args.input, cfg.height, cfg.width, args.frames) as reader:
         clip, fps = list(reader), reader.fps
     if len(clip) < len(texts):
         raise ConfigError(
-            f"{len(texts)} prompts cannot share {len(clip)} frames; give fewer prompts or more frames"
+            f"{len(texts)} prompts cannot share {counted(len(clip), 'frame')}; give fewer prompts or more frames"
         )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -1088,7 +1127,7 @@ def _demo(args: argparse.Namespace) -> int:
     prompts = {round(i * len(clip) / len(texts)): text for i, text in enumerate(texts)}
     scale = max(1, round(DEMO_HEIGHT / cfg.height))
     height = cfg.height * scale + media.CAPTION_HEIGHT
-    writer = media.VideoWriter(args.out / "demo.mp4", fps, height, 2 * cfg.width * scale)
+    writer = media.VideoWriter(video, fps, height, 2 * cfg.width * scale)
     shown: list[np.ndarray] = []
 
     def beside_input(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -1105,7 +1144,6 @@ def _demo(args: argparse.Namespace) -> int:
     _prepare_devices()
     with _open(args, spec, _mesh(args), _pipeline_options(args), len(clip)) as session:
         _write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
-    sheet = args.out / "demo.png"
     media.contact_sheet(sheet, clip, shown, prompts)
     print(f"{sheet}: input above output, prompts as captions")
     return 0

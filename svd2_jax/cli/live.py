@@ -29,7 +29,7 @@ from svd2_jax.runtime.stream import Source, Stream
 from svd2_jax.runtime.table import LiveTable
 from svd2_jax.runtime.work import MS, Event, FrameRecord, PromptRecord, StreamId, StreamSettings
 from svd2_jax.service import LiveService
-from svd2_jax.text import measured_blocks
+from svd2_jax.text import counted, measured_blocks
 
 BUDGET_SHARE = 1.25  # of what a stream needs when each chunk waits for the next ones to push it on
 STOP_S = 3.0  # how long to wait at the end for a camera or the device to let go
@@ -67,21 +67,22 @@ class LiveRun:
 
     def check(self) -> None:
         """Raises MediaError for an output that could not be written, before the work begins."""
-        paths = [path.resolve() for path in (*self.outputs, self.metrics, self.picture) if path is not None]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise MediaError(f"{path}: two outputs cannot be one file; give each a name of its own")
         for i in range(len(self.specs)):
             _sink(self, i)
 
     @property
     def outputs(self) -> list[Path]:
         """The video files, one for each stream."""
-        if not isinstance(self.output, Path):
-            return []
-        if len(self.specs) == 1:
-            return [self.output]
-        return [self.output.with_stem(f"{self.output.stem}-{i}") for i in range(len(self.specs))]
+        return output_files(self.output, len(self.specs))
+
+
+def output_files(output: Path | str | None, streams: int) -> list[Path]:
+    """Returns the video files that `--output` stands for, one for each stream; none for a URL."""
+    if not isinstance(output, Path):
+        return []
+    if streams == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i}") for i in range(streams)]
 
 
 def default_budget_ms(spec: SessionSpec, rate_hz: float, stages: int = 1) -> float:
@@ -303,8 +304,8 @@ def _state_now(metrics: Metrics, seconds: float) -> str:
     whole, now = metrics.summary(), metrics.summary(recent=True)
     latency = "" if now.latency_p50_ms is None else f", latency {now.latency_p50_ms:.0f} ms"
     return (
-        f"{seconds:.0f} s: {whole.frames_in} frames in, {whole.shown + whole.late} shown, {whole.late} late, "
-        f"{whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS in all{latency}, device busy "
+        f"{seconds:.0f} s: {counted(whole.frames_in, 'frame')} in, {whole.shown + whole.late} shown, "
+        f"{whole.late} late, {whole.frames_dropped} dropped; {now.fps_shown:.1f} FPS in all{latency}, device busy "
         f"{100 * now.utilisation:.0f} %"
     )
 

@@ -152,7 +152,7 @@ def join(
 
     Raises:
       ConfigError: The arguments are malformed, incomplete or contradict each other or those of a peer.
-      EngineError: A peer did not arrive in time, or JAX could not be started.
+      EngineError: A peer did not start in time, or JAX could not be started.
     """
     place = _place(coordinator, process_id, num_processes)
     wait = _Wait(wait_timeout_s, say_s, say)
@@ -174,6 +174,7 @@ def join(
         },
     }
     arrival = _Wait(timeout_s, say_s, say)
+    say(f"waiting for {_others(count)} at {host}:{port}")
     if me == 0:
         links, hosts = _await_peers(host, port, hello, count, arrival)
         reserved = _reserve_port()
@@ -605,13 +606,13 @@ def _await_peers(
     def missing() -> str:
         return _missing_text(set(range(count)) - set(hellos), count)
 
-    with _listen(host, port) as listener, wait.told(lambda: f"{missing()} to arrive"):
+    with _listen(host, port) as listener, wait.told(lambda: f"{missing()} to start"):
         while len(hellos) < count:
             listener.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
                 link = _Link(listener.accept()[0])
             except TimeoutError:
-                text = f"{missing()} did not arrive within {wait.timeout_s:g} s; {_START_ALL}"
+                text = f"{missing()} did not start within {wait.timeout_s:g} s; {_START_ALL}"
                 refuse(text, EngineError)
             hello = link.greeted()
             if hello is None:
@@ -636,7 +637,11 @@ def _await_peers(
 def _missing_text(missing: set[int], count: int) -> str:
     names = ", ".join(map(str, sorted(missing)))
     noun = "process" if len(missing) == 1 else "processes"
-    return f"{noun} {names} of 0 to {count - 1}"
+    return f"{noun} {names} (of {count})"
+
+
+def _others(count: int) -> str:
+    return "1 other process" if count == 2 else f"{count - 1} other processes"
 
 
 def _name(hello: Mapping[str, Any]) -> str:
@@ -661,7 +666,7 @@ def _await_welcome(host: str, port: int, own: dict[str, Any], wait: _Wait) -> tu
             time.sleep(RETRY_S)
     link = _Link(sock)
     link.send(**own)
-    with wait.told(lambda: "the others to arrive; process 0 says which"):
+    with wait.told(lambda: "the others to start; process 0 says which"):
         try:  # process 0 may have been started at the last moment; then its clock says when to give up
             message = link.receive(
                 wait.timeout_s + HELLO_TIMEOUT_S * (int(own["same"]["--num-processes"]) + 1)
@@ -676,7 +681,7 @@ def _await_welcome(host: str, port: int, own: dict[str, Any], wait: _Wait) -> tu
         case _:
             raise EngineError(
                 f"process 0 at {host}:{port} ended, or is no svd2 process, before all {own['same']['--num-processes']} "
-                "had arrived; look for errors there"
+                "had started; look for errors there"
             )
 
 

@@ -19,7 +19,16 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from svd2_jax.api import SessionSpec, Work, check_prompt
-from svd2_jax.config import ModelConfig, Storage, StreamConfig, check_choice, check_whole, preset
+from svd2_jax.config import (
+    ModelConfig,
+    Storage,
+    StreamConfig,
+    check_choice,
+    check_flag,
+    check_several,
+    check_whole,
+    preset,
+)
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import StageTimes, measured_split
 from svd2_jax.engine.checkpoint import Checkpoint
@@ -63,6 +72,7 @@ class PipelineOptions:
 
     def __post_init__(self):
         sizes = self.batch_sizes
+        check_flag("share_vae", self.share_vae)
         if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
             raise ConfigError(f"batch_sizes must be several numbers, as in (1, 2, 4), got {sizes!r}")
         for size in sizes:
@@ -323,8 +333,7 @@ class DeviceEngine:
         """
         spec = self.resolved(spec)
         cfg = spec.config
-        if isinstance(steps, (str, bytes)) or not isinstance(steps, Iterable):
-            raise ConfigError(f"steps must be several numbers, as in (1, 2), got {steps!r}")
+        check_several("steps", steps, "numbers, as in (1, 2)")
         asked = {cfg, *(cfg.with_steps(count) for count in steps)}
         self._require(cfg)
         split = self.split(cfg)

@@ -159,6 +159,7 @@ class DeviceSession:
     @property
     def steps(self) -> int:
         """Denoising steps of the chunks that enter now."""
+        self._check_open()
         return self._pipeline.steps
 
     @property

@@ -92,6 +92,10 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     if not 0 < args.fps < math.inf:
         raise ConfigError(f"--fps must be above 0, got {args.fps:g}")
     folder = clips.read_folder(args.clips, args.prompt, args.look)
+    read = [("the clip", path) for clip in folder.clips for path in (clip.input, *clip.targets)]
+    files.check_apart(
+        [("--json", args.json), ("--picture", args.picture)], [("--config", args.config), *read]
+    )
     spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
     judge = ClipModel(args.clip) if args.clip else None
     plan = Plan(folder, spec, args.fps, args.frames, args.minutes, judge)

@@ -13,6 +13,7 @@ from svd2_jax.media.urls import masked
 from svd2_jax.media.video import URL_TIMEOUT_S, UrlWriter, VideoWriter
 from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.work import MS, SECOND, FrameRecord
+from svd2_jax.text import counted
 
 
 class VideoSink:
@@ -55,7 +56,7 @@ class VideoSink:
     def result(self) -> str | None:
         """Returns what became of it, for the user, or None where that has been said or there was no file."""
         if self.is_kept:
-            return f"{self.path}: {self.frames} frames at {self._fps:g} fps"
+            return f"{self.path}: {counted(self.frames, 'frame')} at {self._fps:g} fps"
         if self.path is not None and not self.has_failed:
             return f"{self.path}: not written, as no frame was shown"
         return None
@@ -155,7 +156,7 @@ class UrlSink:
 
     def result(self) -> str | None:
         """Returns what became of it, for the user."""
-        return None if self._opened_ns is None else f"{self._name}: {self.frames} frames sent"
+        return None if self._opened_ns is None else f"{self._name}: {counted(self.frames, 'frame')} sent"
 
     def __call__(self, frame: np.ndarray, record: FrameRecord) -> None:
         """Takes the next shown frame; raises MediaError when the receiver is gone."""

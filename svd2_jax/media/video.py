@@ -28,6 +28,7 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
 from svd2_jax import files
+from svd2_jax.config import check_whole
 from svd2_jax.errors import MediaError
 from svd2_jax.media.urls import masked, scheme_of
 from svd2_jax.text import shortened
@@ -574,7 +575,7 @@ class UrlWriter(_Encoder):
 
 
 def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yields `frames` uint8 frames [H, W, 3] of a small moving scene, the same for the same arguments.
+    """Returns `frames` uint8 frames [H, W, 3] of a small moving scene, the same for the same arguments.
 
     A colour gradient and soft stripes pan slowly behind a few discs and boxes that drift, turn back at the
     borders and keep their colour: slow motion, fast motion, edges and flat areas, for demos and tests.
@@ -584,7 +585,21 @@ def synthetic_clip(frames: int, height: int, width: int, seed: int = 0) -> Itera
       height: pixels.
       width: pixels.
       seed: chooses colours, shapes and paths.
+
+    Raises:
+      ConfigError: one of them is no whole number, or negative.
     """
+    for name, value, least in (
+        ("frames", frames, 0),
+        ("height", height, 1),
+        ("width", width, 1),
+        ("seed", seed, 0),
+    ):
+        check_whole(name, value, least)
+    return _scene(frames, height, width, seed)
+
+
+def _scene(frames: int, height: int, width: int, seed: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = 5
     corners = rng.uniform(40, 215, (2, 2, 3)).astype(np.float32)  # colours of the gradient's corners

@@ -19,6 +19,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, Self
 
+from svd2_jax.errors import SessionError
 from svd2_jax.runtime.work import (
     MS,
     SECOND,
@@ -419,25 +420,25 @@ class Metrics:
         """Returns a stream's latest prompts in order, each with the time from which it held: 0 for the first.
 
         Raises:
-          KeyError: the stream is not known, or no longer.
+          SessionError: the stream is not known, or no longer.
         """
         with self._lock:
-            return tuple(self._streams[stream].prompts)
+            return tuple(self._known(stream).prompts)
 
     def timeline(self, stream: StreamId | None = None) -> Timeline:
         """Returns a stream's timeline, or the one over all; read it when no more events come."""
         with self._lock:
-            kept = self._all if stream is None else self._streams[stream]
+            kept = self._all if stream is None else self._known(stream)
             return kept.timeline or Timeline(self._now_ns)
 
     def summary(self, stream: StreamId | None = None, recent: bool = False) -> Summary:
         """Returns the numbers of a stream or of all; with `recent`, those that speak of the last 2 to 4 s.
 
         Raises:
-          KeyError: the stream is not known, or no longer.
+          SessionError: the stream is not known, or no longer.
         """
         with self._lock:
-            kept = self._all if stream is None else self._streams[stream]
+            kept = self._all if stream is None else self._known(stream)
             tally = kept.total
             begin_ns, end_ns = tally.first_arrival_ns, tally.last_ns
             if recent:
@@ -466,6 +467,13 @@ class Metrics:
                     del self._streams[other]
                     break
         return kept
+
+    def _known(self, stream: StreamId) -> _Stream:
+        if stream not in self._streams:
+            raise SessionError(
+                f"no numbers of stream {stream!r} are kept; those kept are of {sorted(self._streams)}"
+            )
+        return self._streams[stream]
 
     def _arrive(self, kept: _Stream, number: int) -> None:
         if number >= kept.arrived:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 
 from svd2_jax.api import Session, SessionSpec
-from svd2_jax.config import StreamConfig
+from svd2_jax.config import StreamConfig, check_seconds, check_whole, is_number
 from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.runtime.work import FrameRecord, StreamId, StreamSettings
 
@@ -78,12 +79,14 @@ class Stream:
           timestamp_ns: when it was taken, by the source's own clock.
 
         Raises:
-          SessionError: the stream takes no more frames; this is not such a frame, and the stream ends with this error;
-            or so many frames wait for the loop's thread that this one is not taken.
+          SessionError: the stream takes no more frames; this is not such a frame or timestamp, and the stream ends with
+            this error; or so many frames wait for the loop's thread that this one is not taken.
         """
         self._check_open()
         try:
             pixels = _checked_frame(frame, self.spec.config)
+            if timestamp_ns is not None and not is_number(timestamp_ns, numbers.Integral):
+                raise SessionError(f"a timestamp must be a whole number of ns, or None; got {timestamp_ns!r}")
         except SessionError as e:
             self.close(e)
             raise
@@ -118,8 +121,7 @@ class Stream:
           ConfigError: a value that cannot be; nothing was changed.
           SessionError: the stream takes nothing more.
         """
-        if blend_chunks < 0:
-            raise ConfigError(f"blend_chunks must be at least 0, got {blend_chunks}")
+        check_whole("blend_chunks", blend_chunks, 0)
         spec = _changed(self.spec, prompt=prompt, noise_scale=noise_scale)
         settings = _changed(self.settings, steps=steps, floor_steps=min_steps)
         if not set(range(settings.floor_steps, settings.steps + 1)) <= self._prepared:
@@ -162,7 +164,9 @@ class Stream:
         Raises:
           BaseException: what ended it before its time.
           TimeoutError: it is not over yet.
+          ConfigError: the time is no number.
         """
+        check_seconds("timeout_s", timeout_s)
         self.ended.result(timeout_s)
 
     @property
@@ -184,9 +188,15 @@ def feed(stream: Stream, source: Source) -> None:
     frames = None
     try:
         frames = iter(source)
-        for timestamp_ns, frame in frames:
+        for given in frames:
             if not stream.is_open:
                 break
+            if not isinstance(given, Sequence) or len(given) != 2:
+                raise SessionError(
+                    f"a source gives pairs (timestamp in ns or None, frame), got {type(given).__name__}; "
+                    "as in ((None, frame) for frame in frames)"
+                )
+            timestamp_ns, frame = given
             stream.offer(frame, timestamp_ns)
         stream.end()
     except Exception as e:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
+from svd2_jax.config import check_whole, is_number
 from svd2_jax.errors import ConfigError
 
 StreamId: TypeAlias = int
@@ -48,13 +49,12 @@ class StreamSettings:
     def __post_init__(self):
         for name in ("rate_hz", "budget_ms"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if not (is_number(value) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a number above 0, got {value!r}")
-        if not 1 <= self.floor_steps <= self.steps:
+        for name in ("steps", "floor_steps", "first_frames", "chunk_frames", "stages"):
+            check_whole(name, getattr(self, name), 1)
+        if self.floor_steps > self.steps:
             raise ConfigError(f"floor_steps must be 1 to steps={self.steps}, got {self.floor_steps}")
-        for name in ("first_frames", "chunk_frames", "stages"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def interval_ns(self) -> int:

@@ -74,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
         files.check_target(args.json)
     if args.picture:
         files.check_picture(args.picture)
+    files.check_apart(
+        [("--json", args.json), ("--picture", args.picture)], [("the trace", path) for path in args.traces]
+    )
     traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
     names = POLICIES if args.policy == "all" else [args.policy]
     rows: list[Row] = []

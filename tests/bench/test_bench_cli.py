@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from svd2_jax import progress
 from svd2_jax.bench.parts import PARTS, Bench
 from svd2_jax.bench.run import measure
 from svd2_jax.bench.timing import Sample
@@ -53,6 +54,19 @@ def test_parts_of_a_smaller_model_are_measured_and_written(bench, tmp_path):
     assert tick["work"]["flops"] > 0
     assert "random:golden, 2 blocks, 64x48, 2 steps, stream, float32" in out
     assert drawn.exists()
+
+
+def test_what_a_part_compiles_is_told(bench, monkeypatch):
+    def dispatch(of):
+        with progress.working("compiling what it needs"):
+            return Bench.dispatch(of)
+
+    monkeypatch.setitem(PARTS, "dispatch", dispatch)
+    monkeypatch.setattr(progress, "WORTH_A_LINE_S", 0)
+    code, _, err = bench(*SMALL, "--blocks", 2, "--repeats", 1, "--part", "dispatch")
+    assert code == 0
+    *_, compiles = err.partition("measuring the ceiling")
+    assert compiles.index("  compiling what it needs: ") < compiles.index("dispatch: ")
 
 
 def test_a_profile_lists_the_costliest_kernels(bench, tmp_path):

@@ -145,9 +145,10 @@ class Processes:
         until(looping, LIMIT_S, lambda: "\n".join(self.err(i).read_text() for i in self.all))
 
     def end(self, i: int, timeout_s: float = LIMIT_S) -> tuple[int, list[str]]:
-        """Returns the exit code and the lines of standard error."""
+        """Returns the exit code and the lines of standard error behind the one that every process begins with."""
         code = self.all[i].wait(timeout_s)
-        return code, self.err(i).read_text().splitlines()
+        lines = self.err(i).read_text().splitlines()
+        return code, lines[1:] if lines and " other process" in lines[0] else lines
 
 
 def until(holds: Callable[[], bool], timeout_s: float, explain: Callable[[], str]) -> None:
@@ -231,9 +232,11 @@ def test_a_process_that_waits_says_for_whom_and_gives_up(
 
 def test_a_process_says_who_has_not_arrived_whenever_the_wait_has_doubled() -> None:
     said: list[str] = []
+    port = free_port()
     with pytest.raises(EngineError):
-        cluster.join(f"127.0.0.1:{free_port()}", 0, 2, timeout_s=1, say_s=0.2, say=said.append)
-    who = "waiting for process 1 of 0 to 1 to arrive"
+        cluster.join(f"127.0.0.1:{port}", 0, 2, timeout_s=1, say_s=0.2, say=said.append)
+    assert said.pop(0) == f"waiting for 1 other process at 127.0.0.1:{port}"
+    who = "waiting for process 1 (of 2) to start"
     assert said == [f"{who} ({s} s; gives up after 1 s)" for s in ("0.2", "0.4", "0.8")]
 
 
@@ -243,7 +246,7 @@ def test_a_process_says_who_has_not_arrived_whenever_the_wait_has_doubled() -> N
 @pytest.mark.parametrize(
     ("present", "text"),
     [
-        (0, "process 1 of 0 to 1 did not arrive within 1 s"),
+        (0, "process 1 (of 2) did not start within 1 s"),
         (1, "was not there within 1 s (Connection refused)"),
     ],
 )
@@ -259,7 +262,7 @@ def test_a_peer_that_never_arrives_is_named_in_time(processes: Processes, presen
 @pytest.mark.slow
 def test_those_who_arrived_all_hear_who_is_missing(processes: Processes) -> None:
     processes.start("fine", 4, 0, 2, arrival_s=4)
-    text = "error: processes 1, 3 of 0 to 3 did not arrive within 4 s; start the command"
+    text = "error: processes 1, 3 (of 4) did not start within 4 s; start the command"
     for i in (0, 2):
         code, lines = processes.end(i)
         assert code == 2
@@ -283,7 +286,7 @@ def test_strangers_at_the_port_are_ignored() -> None:
 
     stranger = threading.Thread(target=call)
     stranger.start()
-    with pytest.raises(EngineError, match="process 1 of 0 to 1 did not arrive"):
+    with pytest.raises(EngineError, match=r"process 1 \(of 2\) did not start"):
         cluster.join(f"127.0.0.1:{port}", 0, 2, MISSING_S)
     stranger.join()
 

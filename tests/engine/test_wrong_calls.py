@@ -9,6 +9,7 @@ import svd2_jax
 from svd2_jax import CheckpointError, ConfigError, SessionError, SessionSpec, StreamConfig, Svd2Error
 from svd2_jax.api import Work
 from svd2_jax.engine.engine import DeviceEngine
+from svd2_jax.media import synthetic_clip
 
 HEIGHT, WIDTH = 32, 48
 STREAM = StreamConfig(height=HEIGHT, width=WIDTH)
@@ -43,6 +44,9 @@ def session(engine):
         (lambda: svd2_jax.load("tiny", batch_sizes=4), r"batch_sizes must be several numbers, as in \(1, 2, 4\)"),
         (lambda: svd2_jax.load("tiny", batch_sizes=("1",)), "a batch size must be a whole number"),
         (lambda: svd2_jax.load("tiny", weight_dtype="int4"), "weight_dtype must be one of"),
+        (lambda: svd2_jax.load(""), "the checkpoint's name is empty, got ''"),
+        (lambda: svd2_jax.load("tiny", share_vae="yes"), "share_vae must be True or False, got 'yes'"),
+        (lambda: svd2_jax.load("tiny", keep_programs="x"), "keep_programs must be True or False, got 'x'"),
         (lambda: SessionSpec(7), "the prompt must be text, got int"),
         (lambda: SessionSpec(" "), "the prompt is empty"),
         (lambda: SessionSpec("x", {"height": 32}), "stream must be a StreamConfig, got dict; engine.stream_config"),
@@ -54,6 +58,9 @@ def session(engine):
         (lambda: SessionSpec("x", pixels="bgr"), "pixels must be 'uint8' or 'float32'"),
         (lambda: StreamConfig(height="480"), "height takes a value like 480, got '480'"),
         (lambda: StreamConfig(timesteps=700), "timesteps takes a value like"),
+        (lambda: StreamConfig(timesteps=[500, 700]), r"timesteps must descend, as in \(700, 500\), got \(500, 700\)"),
+        (lambda: synthetic_clip("a", 32, 32), "frames must be a whole number, at least 0; got 'a'"),
+        (lambda: synthetic_clip(-1, 32, 32), "frames must be at least 0, got -1"),
         (lambda: STREAM.with_steps("2"), "steps must be a whole number, 1 to 4; got '2'"),
         (lambda: STREAM.with_steps(9), "steps must be 1 to 4, got 9"),
         (lambda: StreamConfig.for_task("v2x"), "task must be one of"),
@@ -141,6 +148,8 @@ def test_there_is_no_noise_scale_to_change_in_text_to_video_nor_in_a_closed_sess
         session.set_noise_scale(0.5)
     with pytest.raises(SessionError, match="the session is closed"):
         session.set_noise_scale(0.5)
+    with pytest.raises(SessionError, match="the session is closed"):
+        _ = session.steps
 
 
 def test_text_to_video_takes_a_count_and_no_frames(engine):

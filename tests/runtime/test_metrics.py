@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from svd2_jax.errors import SessionError
 from svd2_jax.runtime.metrics import BUCKETS, KEPT_PROMPTS, Histogram, JsonLines, Metrics, fan_out
 from svd2_jax.runtime.work import (
     MS,
@@ -206,7 +207,7 @@ def test_streams_that_left_long_ago_are_kept_in_the_totals_only():
         metrics(shown(0, 1000 * stream, 200, stream=stream))
     assert metrics.streams == tuple(range(90, 100))
     assert metrics.summary().frames_in == metrics.summary().shown == 100
-    with pytest.raises(KeyError):
+    with pytest.raises(SessionError, match="no numbers of stream 0 are kept"):
         metrics.summary(0)
 
 
