@@ -51,7 +51,7 @@ def warm_up(service, clock, steps):
     """Measures in a thread, as that takes time of the fake clock."""
     thread = threading.Thread(target=lambda: service.warm_up(spec(), steps), name="svd2-warm-up")
     thread.start()
-    clock.run_until(lambda: not thread.is_alive())
+    clock.run_until(lambda: not thread.is_alive(), limit_s=300)
 
 
 def values(taken):

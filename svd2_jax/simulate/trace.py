@@ -358,6 +358,13 @@ def bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     return stream.fill_ms + stream.steps * stream.stages * device.tick_ms(1, 1) + device.tail_ms
 
 
+def first_bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
+    """Returns the same of a stream's first group, whose rows take all passes together."""
+    fill_ms = (stream.first_frames - 1) * 1000 / stream.rate_hz
+    rows = -(-stream.first_frames // stream.chunk_frames)
+    return fill_ms + device.sequential_ms(stream.steps * stream.stages, rows) + device.tail_ms
+
+
 def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> int:
     """Returns a time before which no policy whatever can finish a frame, even one that knows what will come.
 
