@@ -248,7 +248,9 @@ def _warm_up(
         if plan.describe is not None:
             say(plan.describe(engine))
     for count in reversed(steps):
-        took = [s.duration_ns for s in samples if (s.steps, s.batch, s.first) == (count, 1, False)]
+        took = [
+            s.duration_ns for s in samples if (s.steps, s.batch, s.first, s.lone) == (count, 1, False, False)
+        ]
         typical = statistics.median(took) / MS
         say(f"  {count} step{'s'[: count - 1]}: {typical:.0f} ms a tick of one stream")
 
