@@ -65,9 +65,6 @@ class FakePipeline:
     def own(self, latents):
         return latents
 
-    def decoded(self, pixels):
-        pass
-
     def close(self):
         pass
 
@@ -78,7 +75,12 @@ def log():
 
 
 @pytest.fixture
-def session(log):
+def session(log, monkeypatch):
+    def tick_together(lines, arrivals):
+        return [line.tick(arrival) for line, arrival in zip(lines, arrivals, strict=True)]
+
+    monkeypatch.setattr("svd2_jax.engine.session.tick_together", tick_together)
+
     def program(name, *results):
         count = iter(range(1, 100))
 
