@@ -109,10 +109,9 @@ def measure(
                 work = [Work(session, chunk) for session in sessions[:size]]
                 if count > 1:
                     pushes = [Work(session) for session in sessions[:size]]
-                    rows = [_pushed(engine, work, pushes, now_ns) for _ in range(2)]
-                    whole = [work, *[pushes] * (len(rows[0]) - 1)]
-                    in_a_row = _in_a_row(engine, whole * 2, now_ns)
-                    kinds.append((size, False, True, rows[1], in_a_row))
+                    alone = _pushed(engine, work, pushes, now_ns)
+                    in_a_row = _in_a_row(engine, [work, *[pushes] * (len(alone) - 1)] * 2, now_ns)
+                    kinds.append((size, False, True, alone, in_a_row))
             for size in (size for size in sizes if size <= len(sessions)):
                 work = [Work(session, chunk) for session in sessions[:size]]
                 alone = [_alone(engine, work, now_ns) for _ in range(rounds + 1)]

@@ -246,7 +246,7 @@ def measured(engine, clock):
         name="svd2-measure",
     )
     thread.start()
-    clock.run_until(lambda: not thread.is_alive())
+    clock.run_until(lambda: not thread.is_alive(), limit_s=300)
     thread.join()
     return samples
 
