@@ -20,6 +20,7 @@ from svd2_jax.engine.costs import costs
 from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.pipeline import Arrival, Pipeline
 from svd2_jax.hardware import Work
+from svd2_jax.text import counted
 
 Decoder = Literal["wan", "taehv"]
 
@@ -125,7 +126,7 @@ class Bench:
             count += 1
             return prompts.encode(f"{PROMPT}, {count}")
 
-        blocks = f"{text.num_layers} block{'s'[: text.num_layers - 1]}, on the host unless told otherwise"
+        blocks = f"{counted(text.num_layers, 'block')}, on the host unless told otherwise"
         return Part("text", run, self._costs.text, note=blocks)
 
     def encode(self) -> Part:

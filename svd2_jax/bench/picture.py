@@ -14,6 +14,7 @@ from matplotlib import pyplot
 
 from svd2_jax.bench.report import MS, Measured, Report
 from svd2_jax.bench.timing import Spread
+from svd2_jax.text import counted
 
 WIDTH, DPI = 12.0, 100  # inches
 BAR = 0.42  # inches
@@ -44,8 +45,8 @@ def draw(path: Path, report: Report) -> None:
     )  # fmt: skip
     s = report.settings
     figure.suptitle(
-        f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
-        f"{(steps := len(s.stream['timesteps']))} step{'s'[: steps - 1]}, {s.precision} on {s.device}",
+        f"{s.checkpoint}, {counted(s.blocks, 'block')}, {s.stream['width']}x{s.stream['height']}, "
+        f"{counted(len(s.stream['timesteps']), 'step')}, {s.precision} on {s.device}",
         fontsize=11,
     )
     for (title, stacks, scale), one in zip(panels, axes[: len(panels), 0], strict=True):

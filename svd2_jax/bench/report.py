@@ -11,7 +11,7 @@ from typing import Any
 from svd2_jax.bench.timing import Sample, Spread
 from svd2_jax.bench.trace import Kernel
 from svd2_jax.hardware import Hardware, Work, roofline
-from svd2_jax.text import aligned, held_in, si
+from svd2_jax.text import aligned, counted, held_in, si
 
 MS = 1e3  # milliseconds in a second
 SHOWN_KERNELS = 8  # kinds of each part; the JSON has all
@@ -164,8 +164,8 @@ def _header(report: Report) -> list[str]:
     s, ceiling = report.settings, report.ceiling
     steps = len(s.stream["timesteps"])
     return [
-        f"{s.checkpoint}, {s.blocks} block{'s'[: s.blocks - 1]}, {s.stream['width']}x{s.stream['height']}, "
-        f"{steps} step{'s'[: steps - 1]}, {s.stream['mode']}, "
+        f"{s.checkpoint}, {counted(s.blocks, 'block')}, {s.stream['width']}x{s.stream['height']}, "
+        f"{counted(steps, 'step')}, {s.stream['mode']}, "
         f"{s.precision}; {s.device}, {s.threads} CPU threads, jax {s.jax}",
         f"ceiling in this run: {si(ceiling.flops_32bit)}FLOP/s (matrix product), "
         f"{si(ceiling.memory_bandwidth)}B/s (copy)",

@@ -46,9 +46,8 @@ T = TypeVar("T")
 EXIT_FAILED = 1
 _END_BYTES = 1 << 20  # of each end of a file, to tell it from another
 MOST_STAGES = 8  # that a plan compares
-MEASURED_FRAMES = (
-    1000  # of a clip from which on measuring the stages, some 120 frames' work, is little beside it
-)
+# Of a clip, from which on measuring the stages, some 120 frames' work, is little beside it.
+MEASURED_FRAMES = 1000
 T2V_FPS = 16.0  # the rate Wan2.1 was trained at
 EIGHT_BITS = STORAGES[1:]
 DEMO_PROMPTS = ("a neon city at night", "an oil painting", "a pencil sketch")
@@ -582,7 +581,7 @@ def _open(
     engine = _engine(args, mesh, options)
     cfg, stages = spec.config, len(mesh.devices)
     _say(
-        f"opening {cfg.width}x{cfg.height}, {cfg.steps} step{'s'[: cfg.steps - 1]}, {cfg.mode}"
+        f"opening {cfg.width}x{cfg.height}, {counted(cfg.steps, 'step')}, {cfg.mode}"
         + (f", {stages} stages" if stages > 1 else "")
         + "; programs are compiled the first time only"
     )
@@ -757,7 +756,7 @@ def _live(args: argparse.Namespace) -> int:
     if len(args.prompt) > args.streams:
         count = len(args.prompt)
         raise ConfigError(
-            f"{count} prompts for {args.streams} stream{'s'[: args.streams - 1]}: --streams {count} gives each stream "
+            f"{count} prompts for {counted(args.streams, 'stream')}: --streams {count} gives each stream "
             "its own prompt; to change the prompt while it runs, give the first one and type the others"
         )
     if args.loop and args.camera:

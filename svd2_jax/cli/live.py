@@ -252,7 +252,7 @@ def _warm_up(
             s.duration_ns for s in samples if (s.steps, s.batch, s.first, s.lone) == (count, 1, False, False)
         ]
         typical = statistics.median(took) / MS
-        say(f"  {count} step{'s'[: count - 1]}: {typical:.0f} ms a tick of one stream")
+        say(f"  {counted(count, 'step')}: {typical:.0f} ms a tick of one stream")
 
 
 def _not_started(i: int, error: Exception) -> str:

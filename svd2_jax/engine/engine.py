@@ -48,7 +48,7 @@ from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.progress import working
-from svd2_jax.text import blocks_named
+from svd2_jax.text import blocks_named, counted
 from svd2_jax.types import Device
 
 
@@ -71,13 +71,12 @@ class PipelineOptions:
     share_vae: bool = False
 
     def __post_init__(self):
-        sizes = self.batch_sizes
         check_flag("share_vae", self.share_vae)
-        if isinstance(sizes, (str, bytes)) or not isinstance(sizes, Sequence):
-            raise ConfigError(f"batch_sizes must be several numbers, as in (1, 2, 4), got {sizes!r}")
+        check_several("batch_sizes", self.batch_sizes, "numbers, as in (1, 2, 4)")
+        sizes = tuple(self.batch_sizes)
         for size in sizes:
             check_whole("a batch size", size, 1)
-        object.__setattr__(self, "batch_sizes", tuple(sizes))
+        object.__setattr__(self, "batch_sizes", sizes)
         if not sizes or sizes[0] != 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
             raise ConfigError(f"batch_sizes must ascend from 1, as in (1, 2, 4), got {sizes}")
 
@@ -233,7 +232,7 @@ class DeviceEngine:
 
     def __repr__(self) -> str:
         platform, sessions = self.mesh.first.platform, len(self._open)
-        stages = f"{self.stages} stage{'s'[: self.stages - 1]}"
+        stages = counted(self.stages, "stage")
         return f"<DeviceEngine {self.model.name}: {self._dtype}, {stages} on {platform}, open sessions: {sessions}>"
 
     @property
@@ -460,7 +459,7 @@ class DeviceEngine:
         """Returns the compiled programs of a stream's stages; with `lone`, also those of ticks that compute one row."""
         key = (cfg, max(split), min(split))
         found = self._denoisers.get(key)
-        if found is None or (lone and not found.ticks.lone):
+        if found is None or (lone and found.ticks.lone is None):
             found = self._denoisers[key] = self._builder(cfg).denoiser(split, lone)
         return found
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from svd2_jax.errors import ConfigError
 from svd2_jax.stream.step import AXIS
+from svd2_jax.text import counted
 from svd2_jax.types import Device
 
 
@@ -159,7 +160,7 @@ def stage_meshes(
             else ""
         )
         raise ConfigError(
-            f"{stages} stage{'s'[: stages - 1]}{f' for each of {replicas} replicas' if replicas > 1 else ''} need "
+            f"{counted(stages, 'stage')}{f' for each of {replicas} replicas' if replicas > 1 else ''} need "
             f"{replicas * stages} devices, JAX sees {len(devices)} ({platform}){virtual}"
         )
     if stages > 1 and devices[0].platform == "gpu":

@@ -362,12 +362,11 @@ def tick_together(pipelines: Sequence[Pipeline], arrivals: Sequence[Arrival]) ->
         clean = _all_steps(program, pipelines, [line._blank_later for line in pipelines], arrivals)
         return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
     entries = [line._take_in(arrival) for line, arrival in zip(pipelines, arrivals, strict=True)]
-    lone = [line._rows.lone for line in pipelines] if lead._programs.ticks.lone else []
-    rows = [row for row in lone if row is not None]
-    if len(rows) == len(pipelines):
+    rows = [row for line in pipelines if (row := line._rows.lone) is not None]
+    if (lone := lead._programs.ticks.lone) and len(rows) == len(pipelines):
         prompts = [line._lone_prompts(row) for line, row in zip(pipelines, rows, strict=True)]
         where = [line._lone_rows(row) for line, row in zip(pipelines, rows, strict=True)]
-        clean = _run(lead._programs.ticks.lone[len(pipelines)], pipelines, prompts, entries, tuple(where))
+        clean = _run(lone[len(pipelines)], pipelines, prompts, entries, tuple(where))
         return [line._bring_out(rows) for line, rows in zip(pipelines, clean, strict=True)]
     prompts = [line._row_prompts() for line in pipelines]
     clean = _run(program, pipelines, prompts, entries)

@@ -33,6 +33,7 @@ from svd2_jax.nn.causal_conv import convolving_with_onednn
 from svd2_jax.stream import pixels, state, step
 from svd2_jax.stream.state import Entry
 from svd2_jax.stream.step import AXIS, Ring
+from svd2_jax.text import counted
 
 Program = Callable[..., Any]
 OVER = PartitionSpec(AXIS)
@@ -49,12 +50,12 @@ class TickPrograms:
       tick: for each number of streams that can share a tick, see `step.tick`: dit params, prompts, blocks of each
         stage, StreamStates*, Entries -> StreamStates, each row's clean latents.
       lone: the same with one row of each stage computed, rows int32 [W] over the stages behind the Entries; empty where
-        there is one row, or where they were not asked for.
+        there is one row. None: not asked for.
     """
 
     prompt_kv: Program
     tick: Mapping[int, Program]
-    lone: Mapping[int, Program]
+    lone: Mapping[int, Program] | None
 
 
 @dataclass(frozen=True)
@@ -230,11 +231,11 @@ class Builder:
             self._same(context),
         )
         ring, cfg = self._ring(split), self.cfg
-        several = self.batch_sizes if lone and cfg.mode == "stream" and cfg.rows > 1 else ()
+        several = self.batch_sizes if cfg.mode == "stream" and cfg.rows > 1 else ()
         return TickPrograms(
             prompt_kv,
             {n: self._later_tick(split, ring, n) for n in self.batch_sizes},
-            {n: self._later_tick(split, ring, n, lone=True) for n in several},
+            {n: self._later_tick(split, ring, n, lone=True) for n in several} if lone else None,
         )
 
     def tick_apart(self, split: Sequence[int]) -> Program:
@@ -470,7 +471,7 @@ def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Progra
 def _title(static: tuple[Callable[..., Any], tuple[Any, ...], Any]) -> str:
     """Returns what people call a program: its function, and the steps of a stream's."""
     function, bound, _ = static
-    steps = [f"{x.steps} step{'s'[: x.steps - 1]}" for x in bound if isinstance(x, StreamConfig)]
+    steps = [counted(x.steps, "step") for x in bound if isinstance(x, StreamConfig)]
     return ", ".join([function.__name__.strip("_").replace("_", " "), *steps])
 
 

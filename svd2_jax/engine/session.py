@@ -22,6 +22,7 @@ from svd2_jax.engine.pipeline import Arrival, Finished, Pipeline, tick_together
 from svd2_jax.engine.programs import EndPrograms
 from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import SessionError
+from svd2_jax.text import counted
 from svd2_jax.types import Device
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -225,7 +226,7 @@ class DeviceSession:
             return
         if not self._is_prepared(steps):
             raise SessionError(
-                f"{steps} denoising step{'s'[: steps - 1]} would have to be compiled, which holds the stream up for "
+                f"{counted(steps, 'denoising step')} would have to be compiled, which holds the stream up for "
                 f"seconds or minutes; open it with engine.open(spec, steps=({self._cfg.steps}, {steps})), or call "
                 f"engine.prepare(spec, ({self._cfg.steps}, {steps})) first, in another thread if the stream is to go on"
             )

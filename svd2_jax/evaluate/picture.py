@@ -18,6 +18,7 @@ from matplotlib import pyplot
 from svd2_jax.evaluate.measures import Likeness
 from svd2_jax.evaluate.report import CHANGED_BELOW, SETTLED_BELOW, LongStream, PromptChange, Report
 from svd2_jax.evaluate.run import Sample
+from svd2_jax.text import counted
 
 OUTPUT, TARGET, INPUT, VAE = "#1f5fbf", "#3a9d5d", "#9a9a9a", "#d9a02b"
 PANEL = (6.0, 3.6)  # inches
@@ -52,7 +53,7 @@ def _draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
     steps = len(stream["timesteps"])
     figure.suptitle(
         f"{settings.checkpoint} on {settings.clips}: {stream['width']}x{stream['height']}, "
-        f"{steps} step{'s'[: steps - 1]}, noise scale {settings.noise_scale:g}, seed {settings.seed}",
+        f"{counted(steps, 'step')}, noise scale {settings.noise_scale:g}, seed {settings.seed}",
         fontsize=11, x=0.02, y=1 - 0.12 / size[1], ha="left", va="top",
     )  # fmt: skip
     figure.text(

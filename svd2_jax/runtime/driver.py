@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -29,7 +30,7 @@ class Inbox(Protocol):
         ...
 
 
-class Driver:
+class Driver(ABC):
     """Handles messages in order of time; after each batch of them, starts what can start and shows what is due.
 
     It has no thread and no clock of its own: live, messages come from threads; in a simulation, from a heap of events.
@@ -65,13 +66,14 @@ class Driver:
         wakes = (until_ns, again_ns, self._check())
         return min((wake for wake in wakes if wake is not None), default=None)
 
+    @abstractmethod
     def _start(self, tick: Tick) -> None:
         """Hands a tick to the device, to call `free` when its stages are through, and `done` with its frames."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _show(self, shows: Sequence[Show]) -> None:
         """Takes the frames that are due."""
-        raise NotImplementedError
 
     def _check(self) -> int | None:
         """Is called after each step; returns when it wants the next one, if nothing happens before."""
+        return None

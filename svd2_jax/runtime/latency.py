@@ -17,8 +17,8 @@ import bisect
 import math
 import statistics
 from collections import deque
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -92,7 +92,7 @@ class Costs:
       tail_bound_ns: time that hardly any of these tails exceeds.
       knee: largest batch size that is worth its latency.
       best: batch size of the highest throughput.
-      lone: the same of ticks that compute one row of each stream only; None in these.
+      lone: the same of ticks that compute one row of each stream only; None where none was seen, and in these.
     """
 
     sizes: tuple[int, ...]
@@ -190,8 +190,13 @@ class LatencyModel:
         """Returns what ticks of this shape and number of steps take, as far as is known now."""
         found = self._costs.get((shape, steps))
         if found is None:
-            lone = self._predict(shape, steps, lone=True)
-            found = self._costs[shape, steps] = replace(self._predict(shape, steps), lone=lone)
+            cells = {size: Cell(shape, size, steps, False) for size in self.sizes}
+            # Where no tick of one row was seen, they take as long as others.
+            ones = {size: cell._replace(lone=True) for size, cell in cells.items()}
+            seen = {size: cell for size, cell in ones.items() if cell in self._typical}
+            margin = self.margin
+            lone = self._predict(cells | seen, margin) if seen else None
+            found = self._costs[shape, steps] = self._predict(cells, margin, lone)
         return found
 
     @property
@@ -203,15 +208,13 @@ class LatencyModel:
         seen = ordered[min(len(ordered) - 1, int(self.config.quantile * len(ordered)))]
         return 1 + min(max(seen - 1, self.config.least_margin), self.config.most_margin)
 
-    def _predict(self, shape: Hashable, steps: int, lone: bool = False) -> Costs:
-        margin, cells = self.margin, {size: Cell(shape, size, steps, False) for size in self.sizes}
-        if lone:  # where none was seen, they take as long as others
-            ones = {size: cell._replace(lone=True) for size, cell in cells.items()}
-            cells |= {size: cell for size, cell in ones.items() if cell in self._typical}
+    def _predict(self, cells: Mapping[int, Cell], margin: float, lone: Costs | None = None) -> Costs:
+        """Returns the costs of ticks of these cells, by batch size, and of their first group."""
+        first_cell = cells[1]._replace(first=True, lone=False)
         expected = {size: round(self._cell_ns(cell)) for size, cell in cells.items()}
-        first = round(self._cell_ns(Cell(shape, 1, steps, True)))
+        first = round(self._cell_ns(first_cell))
         tails = {size: self._tail_ns(cell) for size, cell in cells.items()}
-        first_tail = self._tail_ns(Cell(shape, 1, steps, True))
+        first_tail = self._tail_ns(first_cell)
         knee = self.sizes[0]
         for size in self.sizes[1:]:
             if size * expected[knee] < knee * expected[size] * (1 + self.config.knee_gain):
@@ -228,6 +231,7 @@ class LatencyModel:
             tail_bound_ns=math.ceil(max(first_tail, *tails.values()) * margin),
             knee=knee,
             best=min(self.sizes, key=lambda size: expected[size] / size),
+            lone=lone,
         )
 
     def _cell_ns(self, cell: Cell) -> float:

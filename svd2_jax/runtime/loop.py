@@ -494,7 +494,8 @@ class LiveLoop(Driver):
             finished[state.stream.id] = len(result.result())
             for frames in result.result():
                 # Before the scheduler knows of them. What only fills a chunk is left out.
-                state.pixels.update(zip(state.flight.popleft(), frames, strict=False))
+                numbers = state.flight.popleft()
+                state.pixels.update(zip(numbers, frames[: len(numbers)], strict=True))
         self._scheduler.done(finished, self.now_ns)
         self._failed_ticks = 0 if finished else self._failed_ticks + (error is not None)
         if self._failed_ticks >= self._config.failed_ticks:

@@ -18,6 +18,7 @@ from svd2_jax.errors import ConfigError
 from svd2_jax.progress import working
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.text import counted
 
 
 def shape_of(stream: StreamConfig) -> StreamConfig:
@@ -100,24 +101,21 @@ def measure(
             sessions.pop().close()
 
     for count in steps:
-        with working(f"measuring ticks of {count} step{'s'[: count - 1]}"), ExitStack() as at_end:
+        with working(f"measuring ticks of {counted(count, 'step')}"), ExitStack() as at_end:
             at_end.callback(close)
             reopen(count, sizes[-1])
             firsts = [_alone(engine, [Work(session, first)], now_ns) for session in sessions]
             kinds = []
-            for size in (size for size in sizes if size <= len(sessions)):
-                work = [Work(session, chunk) for session in sessions[:size]]
-                if count > 1:
-                    pushes = [Work(session) for session in sessions[:size]]
-                    alone = _pushed(engine, work, pushes, now_ns)
-                    in_a_row = _in_a_row(engine, [work, *[pushes] * (len(alone) - 1)] * 2, now_ns)
-                    kinds.append((size, False, True, alone, in_a_row))
-            for size in (size for size in sizes if size <= len(sessions)):
-                work = [Work(session, chunk) for session in sessions[:size]]
+            works = [[Work(session, chunk) for session in sessions[:n]] for n in sizes if n <= len(sessions)]
+            for work in works if count > 1 else ():
+                pushes = [Work(part.session) for part in work]
+                alone = _pushed(engine, work, pushes, now_ns)
+                in_a_row = _in_a_row(engine, [work, *[pushes] * (len(alone) - 1)] * 2, now_ns)
+                kinds.append((len(work), False, True, alone, in_a_row))
+            for work in works:
                 alone = [_alone(engine, work, now_ns) for _ in range(rounds + 1)]
-                kinds.append(
-                    (size, False, False, alone[1:], _in_a_row(engine, [work] * (rounds + 1), now_ns))
-                )
+                in_a_row = _in_a_row(engine, [work] * (rounds + 1), now_ns)
+                kinds.append((len(work), False, False, alone[1:], in_a_row))
             reopen(count, min(rounds + 2, sizes[-1]))
             firsts.append(_alone(engine, [Work(sessions[0], first)], now_ns))
             in_a_row = _in_a_row(engine, [[Work(session, first)] for session in sessions[1:]], now_ns)

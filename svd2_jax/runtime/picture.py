@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from svd2_jax.runtime.metrics import Metrics, Summary, Tally, Timeline
 from svd2_jax.runtime.work import MS, SECOND, Reason
-from svd2_jax.text import shortened
+from svd2_jax.text import counted, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,7 +262,7 @@ def _legend(dropped: set[str]) -> list[Any]:
 def _headline(summary: Summary, streams: int, drawn: int) -> str:
     dropped = ", ".join(f"{count} {reason}" for reason, count in summary.dropped.items())
     parts = [
-        f"{streams} stream{'s'[: streams - 1]}" + (f" (the first {drawn} drawn)" if streams > drawn else ""),
+        f"{counted(streams, 'stream')}" + (f" (the first {drawn} drawn)" if streams > drawn else ""),
         _duration(summary.span_s),
         f"{summary.frames_in} frames in",
         f"{summary.shown} in time",

@@ -50,9 +50,8 @@ CONTROL_EVERY_NS = 50 * MS  # steps are looked at no more often than this
 # So long after a frame expired the device counts as overloaded. Otherwise streams could go on for ever with frames so
 # old that each chunk needs ticks of its own to be in time, on a device that is fast enough for new ones.
 LOSSY_NS = 500 * MS
-PROBE_NS = (
-    500 * MS
-)  # so long after its last tick a device that is believed too slow for any frame is tried again
+# So long after its last tick a device that is believed too slow for any frame is tried again.
+PROBE_NS = 500 * MS
 MOST_QUEUED = 256  # input frames of one stream; fewer where its budget holds fewer
 
 

@@ -22,6 +22,7 @@ from matplotlib.ticker import NullFormatter
 from svd2_jax.runtime.work import SECOND, Fate
 from svd2_jax.simulate.simulator import Outcome
 from svd2_jax.simulate.trace import Trace
+from svd2_jax.text import counted
 
 BINS = 150  # over a trace
 COLOURS = {"deadline": "#1f5fbf", "bounded": "#2e8b57", "fifo": "#d9730d", "reference": "#7a7a7a"}
@@ -185,7 +186,7 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 
 def _streams(trace: Trace) -> str:
     count = len(trace.sources)
-    return f"{count} stream{'s'[: count - 1]}"
+    return counted(count, "stream")
 
 
 def _span(trace: Trace) -> str:

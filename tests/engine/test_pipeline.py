@@ -149,8 +149,8 @@ def counted(line):
         use(cfg)
         ticks = line._programs.ticks
         kinds = {
-            kind: {n: functools.partial(note, kind, program) for n, program in getattr(ticks, kind).items()}
-            for kind in ("tick", "lone")
+            kind: {n: functools.partial(note, kind, program) for n, program in programs.items()}
+            for kind, programs in (("tick", ticks.tick), ("lone", ticks.lone or {}))
         }
         line._programs = dataclasses.replace(line._programs, ticks=dataclasses.replace(ticks, **kinds))
 
