@@ -10,7 +10,7 @@ import numpy as np
 
 import svd2_jax
 from svd2_jax import SessionSpec
-from svd2_jax.api import Work
+from svd2_jax.api import TickInput
 
 ROUNDS, WARM = 30, 2
 
@@ -28,12 +28,12 @@ def main() -> None:
         sessions = [engines[0].open(spec), engines[1].open(spec, steps=(steps,))]
         times: list[list[float]] = [[], []]
         for engine, session in zip(engines, sessions, strict=True):
-            engine.tick([Work(session, frames)]).wait()
+            engine.tick([TickInput(session, frames)]).wait()
         for _ in range(ROUNDS):
             for engine, session, taken in zip(engines, sessions, times, strict=True):
                 began = time.perf_counter()
                 for step in range(steps):
-                    engine.tick([Work(session, None if step else frames[: cfg.chunk_frames])]).wait()
+                    engine.tick([TickInput(session, None if step else frames[: cfg.chunk_frames])]).wait()
                 taken.append(time.perf_counter() - began)
         whole, one = (1000 * statistics.median(taken[WARM:]) for taken in times)
         print(

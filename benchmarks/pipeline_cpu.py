@@ -49,7 +49,7 @@ def work(port: str, process: str, count: str, split_text: str) -> None:
     from svd2_jax.engine import cluster, params
     from svd2_jax.engine.mesh import stage_meshes
     from svd2_jax.engine.params import StageWeights
-    from svd2_jax.engine.pipeline import Arrival, Pipeline
+    from svd2_jax.engine.pipeline import Pipeline, PipelineInput
     from svd2_jax.engine.programs import Builder
 
     sizes = DiTConfig(
@@ -78,7 +78,7 @@ def work(port: str, process: str, count: str, split_text: str) -> None:
             """Returns the milliseconds of a tick; reads a result one tick behind, as a session does."""
             started, before = time.perf_counter(), None
             for _ in range(ticks):
-                line.tick(Arrival(noisy, line.first_timestep, again))
+                line.tick(PipelineInput(noisy, line.first_timestep, again))
                 clean = line.own(line.came_back[-1])
                 if before is not None:
                     before.block_until_ready()

@@ -5,7 +5,7 @@ Reads one JSON object a line from standard input and answers each with one on st
   {"do": "make", "folder": F, "model": SIZES}   writes random weights in the layouts that are published
   {"do": "load", "folder": F, "model": SIZES, "stream": SETTINGS, "dtype": D, "threads": N, "inputs": NPZ,
    "device": "cpu" or "cuda", "noise_scale": X}
-  {"do": "prepare", "part": P, "times": N}      P is one of the keys of PARTS; starts a new stream
+  {"do": "prepare", "part": P, "times": N}      P is one of the keys of BENCHMARKS; starts a new stream
   {"do": "sample"}                              runs the part N times: {"seconds": S}, each time
   {"do": "result", "file": NPY}                 writes what it gave last, laid out like svd2's
 
@@ -299,7 +299,7 @@ class Stream:
         return run, None
 
 
-PARTS = {
+BENCHMARKS = {
     "encode": Stream.encode_part,
     "tick": Stream.tick_part,
     "decode-wan": lambda stream: stream.decode_part("wan"),
@@ -316,7 +316,7 @@ class Worker:
 
     def load(self, **request) -> dict:
         self.stream = Stream(**request)
-        return {"parts": list(PARTS), "torch": torch.__version__}
+        return {"parts": list(BENCHMARKS), "torch": torch.__version__}
 
     def wait(self) -> None:
         if self.stream.device == "cuda":
@@ -324,7 +324,7 @@ class Worker:
 
     def prepare(self, part: str, times: int) -> dict:
         self.times = times
-        self.run, self.layout = PARTS[part](self.stream)
+        self.run, self.layout = BENCHMARKS[part](self.stream)
         return {}
 
     def sample(self) -> dict:

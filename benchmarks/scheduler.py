@@ -12,7 +12,7 @@ import time
 from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.scheduler import Scheduler
-from svd2_jax.runtime.work import MS, SECOND, FrameRecord, StreamSettings, Tick
+from svd2_jax.runtime.types import MS, SECOND, FrameRecord, StreamSettings, Tick
 
 STREAMS, SECONDS = 64, 20
 START_S = 4  # 64 first groups at once; not counted
@@ -33,7 +33,7 @@ def run(settings: StreamSettings, fixed_ms: float, row_ms: float) -> tuple[list[
     takes_ns = {
         (size, steps): round((fixed_ms + row_ms * size * steps) * MS)
         for size in SIZES
-        for steps in range(settings.floor_steps, settings.steps + 1)
+        for steps in range(settings.min_steps, settings.steps + 1)
     }
     for (size, steps), took in takes_ns.items():
         scheduler.warm_up(LatencySample(settings.shape, size, steps, took))
@@ -89,9 +89,9 @@ def main() -> None:
     print(f"{STREAMS} streams, batches of {SIZES}; CPU time in arrive + next + done + shows, ms per tick")
     cases = {
         "16 FPS, 2 steps": (StreamSettings(16, 900), 4, 1),
-        "16 FPS, 4 steps": (StreamSettings(16, 1800, steps=4, floor_steps=4), 4, 0.5),
+        "16 FPS, 4 steps": (StreamSettings(16, 1800, steps=4, min_steps=4), 4, 0.5),
         "16 FPS, 1 step of 2, overloaded twice": (StreamSettings(16, 900), 8, 5.8),
-        "16 FPS, 3 steps, overloaded twice": (StreamSettings(16, 2500, steps=3, floor_steps=3), 8, 1.9),
+        "16 FPS, 3 steps, overloaded twice": (StreamSettings(16, 2500, steps=3, min_steps=3), 8, 1.9),
     }
     for name, case in cases.items():
         runs = [run(*case) for _ in range(RUNS)]

@@ -36,7 +36,7 @@ SIZES = (
     ("1.3B, 2 blocks, small", "wan-1.3b", 2, 64, 96),
     ("1.3B, 4 blocks", "wan-1.3b", 4, 96, 160),
 )
-PARTS = ("encode", "tick", "decode-wan", "decode-taehv", "stream")
+BENCHMARKS = ("encode", "tick", "decode-wan", "decode-taehv", "stream")
 GOALS = {"encode": 1.0, "tick": 1.0, "decode-wan": 1.0, "stream": 1.3}
 HEAD = """\
 # Side by side with the reference
@@ -114,7 +114,7 @@ def measured(reference: Path, dtype: str, repeats: int, model: str, blocks: int 
             sys.executable, "-c", MAIN, "bench", "--restart", "--checkpoint", f"random:{model}", "--dtype", dtype,
             "--height", str(size[0]), "--width", str(size[1]), "--repeats", str(repeats), "--json", str(report),
             "--against", "reference", "--reference", str(reference.absolute()),
-            *(f"--blocks={blocks}" for _ in range(1) if blocks), *(f"--part={part}" for part in PARTS),
+            *(f"--blocks={blocks}" for _ in range(1) if blocks), *(f"--part={part}" for part in BENCHMARKS),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -159,15 +159,15 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     width = 0.8 / max(1, len(results))
     for i, (key, report) in enumerate(results.items()):
         ratios = {part["name"]: part["ratio"] for part in report["parts"] if "ratio" in part}
-        at = [PARTS.index(name) + (i - (len(results) - 1) / 2) * width for name in ratios]
+        at = [BENCHMARKS.index(name) + (i - (len(results) - 1) / 2) * width for name in ratios]
         middle = [ratio["median"] for ratio in ratios.values()]
         spread = [[m - r["least"], r["most"] - m] for m, r in zip(middle, ratios.values(), strict=True)]
         axes.bar(at, middle, width, label=key)
         axes.errorbar(at, middle, list(zip(*spread, strict=True)), fmt="none", ecolor="black", elinewidth=0.8)
-    for i, part in enumerate(PARTS):
+    for i, part in enumerate(BENCHMARKS):
         if part in GOALS:
             axes.hlines(GOALS[part], i - 0.45, i + 0.45, color="red", linewidth=1.2)
-    axes.set_xticks(range(len(PARTS)), PARTS)
+    axes.set_xticks(range(len(BENCHMARKS)), BENCHMARKS)
     axes.set_ylabel("times as fast as the reference")
     axes.set_title("ours against the PyTorch implementation; red: the goal")
     figure.legend(loc="outside right upper", fontsize=8)

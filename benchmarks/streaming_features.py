@@ -558,7 +558,7 @@ def steps(count: int, mode: str = "stream") -> Mapping[str, Any]:
     return {"timesteps": V2V_TIMESTEPS[:count], "mode": mode}
 
 
-PARTS: dict[str, Comparison | ChangeOfPrompt | LongStreams] = {
+BENCHMARKS: dict[str, Comparison | ChangeOfPrompt | LongStreams] = {
     "sinks": Comparison(
         "Anchors in the cache",
         "Of the six latent frames in the cache none are anchors, or three are: the stream's first ones for good, or "
@@ -678,7 +678,7 @@ def document(results: Mapping[str, Any], name: str) -> str:
         "",
         f"Weights {results['weights']}; {results['machine']}.",
     ]
-    for part in (part for part in PARTS if part in results["parts"]):
+    for part in (part for part in BENCHMARKS if part in results["parts"]):
         found = results["parts"][part]
         on = found["options"]
         if "minutes" in on:
@@ -686,8 +686,8 @@ def document(results: Mapping[str, Any], name: str) -> str:
         else:
             names = ", ".join(map(str, on["scenes"]))
             where = f"Scenes {names}; {', '.join(on['looks'])}; clips of {on['frames']} frames."
-        lines += ["", f"## {PARTS[part].title}", "", PARTS[part].text, where]
-        lines += [*PARTS[part].table(found), "", f"![{PARTS[part].title}]({name}_{part}.png)"]
+        lines += ["", f"## {BENCHMARKS[part].title}", "", BENCHMARKS[part].text, where]
+        lines += [*BENCHMARKS[part].table(found), "", f"![{BENCHMARKS[part].title}]({name}_{part}.png)"]
     return "\n".join(lines) + "\n"
 
 
@@ -778,7 +778,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", default=shipped.TINY, metavar="FOLDER", help="(default %(default)s)")
-    parser.add_argument("--only", action="append", default=[], choices=tuple(PARTS), metavar="PART",
+    parser.add_argument("--only", action="append", default=[], choices=tuple(BENCHMARKS), metavar="PART",
                         help="measure this part, again if it was; may be given several times")  # fmt: skip
     parser.add_argument("--look", action="append", default=[], metavar="NAME",
                         help=f"may be given several times (default: {', '.join(LOOK_NAMES)})")  # fmt: skip
@@ -812,7 +812,7 @@ def measure(args: argparse.Namespace) -> None:
     looks, numbers = tuple(dict.fromkeys(args.look)) or LOOK_NAMES, tuple(dict.fromkeys(args.scene)) or SCENES
     options = Options(digest(folder), looks, numbers, args.frames, args.seed)
     options.check()
-    paths = {name: args.out.with_name(f"{args.out.name}_{name}.png") for name in PARTS}
+    paths = {name: args.out.with_name(f"{args.out.name}_{name}.png") for name in BENCHMARKS}
     target, text = (args.out.with_name(args.out.name + suffix) for suffix in (".json", ".md"))
     for path in (target, text, *paths.values()):
         files.check_target(path)
@@ -824,7 +824,7 @@ def measure(args: argparse.Namespace) -> None:
 
     parts = read_results(target, options.weights)
     wanted = args.only or [
-        p for p in PARTS if parts.get(p, {}).get("options") != on(p) or not paths[p].exists()
+        p for p in BENCHMARKS if parts.get(p, {}).get("options") != on(p) or not paths[p].exists()
     ]
     if not wanted:
         print(f"{target}: holds all parts already; --only PART measures one again")
@@ -837,16 +837,19 @@ def measure(args: argparse.Namespace) -> None:
     engine = DeviceEngine.from_checkpoint(folder)
     bench = Bench(engine, engine.stream_config(), options, args.minutes, args.fps)
     machine = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, JAX {jax.__version__}"
-    for part in (p for p in PARTS if p in wanted):
+    for part in (p for p in BENCHMARKS if p in wanted):
         progress = functools.partial(_bar, part, args.no_progress)
-        found = {"options": on(part), **PARTS[part].measure(bench, paths[part], progress)}
+        found = {"options": on(part), **BENCHMARKS[part].measure(bench, paths[part], progress)}
         parts = {**parts, part: json.loads(json.dumps(plain(found)))}
         results = {"weights": options.weights, "machine": machine, "parts": parts}
         files.write_json(target, results, allow_nan=False)
         page = document(results, args.out.name)
         files.write_whole(text, lambda path, page=page: path.write_text(page))
-        print("\n".join([f"{part}: {PARTS[part].title}", *PARTS[part].table(parts[part]), ""]), flush=True)
-    print(f"{text}: {len(parts)} of {len(PARTS)} parts")
+        print(
+            "\n".join([f"{part}: {BENCHMARKS[part].title}", *BENCHMARKS[part].table(parts[part]), ""]),
+            flush=True,
+        )
+    print(f"{text}: {len(parts)} of {len(BENCHMARKS)} parts")
 
 
 def _bar(part: str, disable: bool, total: int) -> tqdm:

@@ -23,7 +23,7 @@ from svd2_jax.config import StreamConfig, VAEConfig, preset
 from svd2_jax.engine.costs import costs
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
 from svd2_jax.engine.params import EngineParams, StageWeights, random_items
-from svd2_jax.engine.programs import Builder, EndPrograms
+from svd2_jax.engine.programs import Builder, CodecPrograms
 from svd2_jax.engine.shared_vae import sharing_devices
 from svd2_jax.hardware import hardware
 from svd2_jax.text import aligned
@@ -63,7 +63,7 @@ def predicted() -> None:
         print(f"{name} over {count} devices: each sends {part.sent / 1e6:.1f} MB a chunk")
 
 
-def encoder(ends: EndPrograms, params: EngineParams, mesh: StageMesh) -> Callable[[], Any]:
+def encoder(ends: CodecPrograms, params: EngineParams, mesh: StageMesh) -> Callable[[], Any]:
     """Returns a call that encodes the next chunk, its state donated."""
     first, noise = (
         jax.device_put(np.zeros((count, *SMALL.latent_size, 16), np.float32), mesh.first)
@@ -86,7 +86,7 @@ def encoder(ends: EndPrograms, params: EngineParams, mesh: StageMesh) -> Callabl
     return run
 
 
-def decoder(ends: EndPrograms, params: EngineParams, mesh: StageMesh) -> Callable[[], Any]:
+def decoder(ends: CodecPrograms, params: EngineParams, mesh: StageMesh) -> Callable[[], Any]:
     """Returns a call that decodes the next chunk, its state donated."""
     first, latents = (
         jax.device_put(np.zeros((count, *SMALL.latent_size, 16), np.float32), mesh.last)

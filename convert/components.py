@@ -71,7 +71,7 @@ COMPONENTS: Mapping[str, Component] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class FoundComponent:
     """A component found in a source: its sizes, the leaves of its items, and what is wrong with it."""
 
     config: Any
@@ -79,7 +79,7 @@ class Part:
     problems: list[str]
 
 
-def recognise(name: str, source: Source, settings: Mapping[str, Any]) -> Part:
+def recognise(name: str, source: Source, settings: Mapping[str, Any]) -> FoundComponent:
     """Returns what a source holds of a component, by its name in COMPONENTS.
 
     Raises ConversionError if it is not that component at all; lesser problems are listed in the result.
@@ -100,7 +100,7 @@ def recognise(name: str, source: Source, settings: Mapping[str, Any]) -> Part:
         ) from None
     table = best_table(component.tables(config), names)
     items, problems = audit(source.label, table, tensors, component.expected(config))
-    return Part(config, items, problems)
+    return FoundComponent(config, items, problems)
 
 
 def is_like(name: str, source: Source) -> bool:

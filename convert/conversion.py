@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from convert.components import COMPONENTS, Part, model_config, recognise
+from convert.components import COMPONENTS, FoundComponent, model_config, recognise
 from convert.inputs import Problems, open_inputs, open_writer
 from convert.rules import Leaf
 from convert.source import Source, Tensor, sha256
@@ -94,7 +94,7 @@ def convert_checkpoint(
     return writer.path
 
 
-def _notes(parts: Mapping[str, Part], paths: Mapping[str, Path], tokenizer: bool) -> Iterator[str]:
+def _notes(parts: Mapping[str, FoundComponent], paths: Mapping[str, Path], tokenizer: bool) -> Iterator[str]:
     """Says, before hours of work, what `svd2 run` will miss in this checkpoint."""
     for name in ("dit", "vae", "text"):
         if name not in parts:
@@ -109,7 +109,7 @@ def _notes(parts: Mapping[str, Part], paths: Mapping[str, Path], tokenizer: bool
         yield "without --generator the base transformer is converted, which was not distilled to few steps"
 
 
-def _recognise_all(sources: Mapping[str, Source], settings: Mapping[str, Any]) -> dict[str, Part]:
+def _recognise_all(sources: Mapping[str, Source], settings: Mapping[str, Any]) -> dict[str, FoundComponent]:
     """Returns every part; raises one ConversionError that lists the problems of all of them."""
     unlike = Problems()
     parts = {
@@ -129,7 +129,7 @@ def _write(
     writer: CheckpointWriter,
     model: ModelConfig,
     sources: Mapping[str, Source],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, FoundComponent],
     dtype: str,
     tokenizer_files: Mapping[str, Path],
     progress: bool,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from svd2_jax import files
+from svd2_jax.bench.benchmarks import Bench
 from svd2_jax.bench.ceiling import measured
-from svd2_jax.bench.parts import Bench
 from svd2_jax.bench.report import Report, text
 from svd2_jax.bench.run import measure, settings
 from svd2_jax.config import StreamConfig, preset
@@ -47,7 +47,7 @@ class Job:
       height: pixels.
       width: pixels.
       steps: denoising steps.
-      part: of `bench.parts.PARTS`, or "stream-taehv", a stream with the small decoder.
+      part: of `bench.benchmarks.BENCHMARKS`, or "stream-taehv", a stream with the small decoder.
     """
 
     model: str

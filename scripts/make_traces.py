@@ -46,7 +46,7 @@ def traces() -> list[Trace]:
             FOR_MANY,
             (
                 dataclasses.replace(
-                    camera, rate_hz=11.75, count=8, stagger_s=0.13, floor_steps=2, budget_ms=1200
+                    camera, rate_hz=11.75, count=8, stagger_s=0.13, min_steps=2, budget_ms=1200
                 ),
             ),
         ),
@@ -92,7 +92,7 @@ def traces() -> list[Trace]:
             150, dataclasses.replace(FOR_MANY, speed=((50.0, 0.6), (100.0, 1.0))),
             (
                 dataclasses.replace(
-                    fast, count=2, stagger_s=0.2, steps=4, floor_steps=2, stages=2, budget_ms=1600
+                    fast, count=2, stagger_s=0.2, steps=4, min_steps=2, stages=2, budget_ms=1600
                 ),
             ),
         ),
@@ -100,7 +100,7 @@ def traces() -> list[Trace]:
             "overlap",
             "One camera at 30 on two stages, three quarters busy; decoding behind them takes two fifths of a tick.",
             120, DeviceTrace(fixed_ms=100, row_ms=0, outlier_share=OUTLIERS, tail_ms=40),
-            (dataclasses.replace(fast, floor_steps=2, stages=2, budget_ms=900),),
+            (dataclasses.replace(fast, min_steps=2, stages=2, budget_ms=900),),
         ),
         Trace(
             "come_and_go", "One to eight streams join and leave; most end, some are closed with frames under way.",
@@ -127,7 +127,7 @@ def traces() -> list[Trace]:
             dataclasses.replace(
                 FOR_SEVERAL, fixed_ms=40, row_ms=10, speed=((20.0, 0.15), (40.0, 1.0), (60.0, 0.1), (80.0, 1.0))
             ),
-            (dataclasses.replace(camera, floor_steps=2),),
+            (dataclasses.replace(camera, min_steps=2),),
         ),
         Trace(
             "hour", "One camera at 30 for an hour; its clock runs 100 ppm fast, a third of a second in all.", 3600,

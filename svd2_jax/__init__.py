@@ -29,7 +29,7 @@ from svd2_jax.errors import (
     Svd2Error,
 )
 from svd2_jax.runtime.stream import WhenSlow
-from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.runtime.types import StreamSettings
 from svd2_jax.service import LiveService
 
 if TYPE_CHECKING:

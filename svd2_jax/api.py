@@ -169,7 +169,7 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
-class Work:
+class TickInput:
     """One stream's part of a tick.
 
     Attributes:
@@ -239,7 +239,7 @@ class Engine(Protocol):
         """Encodes a prompt, so that a later `set_prompt` does not make its stream wait."""
         ...
 
-    def tick(self, work: Sequence[Work]) -> Ticket:
+    def tick(self, work: Sequence[TickInput]) -> Ticket:
         """Hands one tick of several streams to the device, and does not wait for it.
 
         Streams of the same shape and number of steps share their work, a batch size of them at once; the others

@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True, order=True)
-class Work:
+class Cost:
     """What a computation costs; the sum of two is the cost of both.
 
     Attributes:
@@ -29,11 +29,11 @@ class Work:
     bytes: int = 0
     sent: int = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.flops + other.flops, self.bytes + other.bytes, self.sent + other.sent)
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.sent + other.sent)
 
-    def __mul__(self, times: int) -> Work:
-        return Work(self.flops * times, self.bytes * times, self.sent * times)
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.bytes * times, self.sent * times)
 
     __rmul__ = __mul__
 
@@ -141,7 +141,7 @@ class Roofline:
     bound: Literal["compute", "memory", "link"]
 
 
-def roofline(work: Work, device: Hardware, dtype_bits: int) -> Roofline:
+def roofline(work: Cost, device: Hardware, dtype_bits: int) -> Roofline:
     """Returns the least time that `work` on numbers of 16 or 32 bits takes on a device."""
     arithmetic = work.flops / device.peak_flops(dtype_bits)
     traffic = work.bytes / device.memory_bandwidth

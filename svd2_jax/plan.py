@@ -1,7 +1,7 @@
 """Works out, without weights or devices, what a stream needs and how fast it can be at best.
 
 Shapes are traced, not computed: memory follows from what each device of the pipeline holds, time from the
-arithmetic and the memory traffic of what it runs (`engine.work`) and from what the hardware can do at most
+arithmetic and the memory traffic of what it runs (`engine.count_flops`) and from what the hardware can do at most
 (`hardware`). Real programs are slower; a plan tells which number of devices is too small, not which one is enough.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from svd2_jax.config import ModelConfig, StreamConfig
-from svd2_jax.engine.costs import Costs, costs
+from svd2_jax.engine.costs import CostModel, costs
 from svd2_jax.engine.engine import checked_split
 from svd2_jax.engine.memory import LARGEST_SHARE, StageMemory, Temporaries, stage_memory
 from svd2_jax.engine.policy import checked_dtype
 from svd2_jax.engine.shared_vae import sharing_devices
 from svd2_jax.errors import ConfigError
-from svd2_jax.hardware import GIB, Hardware, Work, roofline
+from svd2_jax.hardware import GIB, Cost, Hardware, roofline
 from svd2_jax.text import aligned, held_in, si
 
 STAGE_COUNTS = (1, 2, 3, 4, 8)  # compared in every plan
@@ -34,7 +34,7 @@ FindTemporaries = Callable[[tuple[int, ...]], Temporaries]
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanItem:
     """Something a device computes for every chunk.
 
     Attributes:
@@ -46,7 +46,7 @@ class Part:
     """
 
     name: str
-    work: Work
+    work: Cost
     seconds: float
     bound: str
 
@@ -62,7 +62,7 @@ class DevicePlan(StageMemory):
     """
 
     temporaries: int | None
-    parts: tuple[Part, ...]
+    parts: tuple[PlanItem, ...]
 
     @property
     def total(self) -> int:
@@ -176,7 +176,7 @@ def plan(
         raise ConfigError(f"stages must be 1 to {layers}, the blocks of {model.name}; got {stages}")
     checked_split(split, layers, stages)
 
-    def cost_of(stages: int) -> Costs:
+    def cost_of(stages: int) -> CostModel:
         return costs(model, stream, compute, sharing_devices(stream, stages) if share_vae else 1)
 
     cost = cost_of(stages)
@@ -234,27 +234,27 @@ def _hop_seconds(size: int, hardware: Hardware, stages: int) -> float:
     return size / hardware.link_bandwidth if stages > 1 else 0.0
 
 
-def _seconds(costs: Costs, hardware: Hardware, work: Work) -> float:
+def _seconds(costs: CostModel, hardware: Hardware, work: Cost) -> float:
     return roofline(work, hardware, 8 * costs.dtype.itemsize).seconds
 
 
 def _devices(
-    costs: Costs, hardware: Hardware, split: tuple[int, ...], temporaries: Temporaries | None
+    costs: CostModel, hardware: Hardware, split: tuple[int, ...], temporaries: Temporaries | None
 ) -> tuple[DevicePlan, ...]:
     work, passes, stages, sharing = costs.chunk, _passes(costs.cfg), len(split), costs.vae_devices
     devices = []
     for i, memory in enumerate(stage_memory(costs.model, costs.cfg, costs.dtype, split, sharing)):
         works = {
-            "encode": work.encode if i < sharing else Work(),
-            "timesteps": passes * work.condition if i == 0 else Work(),
+            "encode": work.encode if i < sharing else Cost(),
+            "timesteps": passes * work.condition if i == 0 else Cost(),
             "blocks": passes * (memory.blocks * work.block + work.ends),
-            "decode": work.decode if i >= stages - sharing else Work(),
+            "decode": work.decode if i >= stages - sharing else Cost(),
         }
         parts = []
         for name, cost in works.items():
-            if cost != Work():
+            if cost != Cost():
                 least = roofline(cost, hardware, 8 * costs.dtype.itemsize)
-                parts.append(Part(name, cost, least.seconds, least.bound))
+                parts.append(PlanItem(name, cost, least.seconds, least.bound))
         devices.append(
             DevicePlan(
                 **dataclasses.asdict(memory),
@@ -265,7 +265,7 @@ def _devices(
     return tuple(devices)
 
 
-def _bounds(costs: Costs, hardware: Hardware, devices: tuple[DevicePlan, ...]) -> Bounds:
+def _bounds(costs: CostModel, hardware: Hardware, devices: tuple[DevicePlan, ...]) -> Bounds:
     stream, stages, passes = costs.cfg, len(devices), _passes(costs.cfg)
     hop = _hop_seconds(costs.sizes.message, hardware, stages)
     chunk = max(device.seconds for device in devices) + passes * hop
@@ -296,7 +296,7 @@ def _bounds(costs: Costs, hardware: Hardware, devices: tuple[DevicePlan, ...]) -
     )
 
 
-def _first_frame_seconds(costs: Costs, hardware: Hardware, split: tuple[int, ...]) -> float:
+def _first_frame_seconds(costs: CostModel, hardware: Hardware, split: tuple[int, ...]) -> float:
     """Returns the time of the first group: all steps one after another, each through all stages, no overlap."""
     seconds, work = functools.partial(_seconds, costs, hardware), costs.first_group
     step = seconds(work.condition) + sum(seconds(blocks * work.block + work.ends) for blocks in split)

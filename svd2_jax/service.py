@@ -31,7 +31,7 @@ from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
 from svd2_jax.runtime.stream import Sink, Source, Stream, feed
-from svd2_jax.runtime.work import Event, StreamSettings
+from svd2_jax.runtime.types import Event, StreamSettings
 
 SOURCE_S = 0.2  # how long `stop` waits at least for a source to give up
 

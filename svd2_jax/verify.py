@@ -31,7 +31,7 @@ from svd2_jax.engine import balance
 from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.mesh import stage_meshes
 from svd2_jax.engine.noise import RecordedNoise
-from svd2_jax.engine.pipeline import Arrival, Pipeline
+from svd2_jax.engine.pipeline import Pipeline, PipelineInput
 from svd2_jax.engine.policy import checked_dtype, matmul_precision
 from svd2_jax.errors import ConfigError, Svd2Error
 from svd2_jax.models import taehv, vae
@@ -76,7 +76,7 @@ _UNREADABLE = (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GoldenResult:
     """Result of one golden file.
 
     Attributes:
@@ -157,7 +157,7 @@ def verify(
     stages: int = 1,
     weight_dtype: Storage | None = None,
     cache_dtype: Storage | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[GoldenResult]:
     """Converts the weights in a golden folder and yields the outcome of every golden file in it.
 
     Args:
@@ -206,7 +206,7 @@ def _convert(folder: Path, scratch: Path, dtype: str) -> Path:
     )
 
 
-def _run(engine: DeviceEngine, file: Path, cache_dtype: Storage) -> Outcome:
+def _run(engine: DeviceEngine, file: Path, cache_dtype: Storage) -> GoldenResult:
     started, check = time.monotonic(), _Check(cache_dtype)
     kind, function = _kind(file)
     try:
@@ -216,7 +216,9 @@ def _run(engine: DeviceEngine, file: Path, cache_dtype: Storage) -> Outcome:
     reasons = (engine.dtype.name, f"weights {engine.model.dit.weight_dtype}", f"cache {cache_dtype}")
     tolerance = sum(TOLERANCES.get(kind, {}).get(reason, 0.0) for reason in reasons)
     seconds = time.monotonic() - started
-    return Outcome(file.stem, check.error, tolerance, tuple(check.problems), seconds, check.relative_error)
+    return GoldenResult(
+        file.stem, check.error, tolerance, tuple(check.problems), seconds, check.relative_error
+    )
 
 
 def _kind(file: Path) -> tuple[str, Callable[[DeviceEngine, _Check, Path], None]]:
@@ -443,7 +445,7 @@ def _check_latent_stream(engine: DeviceEngine, check: _Check, file: Path) -> Non
             check.equal(start, g["start_frame"][tick - 1], f"tick {tick}: start frame")
         timestep = timesteps[tick - 1] if fresh and g["step0"][tick - 1] >= 0 else pipeline.first_timestep
         noisy, again = source.chunk(pipeline.entering(fresh))
-        pipeline.tick(Arrival(noisy, timestep, again, fresh))
+        pipeline.tick(PipelineInput(noisy, timestep, again, fresh))
         clean = pipeline.mesh.part(pipeline.came_back, -1)
         held = held.enter(tick if fresh else None)
         seen.note(pipeline, held)
@@ -560,7 +562,7 @@ _KINDS: tuple[tuple[str, str, Callable[[DeviceEngine, _Check, Path], None]], ...
 )
 
 
-def report(outcomes: list[Outcome], dtype: str) -> dict[str, Any]:
+def report(outcomes: list[GoldenResult], dtype: str) -> dict[str, Any]:
     """Returns the outcomes with what they were computed on, as plain values for JSON."""
     device = jax.devices()[0]
     return {

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from svd2_jax.api import SessionSpec, Work
+from svd2_jax.api import SessionSpec, TickInput
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import SessionError
 from svd2_jax.rows import InFlight, Rows
-from svd2_jax.runtime.work import MS, SECOND
+from svd2_jax.runtime.types import MS, SECOND
 
 SMALL = StreamConfig(height=16, width=16)
 NEVER_NS = 10**18
@@ -294,7 +294,7 @@ class FakeEngine:
             raise self.prompt_error
         self.prepared_prompts.add(prompt)
 
-    def tick(self, work: Sequence[Work]) -> FakeTicket:
+    def tick(self, work: Sequence[TickInput]) -> FakeTicket:
         sessions = [part.session for part in work if isinstance(part.session, FakeSession)]
         assert len(sessions) == len(work)
         assert len({session.steps for session in sessions}) == 1, "one tick has one number of steps"

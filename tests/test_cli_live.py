@@ -35,7 +35,7 @@ def live(clip, *options):
         (["--fps", "0"], "--fps must be above 0"),
         (["--fps", "nan"], "--fps must be above 0"),
         (["--budget", "0"], "budget_ms must be a number above 0"),
-        (["--floor-steps", "3"], "floor_steps must be 1 to steps=2, got 3"),
+        (["--min-steps", "3"], "min_steps must be 1 to steps=2, got 3"),
         (["--config", "configs/v2v_low_latency.yaml"], "use --budget instead"),
         (["--config", "configs/t2v.yaml"], "settings for the task 't2v'"),
         (["--metrics", "nowhere/out.jsonl"], "the folder nowhere does not exist"),

@@ -3,7 +3,7 @@
 import pytest
 
 from svd2_jax.errors import ConfigError
-from svd2_jax.hardware import HARDWARE, Hardware, Work, hardware, hardware_of_device, roofline
+from svd2_jax.hardware import HARDWARE, Cost, Hardware, hardware, hardware_of_device, roofline
 
 TOY = Hardware(
     "toy", 1000, memory_bandwidth=10, flops_16bit=200, flops_32bit=50, link_bandwidth=1, source="made up"
@@ -11,20 +11,20 @@ TOY = Hardware(
 
 
 def test_work_is_summed_and_repeated():
-    assert Work(1, 2) + Work(3, 4) == Work(4, 6)
-    assert 3 * Work(1, 2) == Work(1, 2) * 3 == Work(3, 6)
-    assert 2 * (Work(sent=3) + Work(1)) == Work(2, 0, 6)
+    assert Cost(1, 2) + Cost(3, 4) == Cost(4, 6)
+    assert 3 * Cost(1, 2) == Cost(1, 2) * 3 == Cost(3, 6)
+    assert 2 * (Cost(sent=3) + Cost(1)) == Cost(2, 0, 6)
 
 
 @pytest.mark.parametrize(
     ("work", "bits", "seconds", "bound"),
     [
-        (Work(400, 10), 16, 2.0, "compute"),
-        (Work(400, 10), 32, 8.0, "compute"),
-        (Work(400, 50), 16, 5.0, "memory"),
-        (Work(400, 50, 4), 16, 5.0, "memory"),
-        (Work(400, 50, 6), 16, 6.0, "link"),
-        (Work(), 16, 0.0, "compute"),
+        (Cost(400, 10), 16, 2.0, "compute"),
+        (Cost(400, 10), 32, 8.0, "compute"),
+        (Cost(400, 50), 16, 5.0, "memory"),
+        (Cost(400, 50, 4), 16, 5.0, "memory"),
+        (Cost(400, 50, 6), 16, 6.0, "link"),
+        (Cost(), 16, 0.0, "compute"),
     ],
 )
 def test_the_slowest_of_arithmetic_and_traffic_binds(work, bits, seconds, bound):
@@ -34,7 +34,7 @@ def test_the_slowest_of_arithmetic_and_traffic_binds(work, bits, seconds, bound)
 
 def test_numbers_of_eight_bits_are_refused():
     with pytest.raises(ConfigError, match="16 or 32 bits, got 8"):
-        roofline(Work(1, 1), TOY, 8)
+        roofline(Cost(1, 1), TOY, 8)
 
 
 def test_a_name_finds_its_entry_and_an_unknown_one_lists_the_known():

@@ -27,7 +27,7 @@ from svd2_jax.media import sources
 from svd2_jax.media.sinks import VideoSink
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
-from svd2_jax.runtime.work import Fate, FrameRecord, PromptRecord, StreamSettings
+from svd2_jax.runtime.types import Fate, FrameRecord, PromptRecord, StreamSettings
 
 HEIGHT, WIDTH = SMALL.height, SMALL.width
 FAST = 200.0  # frames per second: a test need not last as long as a video

@@ -13,7 +13,7 @@ from svd2_jax.errors import ConfigError, SessionError, Svd2Error
 from svd2_jax.runtime.loop import LoopConfig
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
 from svd2_jax.runtime.stream import Life
-from svd2_jax.runtime.work import Fate, StreamSettings
+from svd2_jax.runtime.types import Fate, StreamSettings
 from svd2_jax.service import LiveService
 
 LIVE = StreamSettings(rate_hz=16, budget_ms=1000)
@@ -197,7 +197,7 @@ def test_a_file_that_is_slow_ends_its_stream_and_its_frames_are_accounted_for():
 def test_noise_scale_and_steps_change_at_the_next_chunk_and_nothing_is_lost():
     taken = []
     with serving() as (service, clock, _):
-        settings = StreamSettings(rate_hz=16, budget_ms=2000, steps=2, floor_steps=2)
+        settings = StreamSettings(rate_hz=16, budget_ms=2000, steps=2, min_steps=2)
         sink = lambda frame, record: taken.append((frame, record))  # noqa: E731
         stream = service.open(spec(), settings, sink, camera(clock, 81), steps=(1, 2, 3))
         clock.run(1.5)
@@ -226,7 +226,7 @@ def test_noise_scale_and_steps_change_at_the_next_chunk_and_nothing_is_lost():
         ({"noise_scale": 0.0}, r"noise_scale must be in \(0, 1\]"),
         ({"noise_scale": "much"}, "noise_scale must be a number"),
         ({"steps": 4}, r"was opened for 1, 2 denoising steps, and 1 to 4 are asked for: name them"),
-        ({"min_steps": 3}, "floor_steps must be 1 to steps=2, got 3"),
+        ({"min_steps": 3}, "min_steps must be 1 to steps=2, got 3"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )

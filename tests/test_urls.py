@@ -25,7 +25,7 @@ from svd2_jax.media.sinks import UrlSink
 from svd2_jax.media.urls import masked, path_or_url
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.stream import WhenSlow
-from svd2_jax.runtime.work import SECOND, Fate, FrameRecord, StreamSettings
+from svd2_jax.runtime.types import SECOND, Fate, FrameRecord, StreamSettings
 
 H, W = SMALL.height, SMALL.width
 FPS, COUNT = 8, 96  # FFmpeg looks at 5 s of a stream before it says what is in it

@@ -15,8 +15,8 @@ from svd2_jax.config import StreamConfig
 from svd2_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from svd2_jax.bench.parts import Bench
-    from svd2_jax.bench.reference import Reference
+    from svd2_jax.bench.benchmarks import Bench
+    from svd2_jax.bench.reference import ReferenceProcess
     from svd2_jax.bench.report import Measured, Report
     from svd2_jax.config import ModelConfig
     from svd2_jax.engine.engine import DeviceEngine
@@ -137,7 +137,7 @@ def run(
 
 
 def _measure(args: argparse.Namespace, cfg: StreamConfig, model: Model, say: Callable[[str], None]) -> Report:
-    from svd2_jax.bench.parts import first_frame
+    from svd2_jax.bench.benchmarks import first_frame
 
     def timed(load: Callable[[], DeviceEngine]) -> tuple[Bench, dict[str, float]]:
         with progress.shown("getting ready", say):
@@ -146,10 +146,10 @@ def _measure(args: argparse.Namespace, cfg: StreamConfig, model: Model, say: Cal
     if args.against is None:
         bench, phases = timed(model.load)
         return _report(args, bench, phases, say)
-    from svd2_jax.bench.reference import Reference
+    from svd2_jax.bench.reference import ReferenceProcess
 
     sizes = model.random_sizes()
-    with Reference(args.reference) as reference:
+    with ReferenceProcess(args.reference) as reference:
         say("the reference makes random weights")
         converted = reference.make_checkpoint(sizes, args.dtype or "float32")
         bench, phases = timed(lambda: model.load(converted))
@@ -161,7 +161,7 @@ def _report(
     bench: Bench,
     phases: dict[str, float],
     say: Callable[[str], None],
-    reference: Reference | None = None,
+    reference: ReferenceProcess | None = None,
 ) -> Report:
     from svd2_jax.bench.ceiling import measured
     from svd2_jax.bench.report import Report

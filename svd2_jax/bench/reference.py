@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from svd2_jax import shipped
-from svd2_jax.bench.parts import Bench
+from svd2_jax.bench.benchmarks import Bench
 from svd2_jax.bench.timing import Sample
 from svd2_jax.config import ModelConfig
 from svd2_jax.errors import ConfigError, EngineError
@@ -22,7 +22,7 @@ WORKER = Path(__file__).parents[2] / "benchmarks" / "reference_worker.py"
 SHIPPED_VOCAB = 1024  # tokens of the shipped tokenizer
 
 
-class Reference:
+class ReferenceProcess:
     """A worker process; see `benchmarks/reference_worker.py` for what it is asked."""
 
     parts: Sequence[str] = ()

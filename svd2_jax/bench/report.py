@@ -10,7 +10,7 @@ from typing import Any
 
 from svd2_jax.bench.timing import Sample, Spread
 from svd2_jax.bench.trace import Kernel
-from svd2_jax.hardware import Hardware, Work, roofline
+from svd2_jax.hardware import Cost, Hardware, roofline
 from svd2_jax.text import aligned, counted, held_in, si
 
 MS = 1e3  # milliseconds in a second
@@ -52,7 +52,7 @@ class Measured:
     """A part's times.
 
     Attributes:
-      name: see `parts.PARTS`.
+      name: see `parts.BENCHMARKS`.
       samples: one for each repetition.
       work: what one time costs, counted from its trace.
       frames: video frames that it makes; 0: none.
@@ -64,7 +64,7 @@ class Measured:
 
     name: str
     samples: tuple[Sample, ...]
-    work: Work | None = None
+    work: Cost | None = None
     frames: int = 0
     compiled: Compiled | None = None
     against: Against | None = None
@@ -120,7 +120,7 @@ class Report:
     Attributes:
       settings: of what and where.
       ceiling: what the device reached at most, in the model's dtype.
-      parts: in the order of `parts.PARTS`.
+      parts: in the order of `parts.BENCHMARKS`.
       first_frame: seconds of each phase from the start of the process to the first frames.
     """
 

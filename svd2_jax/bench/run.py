@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from svd2_jax.bench.parts import PARTS, Bench
+from svd2_jax.bench.benchmarks import BENCHMARKS, Bench
 from svd2_jax.bench.report import Against, Compiled, Measured, Settings
 from svd2_jax.bench.timing import Sample, in_turn, timed
 from svd2_jax.bench.trace import Kernel, kernels
@@ -49,7 +49,7 @@ def measure(
 
     Args:
       bench: the model and the stream.
-      name: of `PARTS`.
+      name: of `BENCHMARKS`.
       repeats: samples.
       started: shows how far it is.
       rival: sampled in turn with ours, where it has the part.
@@ -58,7 +58,7 @@ def measure(
     Raises:
       CheckpointError: the checkpoint lacks what the part needs.
     """
-    part = PARTS[name](bench)
+    part = BENCHMARKS[name](bench)
     sides = [lambda: timed(part.run, jax.block_until_ready, part.times)]
     try:
         rival = rival if rival and name in rival.parts else None

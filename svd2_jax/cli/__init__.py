@@ -79,7 +79,7 @@ examples:
   svd2 live --checkpoint ckpt --camera /dev/video0 --fps 16 --prompt "a sunny day" --seconds 600 \\
       --output out.mp4 --metrics out.jsonl --picture out.png
   svd2 live --checkpoint ckpt --input in.mp4 --streams 4 --prompt "a sketch" --prompt "an oil painting" \\
-      --steps 4 --floor-steps 1 --budget 800 --output out.mp4
+      --steps 4 --min-steps 1 --budget 800 --output out.mp4
 
   # from and to streams: rtsp, rtmp, http, udp, tcp, and what else this build of FFmpeg knows
   svd2 live --checkpoint ckpt --input rtsp://camera.local/stream --prompt "a sunny day" --output out.mp4
@@ -724,7 +724,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "this rate, and a quarter more)",
     )  # fmt: skip
     pace.add_argument(
-        "--floor-steps", type=int, default=1, metavar="N",
+        "--min-steps", type=int, default=1, metavar="N",
         help="minimum steps: lowest number of denoising steps under overload (default %(default)s)",
     )  # fmt: skip
     _add_shape(parser, "what is computed (defaults: published settings)")
@@ -810,7 +810,7 @@ def _live_from(
     """Runs live streams whose input has been opened once: it is there, and its rate is known."""
     from svd2_jax.cli import live
     from svd2_jax.runtime.scheduler import PolicyConfig
-    from svd2_jax.runtime.work import StreamSettings
+    from svd2_jax.runtime.types import StreamSettings
 
     cfg = specs[0].config
     if not 0 < rate_hz < math.inf:
@@ -821,7 +821,7 @@ def _live_from(
         if args.budget is None
         else args.budget,
         steps=cfg.steps,
-        floor_steps=args.floor_steps,
+        min_steps=args.min_steps,
         stages=args.stages,
     )
 

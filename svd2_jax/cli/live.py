@@ -27,7 +27,7 @@ from svd2_jax.runtime.metrics import JsonLines, Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.stream import Source, Stream
 from svd2_jax.runtime.table import LiveTable
-from svd2_jax.runtime.work import MS, Event, FrameRecord, PromptRecord, StreamId, StreamSettings
+from svd2_jax.runtime.types import MS, Event, FrameRecord, PromptRecord, StreamId, StreamSettings
 from svd2_jax.service import LiveService
 from svd2_jax.text import counted, measured_blocks
 
@@ -238,7 +238,7 @@ def _warm_up(
 ) -> None:
     """Compiles, measures, and says what a tick takes."""
     say("measuring what a tick takes; programs are compiled the first time only")
-    steps = range(plan.settings.floor_steps, plan.settings.steps + 1)
+    steps = range(plan.settings.min_steps, plan.settings.steps + 1)
     with progress.shown("getting ready", say):
         samples = service.warm_up(plan.specs[0], steps)
         service.prepare_prompts(spec.prompt for spec in plan.specs)

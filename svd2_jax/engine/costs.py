@@ -1,7 +1,7 @@
 """What the pieces of a pipeline cost, counted from traced shapes, and the split that weighs them.
 
-Work is counted per chunk (`engine.work`), sizes in bytes per piece. Nothing is compiled and no array is made, so a
-model of any size takes about a second, once: results are cached.
+FLOPs and bytes are counted per chunk (`engine.count_flops`), sizes in bytes per piece. Nothing is compiled and no array
+is made, so a model of any size takes about a second, once: results are cached.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.balance import best_split
+from svd2_jax.engine.count_flops import count_cost
 from svd2_jax.engine.kept_programs import kept_value
 from svd2_jax.engine.params import abstract_items, decoder_item
-from svd2_jax.engine.work import count_work
-from svd2_jax.hardware import Work, hardware_of_device, roofline
+from svd2_jax.hardware import Cost, hardware_of_device, roofline
 from svd2_jax.models import dit, text_encoder, vae
 from svd2_jax.models.dit import Conditioning
 from svd2_jax.nn import kv_cache
@@ -33,7 +33,7 @@ from svd2_jax.stream.step import AXIS
 
 
 @dataclass(frozen=True)
-class ChunkWork:
+class ChunkCost:
     """What the devices run for one chunk, in one pass through the blocks.
 
     Attributes:
@@ -44,11 +44,11 @@ class ChunkWork:
       decode: clean latents to frames.
     """
 
-    encode: Work
-    condition: Work
-    block: Work
-    ends: Work
-    decode: Work
+    encode: Cost
+    condition: Cost
+    block: Cost
+    ends: Cost
+    decode: Cost
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,20 @@ def default_split(
         return (model.dit.num_layers,)
     hardware = hardware_of_device(device_kind)
 
-    def seconds(work: Work) -> float:
+    def seconds(work: Cost) -> float:
         return float(work.flops) if hardware is None else roofline(work, hardware, 8 * dtype.itemsize).seconds
 
     return costs(model, cfg, dtype, vae_devices).fastest_split(stages, seconds)
 
 
 @functools.lru_cache(maxsize=32)
-def costs(model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, vae_devices: int = 1) -> Costs:
+def costs(model: ModelConfig, cfg: StreamConfig, dtype: jnp.dtype, vae_devices: int = 1) -> CostModel:
     """Returns the costs of a stream; what was counted once is remembered."""
-    return Costs(model, cfg, dtype, vae_devices)
+    return CostModel(model, cfg, dtype, vae_devices)
 
 
 @dataclass(frozen=True)
-class Costs:
+class CostModel:
     """What a stream costs, each kind of piece traced when it is first asked for.
 
     Attributes:
@@ -133,7 +133,7 @@ class Costs:
     dtype: jnp.dtype
     vae_devices: int = 1
 
-    def fastest_split(self, stages: int, seconds: Callable[[Work], float]) -> tuple[int, ...]:
+    def fastest_split(self, stages: int, seconds: Callable[[Cost], float]) -> tuple[int, ...]:
         """Returns the blocks per stage whose slowest stage is the fastest possible, encode and decode included.
 
         In sequential mode the split is even: a chunk goes round the ring alone, so its time is the sum over the
@@ -151,15 +151,15 @@ class Costs:
         return best_split([seconds(work.block)] * layers, overheads)
 
     @cached_property
-    def chunk(self) -> ChunkWork:
+    def chunk(self) -> ChunkCost:
         """The work of a chunk behind the first group, once the cache is full."""
-        return kept_value(Costs._count_chunk, self)
+        return kept_value(CostModel._count_chunk, self)
 
-    def _count_chunk(self) -> ChunkWork:
+    def _count_chunk(self) -> ChunkCost:
         cfg = self.cfg
         rows, frames = cfg.rows, cfg.frames_per_block
         with _flax_may_promote():
-            return ChunkWork(
+            return ChunkCost(
                 encode=self._encode_work(),
                 condition=self._condition_work("rows" if cfg.mode == "stream" else "single"),
                 block=self._block_work(),
@@ -168,11 +168,11 @@ class Costs:
             )
 
     @cached_property
-    def first_group(self) -> ChunkWork:
+    def first_group(self) -> ChunkCost:
         """The work of the first group: one row, which sees only itself."""
         with _flax_may_promote():
-            encode = self._count_end(*self._encode_first) if self.cfg.task == "v2v" else Work()
-            return ChunkWork(
+            encode = self._count_end(*self._encode_first) if self.cfg.task == "v2v" else Cost()
+            return ChunkCost(
                 encode=encode,
                 condition=self._condition_work("single"),
                 block=self._first_block_work(),
@@ -181,19 +181,19 @@ class Costs:
             )
 
     @cached_property
-    def text(self) -> Work:
+    def text(self) -> Cost:
         """The work of the text encoder for one prompt."""
         text, tokens = self.model.text, self.model.dit.text_len
         x, mask = _array((1, tokens, text.dim), self.dtype), _array((1, tokens), jnp.int32)
         block = functools.partial(text_encoder.run_block, text)
         with _flax_may_promote():
-            one = count_work(block, self._items[text_encoder.block_item(0)], x, mask)
+            one = count_cost(block, self._items[text_encoder.block_item(0)], x, mask)
         return one * text.num_layers
 
     @cached_property
     def sizes(self) -> Sizes:
         """Bytes of everything that a pipeline holds."""
-        return kept_value(Costs._measure_sizes, self)
+        return kept_value(CostModel._measure_sizes, self)
 
     def _measure_sizes(self) -> Sizes:
         model, video = self.model.dit, self.cfg.task == "v2v"
@@ -241,9 +241,9 @@ class Costs:
     def _decoder_state(self) -> Any:
         return self._shapes_of_end(*self._decode_first)[0]
 
-    def _encode_work(self) -> Work:
+    def _encode_work(self) -> Cost:
         if self.cfg.task != "v2v":  # no video comes in
-            return Work()
+            return Cost()
         function = functools.partial(
             pixels.encode_chunk, self.model.vae, motion_range=self.cfg.motion_range, shards=self._shards
         )
@@ -251,7 +251,7 @@ class Costs:
         noise = self._latents(self.cfg.frames_per_block)
         return self._count_end(function, params, self._encoder_state, frames, noise, _array(()))
 
-    def _decode_work(self) -> Work:
+    def _decode_work(self) -> Cost:
         latents = self._latents(self.cfg.frames_per_block)
         return self._count_end(
             self._decoder(pixels.decode_chunk), self._decode_first[1], self._decoder_state, latents
@@ -269,8 +269,8 @@ class Costs:
     def _axes(self) -> list[tuple[str, int]]:
         return [(AXIS, self.vae_devices)]
 
-    def _count_end(self, function: Any, *args: Any) -> Work:
-        return count_work(function, *args, axes=self._axes)
+    def _count_end(self, function: Any, *args: Any) -> Cost:
+        return count_cost(function, *args, axes=self._axes)
 
     def _shapes_of_end(self, function: Any, *args: Any) -> Any:
         return jax.make_jaxpr(function, axis_env=self._axes, return_shape=True)(*args)[1]
@@ -295,11 +295,11 @@ class Costs:
 
     @property
     def _attention(self) -> tuple[bool, AttentionImplementation]:
-        """Whether a GPU would take its fused kernel, and what is traced in its place (see `count_work`)."""
+        """Whether a GPU would take its fused kernel, and what is traced in its place (see `count_cost`)."""
         fused = fused_if_possible("gpu", self.dtype, self.model.dit.head_dim) == "cudnn"
         return fused, "xla" if fused else "auto"
 
-    def _block_work(self) -> Work:
+    def _block_work(self) -> Cost:
         model, cfg, rows, frames = self.model.dit, self.cfg, self.cfg.rows, self.cfg.frames_per_block
         fused, attention = self._attention
 
@@ -322,12 +322,12 @@ class Costs:
         x, prompt, conditioning, rope = self._block_inputs(rows, frames)
         flag, number = _array((rows,), jnp.bool_), _array((rows,), jnp.int32)
         plan = WritePlan(active=flag, full=flag, end=number, pop=flag)
-        return count_work(
+        return count_cost(
             run, self._dit_params[0], x, self._layer_cache, plan, number,
             ((prompt, prompt),) * rows, conditioning, rope, fused_attention=fused,
         )  # fmt: skip
 
-    def _first_block_work(self) -> Work:
+    def _first_block_work(self) -> Cost:
         """Counts a block without a cache: a fused kernel reads none of its empty slots."""
         fused, attention = self._attention
 
@@ -340,7 +340,7 @@ class Costs:
 
         x, prompt, conditioning, rope = self._block_inputs(1, self.cfg.first_latents)
         params, length = self._dit_params[0], _array((1,), jnp.int32)
-        return count_work(run, params, x, length, prompt, conditioning, rope, fused_attention=fused)
+        return count_cost(run, params, x, length, prompt, conditioning, rope, fused_attention=fused)
 
     def _block_inputs(self, rows: int, frames: int) -> Any:
         """Returns the shapes of hidden states, a prompt's keys or values, the conditioning and rotary angles."""
@@ -352,7 +352,7 @@ class Costs:
         angles = _array((rows, tokens, model.head_dim // 2))
         return _array((rows, tokens, model.dim), self.dtype), prompt, conditioning, (angles, angles)
 
-    def _ends_work(self, rows: int, frames: int) -> Work:
+    def _ends_work(self, rows: int, frames: int) -> Cost:
         model, (height, width) = self.model.dit, self.cfg.latent_size
         grid = height // model.patch[1], width // model.patch[2]
         _, patch, _, head = self._dit_params
@@ -362,11 +362,11 @@ class Costs:
 
         latents = self._latents(rows, frames, dtype=self.dtype)
         x = _array((rows, frames * math.prod(grid), model.dim), self.dtype)
-        return count_work(run, patch, head, latents, x, _array((rows, model.dim)))
+        return count_cost(run, patch, head, latents, x, _array((rows, model.dim)))
 
-    def _condition_work(self, batch: Literal["rows", "single"]) -> Work:
+    def _condition_work(self, batch: Literal["rows", "single"]) -> Cost:
         run = functools.partial(step.condition, self.model.dit, self.cfg, batch, self.dtype)
-        return count_work(run, self._dit_params[2], _array((), jnp.int32))
+        return count_cost(run, self._dit_params[2], _array((), jnp.int32))
 
     def _message_bytes(self, rows: int, frames: int) -> int:
         message = functools.partial(state.empty_message, self.model.dit, self.cfg, self.dtype, rows, frames)

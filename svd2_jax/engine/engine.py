@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from svd2_jax.api import SessionSpec, Work, check_prompt
+from svd2_jax.api import SessionSpec, TickInput, check_prompt
 from svd2_jax.config import (
     ModelConfig,
     Storage,
@@ -40,7 +40,7 @@ from svd2_jax.engine.noise import NoiseSource, SeededNoise
 from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
 from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.policy import checked_dtype, default_dtype
-from svd2_jax.engine.programs import Builder, DenoiserPrograms, EndPrograms
+from svd2_jax.engine.programs import Builder, CodecPrograms, DenoiserPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
 from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
 from svd2_jax.engine.stage_times import measure_stages
@@ -120,7 +120,7 @@ class DeviceEngine:
             raise ConfigError("stages share the VAE within one process only; leave out --share-vae")
         self._weights = StageWeights(model, read_item, mesh)
         self._measured_split: tuple[int, ...] | None = None
-        self._ends: dict[object, EndPrograms] = {}
+        self._ends: dict[object, CodecPrograms] = {}
         self._denoisers: dict[object, DenoiserPrograms] = {}
         self._open: weakref.WeakSet[DeviceSession] = weakref.WeakSet()
         self._opening = 0
@@ -420,21 +420,22 @@ class DeviceEngine:
         check_prompt(prompt)
         self.prompts.encode(prompt)
 
-    def tick(self, work: Sequence[Work]) -> DeviceTicket:
+    def tick(self, work: Sequence[TickInput]) -> DeviceTicket:
         """Hands one tick of several streams to their devices, and does not wait for it; see `api.Engine`.
 
         Raises:
           SessionError: one of the parts cannot be taken; nothing was done.
         """
         if not isinstance(work, Sequence):
-            raise SessionError(f"a tick takes a list of Work, got {type(work).__name__}")
+            raise SessionError(f"a tick takes a list of TickInput, got {type(work).__name__}")
         parts: list[tuple[DeviceSession, np.ndarray | None]] = []
         with self._dispatching:
             for part in work:
-                if not isinstance(part, Work) or not isinstance(part.session, DeviceSession):
-                    given = part.session if isinstance(part, Work) else part
+                if not isinstance(part, TickInput) or not isinstance(part.session, DeviceSession):
+                    given = part.session if isinstance(part, TickInput) else part
                     raise SessionError(
-                        f"a tick takes Work(session, frames) with sessions of this engine, got {type(given).__name__}"
+                        "a tick takes TickInput(session, frames) with sessions of this engine, "
+                        f"got {type(given).__name__}"
                     )
                 part.session.check_part(part.frames)
                 if part.session not in self._open:  # it has another engine's lock and programs
@@ -448,7 +449,7 @@ class DeviceEngine:
         """Returns the parameters a stream needs, reading what is not on its devices yet."""
         return self._weights.params(self.split(cfg), cfg.decoder, self._builder(cfg).vae_devices)
 
-    def ends(self, cfg: StreamConfig, pixels: str = "uint8") -> EndPrograms:
+    def ends(self, cfg: StreamConfig, pixels: str = "uint8") -> CodecPrograms:
         """Returns the compiled programs of a stream's two ends."""
         key = (cfg, pixels)
         if key not in self._ends:

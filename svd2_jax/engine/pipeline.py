@@ -28,7 +28,7 @@ from svd2_jax.engine.programs import Builder, DenoiserPrograms, Program
 from svd2_jax.models.dit import PromptKV
 from svd2_jax.nn.kv_cache import KVCache
 from svd2_jax.rows import Rows
-from svd2_jax.stream.state import Entry, StreamState
+from svd2_jax.stream.state import StageInput, StreamState
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrival:
+class PipelineInput:
     """What one stream brings to a tick; arrays are ignored where another process has the first stage.
 
     Attributes:
@@ -182,7 +182,7 @@ class Pipeline:
           The clean latents, float32 [W * F, h, w, C] over the stages; those of the last one are meant.
         """
         blank = self._blank(self._builder_for(self.cfg).entry("single", self.cfg.first_latents))
-        arrival = Arrival(noisy, self._timesteps[0], again[: self.cfg.steps - 1])
+        arrival = PipelineInput(noisy, self._timesteps[0], again[: self.cfg.steps - 1])
         ((clean,),) = _all_steps(self._programs.step_first, [self], [blank], [arrival])
         self._state = self._programs.open_rows(self._state)
         self._started, self.came_back = True, (clean,)
@@ -190,11 +190,11 @@ class Pipeline:
             self.set_steps(self.steps)
         return clean
 
-    def tick(self, arrival: Arrival) -> list[Finished]:
+    def tick(self, arrival: PipelineInput) -> list[Finished]:
         """Runs a tick of this stream alone, see `tick_together`."""
         return tick_together([self], [arrival])[0]
 
-    def tick_apart(self, arrival: Arrival) -> None:
+    def tick_apart(self, arrival: PipelineInput) -> None:
         """Runs a tick in which no stage hands on what it has, and so none waits for another; to measure them.
 
         What comes out from then on is not the stream any more.
@@ -247,7 +247,7 @@ class Pipeline:
             if number not in self._finished:
                 self._finished[number] = Finished(number, self.came_back[row])
 
-    def _take_in(self, arrival: Arrival) -> Entry:
+    def _take_in(self, arrival: PipelineInput) -> StageInput:
         """Returns what enters with a tick, and takes note of it."""
         chunks = self.entering(arrival.fresh)
         self._advance(arrival.fresh)
@@ -271,7 +271,7 @@ class Pipeline:
         self._drop_empty_rows()
         return [self._finished.pop(held.chunk.number) for held in done]
 
-    def _enter_step(self, blank: list[Entry], arrival: Arrival, k: int) -> Entry:
+    def _enter_step(self, blank: list[StageInput], arrival: PipelineInput, k: int) -> StageInput:
         """Returns what enters for step k of a chunk that takes its steps one after another."""
         conditioning = None
         if self.mesh.is_local(0):
@@ -280,19 +280,19 @@ class Pipeline:
         again = arrival.again[k - 1 : k] if k else arrival.again[:1]
         return self._enter(blank, arrival.noisy, (k == 0,), conditioning, again)
 
-    def _enter(self, blank, noisy, is_open: tuple[bool, ...], conditioning, again) -> Entry:
+    def _enter(self, blank, noisy, is_open: tuple[bool, ...], conditioning, again) -> StageInput:
         """Returns what enters the first stage, as an array over all of them."""
         if not self.mesh.is_local(0):
             return self._nothing(blank)
         if is_open not in self._flags:  # there are few of them
             self._flags[is_open] = self._put(np.array(is_open))
-        entry = Entry(noisy, self._flags[is_open], conditioning, tuple(again))
+        entry = StageInput(noisy, self._flags[is_open], conditioning, tuple(again))
         return self.mesh.join([entry, *blank[1:]])
 
-    def _nothing(self, blank: list[Entry]) -> Entry:
+    def _nothing(self, blank: list[StageInput]) -> StageInput:
         return self.mesh.join(blank)
 
-    def _blank(self, shapes: Entry) -> list[Entry]:
+    def _blank(self, shapes: StageInput) -> list[StageInput]:
         """Returns for each local stage an entry without a chunk."""
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         return [jax.device_put(zeros, self.mesh.devices[s]) for s in self.mesh.local_stages]
@@ -344,7 +344,7 @@ class Pipeline:
         return jax.device_put(x, self.mesh.home)
 
 
-def tick_together(pipelines: Sequence[Pipeline], arrivals: Sequence[Arrival]) -> list[list[Finished]]:
+def tick_together(pipelines: Sequence[Pipeline], arrivals: Sequence[PipelineInput]) -> list[list[Finished]]:
     """Runs one tick of several streams: takes in a chunk of each, or none, and moves on what is under way.
 
     Args:
@@ -376,8 +376,8 @@ def tick_together(pipelines: Sequence[Pipeline], arrivals: Sequence[Arrival]) ->
 def _all_steps(
     program: Program,
     pipelines: Sequence[Pipeline],
-    blanks: Sequence[list[Entry]],
-    arrivals: Sequence[Arrival],
+    blanks: Sequence[list[StageInput]],
+    arrivals: Sequence[PipelineInput],
 ) -> Sequence[tuple[jax.Array, ...]]:
     """Takes one chunk of each stream through all its steps, one after another; returns their clean latents."""
     clean: Sequence[tuple[jax.Array, ...]] = ()
@@ -396,7 +396,7 @@ def _run(
     program: Program,
     pipelines: Sequence[Pipeline],
     prompts: Sequence[Sequence[PromptKV]],
-    entries: Sequence[Entry],
+    entries: Sequence[StageInput],
     *lone: Sequence[jax.Array],
 ) -> Sequence[tuple[jax.Array, ...]]:
     """Runs a compiled `step.tick` on the streams' states and returns each one's computed rows of clean latents."""

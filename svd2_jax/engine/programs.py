@@ -31,7 +31,7 @@ from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation, fused_if_possible
 from svd2_jax.nn.causal_conv import convolving_with_onednn
 from svd2_jax.stream import pixels, state, step
-from svd2_jax.stream.state import Entry
+from svd2_jax.stream.state import StageInput
 from svd2_jax.stream.step import AXIS, Ring
 from svd2_jax.text import counted
 
@@ -97,7 +97,7 @@ class DenoiserPrograms:
 
 
 @dataclass(frozen=True)
-class EndPrograms:
+class CodecPrograms:
     """Programs at the two ends of a stream, on the first and the last stage's device; donated arguments: *.
 
     Those that touch frames are None where another process has the device. Where devices share the VAE, they take and
@@ -148,7 +148,7 @@ class Builder:
     batch_sizes: tuple[int, ...] = (1,)
     share_vae: bool = False
 
-    def ends(self) -> EndPrograms:
+    def ends(self) -> CodecPrograms:
         """Compiles what runs before the first and behind the last stage."""
         model, cfg, mesh = self.model, self.cfg, self.mesh
         items = abstract_items(model, self.dtype)
@@ -182,7 +182,7 @@ class Builder:
                 decoder, decoder_state, self._latents(block), donate=(1,),
             )  # fmt: skip
         draw_first = functools.partial(noise.draw_first, cfg, model.dit.in_channels)
-        return EndPrograms(
+        return CodecPrograms(
             frames=frames,
             scale=scale,
             draw_first=self._compile_on(mesh.home, draw_first, self._key)[0],
@@ -260,13 +260,13 @@ class Builder:
         block = self.mesh.abstract(items[dit.block_item(0)])
         return DiTParams(self._same(patch), (block,) * positions, self._same(items[dit.head_item()]))
 
-    def entry(self, batch: Literal["rows", "single"], frames: int) -> Entry:
+    def entry(self, batch: Literal["rows", "single"], frames: int) -> StageInput:
         """Returns the shapes of what enters the first stage."""
         rows = self.cfg.rows if batch == "rows" else 1
         again = rows - 1 if batch == "rows" else min(1, self.cfg.steps - 1)
         message = _shapes(state.empty_message, self.model.dit, self.cfg, self.dtype, rows, frames)
         latents = self._latents(frames)
-        return Entry(latents, _array((rows,), jnp.bool_), message.conditioning, (latents,) * again)
+        return StageInput(latents, _array((rows,), jnp.bool_), message.conditioning, (latents,) * again)
 
     @property
     def vae_devices(self) -> int:

@@ -18,8 +18,8 @@ from svd2_jax.api import SessionSpec, check_noise_scale, check_prompt
 from svd2_jax.config import check_whole
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams
-from svd2_jax.engine.pipeline import Arrival, Finished, Pipeline, tick_together
-from svd2_jax.engine.programs import EndPrograms
+from svd2_jax.engine.pipeline import Finished, Pipeline, PipelineInput, tick_together
+from svd2_jax.engine.programs import CodecPrograms
 from svd2_jax.engine.prompt import Prompts
 from svd2_jax.errors import SessionError
 from svd2_jax.text import counted
@@ -104,7 +104,7 @@ class DeviceSession:
         self,
         spec: SessionSpec,
         params: EngineParams,
-        programs: EndPrograms,
+        programs: CodecPrograms,
         prompts: Prompts,
         pipeline: Callable[[jax.Array], Pipeline],
         device: Device,
@@ -434,7 +434,7 @@ class DeviceSession:
             self._decoder, pixels = programs.decode_first(self._params.decoder, pixels)
         return [self._chunk(pixels, self._cfg.first_frames)]
 
-    def _take_in(self, frames: np.ndarray | None, fresh: bool) -> Arrival:
+    def _take_in(self, frames: np.ndarray | None, fresh: bool) -> PipelineInput:
         """Dispatches what comes before the stages."""
         programs, pipeline = self._programs, self._pipeline
         noisy, again = self._noise.chunk(pipeline.entering(fresh)) if self._has_input else (None, ())
@@ -447,7 +447,7 @@ class DeviceSession:
                 noisy,
                 self._noise_scale,
             )
-        return Arrival(noisy, timestep, again, fresh)
+        return PipelineInput(noisy, timestep, again, fresh)
 
     def _bring_out(self, finished: Sequence[Finished]) -> list[DeviceChunk]:
         """Dispatches what comes behind the stages; returns the finished chunks."""

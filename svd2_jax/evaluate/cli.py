@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     from svd2_jax.evaluate import clips
     from svd2_jax.evaluate.clip_model import ClipModel
     from svd2_jax.evaluate.report import Report, Settings, table
-    from svd2_jax.evaluate.run import Plan, check_clips, evaluate
+    from svd2_jax.evaluate.run import EvaluationPlan, check_clips, evaluate
 
     if args.json:
         files.check_target(args.json)
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     )
     spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
     judge = ClipModel(args.clip) if args.clip else None
-    plan = Plan(folder, spec, args.fps, args.frames, args.minutes, judge)
+    plan = EvaluationPlan(folder, spec, args.fps, args.frames, args.minutes, judge)
     total = check_clips(plan)
     engine, rebuild = open_model()
     with progress.shown("getting ready", lambda text: print(text, file=sys.stderr, flush=True)):

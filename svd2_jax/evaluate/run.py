@@ -33,7 +33,7 @@ Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What to evaluate.
 
     Attributes:
@@ -99,7 +99,9 @@ class Found:
     samples: tuple[Sample, ...]
 
 
-def evaluate(engine: Engine, rebuild: Rebuild, plan: Plan, advance: Advance = lambda _: None) -> Found:
+def evaluate(
+    engine: Engine, rebuild: Rebuild, plan: EvaluationPlan, advance: Advance = lambda _: None
+) -> Found:
     """Re-draws each clip to each look, changes the prompt in one stream of each, and plays the long stream.
 
     Args:
@@ -130,7 +132,7 @@ def evaluate(engine: Engine, rebuild: Rebuild, plan: Plan, advance: Advance = la
     return Found(tuple(streams), tuple(rebuilt), tuple(changes), long, tuple(samples))
 
 
-def check_clips(plan: Plan) -> int:
+def check_clips(plan: EvaluationPlan) -> int:
     """Reads every video once, before anything takes long; returns how many frames `advance` will be told of.
 
     Raises:
@@ -258,7 +260,9 @@ def change_frame(spec: SessionSpec, frames: int) -> int | None:
 class _Clip:
     """A clip with its targets, and what of it is needed for more than one stream."""
 
-    def __init__(self, plan: Plan, number: int, name: str, frames: np.ndarray, targets: Sequence[np.ndarray]):
+    def __init__(
+        self, plan: EvaluationPlan, number: int, name: str, frames: np.ndarray, targets: Sequence[np.ndarray]
+    ):
         self._plan, self._number, self._name = plan, number, name
         self._frames, self._targets = frames, targets
         self._motion = measures.motion(frames)
@@ -311,7 +315,7 @@ class _Clip:
 # --- a long stream
 
 
-def _play_long(engine: Engine, plan: Plan, advance: Advance) -> LongStream:
+def _play_long(engine: Engine, plan: EvaluationPlan, advance: Advance) -> LongStream:
     """Plays the first clip forwards and backwards, to the first look, and measures each minute of it."""
     clip, look = plan.folder.clips[0], plan.folder.looks[0]
     frames = plan.read(clip)

@@ -12,7 +12,7 @@ from svd2_jax.errors import MediaError, Svd2Error
 from svd2_jax.media.urls import masked
 from svd2_jax.media.video import URL_TIMEOUT_S, UrlWriter, VideoWriter
 from svd2_jax.runtime.stream import WhenSlow
-from svd2_jax.runtime.work import MS, SECOND, FrameRecord
+from svd2_jax.runtime.types import MS, SECOND, FrameRecord
 from svd2_jax.text import counted
 
 

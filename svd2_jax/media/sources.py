@@ -16,7 +16,7 @@ import numpy as np
 from svd2_jax.errors import ConfigError
 from svd2_jax.media.video import URL_TIMEOUT_S, VideoReader
 from svd2_jax.runtime.stream import Source
-from svd2_jax.runtime.work import SECOND
+from svd2_jax.runtime.types import SECOND
 
 LOOK_S = 0.05  # how often a source that waits for a frame looks whether it is to stop
 IN_SEGMENTS = ("hls", "dash")  # containers of live streams that come many frames at once

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Protocol
 
-from svd2_jax.runtime.work import SECOND
+from svd2_jax.runtime.types import SECOND
 
 
 class Clock(Protocol):

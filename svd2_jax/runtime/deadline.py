@@ -18,14 +18,14 @@ from typing import NamedTuple
 from svd2_jax.errors import ConfigError
 from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime.ingest import SourceClock
-from svd2_jax.runtime.latency import Costs, LatencyConfig
+from svd2_jax.runtime.latency import LatencyConfig, TickTimes
 from svd2_jax.runtime.pacing import Playout
-from svd2_jax.runtime.work import MS, NEVER_NS, FrameRecord, Part, StreamId, StreamSettings
+from svd2_jax.runtime.types import MS, NEVER_NS, FrameRecord, StreamId, StreamSettings, TickEntry
 
 ROOMY_SHARE = 0.5  # of a tick by which a chunk that is due soon may be held up for pushing others on
 RIDE_BELOW = 0.7  # share of time for pushing all chunks on, up to which they are pushed with whatever enters
 
-CostsOf = Callable[[Hashable, int], Costs]
+TickTimesOf = Callable[[Hashable, int], TickTimes]
 """Gives the tick times of a shape and a number of steps."""
 
 
@@ -37,9 +37,9 @@ class PolicyConfig:
       latency: how device times are believed.
       guard_ms: time kept free before every deadline, for what the host itself takes and for threads that wake late;
         at least 0.
-      lower_above: utilisation of the device above which streams are given fewer denoising steps, above 0.
-      raise_below: utilisation that more steps may lead to, 0 to `lower_above`.
-      raise_after_ms: how long that must have been so before steps are raised.
+      degrade_above: utilisation of the device above which streams are given fewer denoising steps, above 0.
+      restore_below: utilisation that more steps may lead to, 0 to `degrade_above`.
+      restore_after_ms: how long that must have been so before steps are raised.
       push_below: share of time up to which the device pushes every chunk on to its end by ticks of its own, though
         that may hold up another one for half a tick; 0 or more.
       admit_below: utilisation of all streams at their floor steps up to which another one is let in; None lets in
@@ -49,18 +49,18 @@ class PolicyConfig:
 
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     guard_ms: float = 10.0
-    lower_above: float = 0.92
-    raise_below: float = 0.82
-    raise_after_ms: float = 500.0
+    degrade_above: float = 0.92
+    restore_below: float = 0.82
+    restore_after_ms: float = 500.0
     push_below: float = 0.9
     admit_below: float | None = 1.0
     stall_intervals: float = 2.0
 
     def __post_init__(self):
-        low, high = self.raise_below, self.lower_above
+        low, high = self.restore_below, self.degrade_above
         if not 0 < low <= high:
-            raise ConfigError(f"expected 0 < raise_below <= lower_above, got {low} and {high}")
-        for name in ("guard_ms", "raise_after_ms", "push_below", "stall_intervals"):
+            raise ConfigError(f"expected 0 < restore_below <= degrade_above, got {low} and {high}")
+        for name in ("guard_ms", "restore_after_ms", "push_below", "stall_intervals"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -74,7 +74,7 @@ Group = tuple[Hashable, int]
 
 
 @dataclass(slots=True)
-class Stream:
+class ScheduledStream:
     """All that is known of one stream; decisions read it and change nothing.
 
     Attributes:
@@ -109,7 +109,7 @@ class Stream:
 
     @property
     def group(self) -> Group:
-        return self.settings.shape, self.steps
+        return self.settings.batch_key, self.steps
 
     @property
     def need(self) -> int:
@@ -137,7 +137,7 @@ class Stream:
         return self.gap_ns * self.settings.chunk_frames
 
 
-Flight = tuple[int, int]
+ChunkDue = tuple[int, int]
 """A chunk under way: its deadline, and how many ticks of its stream it still needs."""
 
 
@@ -145,36 +145,36 @@ class Job(NamedTuple):
     """Chunks under way of one stream, the oldest first."""
 
     group: Group
-    flight: tuple[Flight, ...]
+    flight: tuple[ChunkDue, ...]
 
 
-class Rescue(NamedTuple):
+class Schedule(NamedTuple):
     """How the chunks under way would be finished if nothing more entered.
 
     Attributes:
-      spare_ns: least time between a chunk's end and its deadline; below 0 if one is lost; NEVER_NS without chunks.
+      slack_ns: least time between a chunk's end and its deadline; below 0 if one is lost; NEVER_NS without chunks.
       first: streams of the first tick.
     """
 
-    spare_ns: int
+    slack_ns: int
     first: tuple[StreamId, ...]
 
 
-def rescue(jobs: Mapping[StreamId, Job], start_ns: int, costs_of: CostsOf) -> Rescue:
+def edf_schedule(jobs: Mapping[StreamId, Job], start_ns: int, times_of: TickTimesOf) -> Schedule:
     """Plays through the ticks that finish all chunks under way, from `start_ns` on, at bound times.
 
     The group with the most urgent chunk goes first, in the largest batch worth its latency, its most urgent streams
     in it. The order does not depend on the start, so starting later by d leaves d less to spare; and what remains
     after the first tick is played through as here.
     """
-    heaps: dict[Group, list[tuple[int, StreamId, int, tuple[Flight, ...]]]] = {}
+    heaps: dict[Group, list[tuple[int, StreamId, int, tuple[ChunkDue, ...]]]] = {}
     for stream, (group, flight) in jobs.items():
-        entry = _latest_ns(flight, costs_of(*group)), stream, 0, flight
+        entry = _latest_ns(flight, times_of(*group)), stream, 0, flight
         heapq.heappush(heaps.setdefault(group, []), entry)
     spare, first, now = NEVER_NS, (), start_ns
     while heaps and spare >= 0:
         group = min(heaps, key=lambda group: heaps[group][0])
-        heap, cost = heaps[group], costs_of(*group)
+        heap, cost = heaps[group], times_of(*group)
         size = cost.size(len(heap), cost.knee)
         taken = [heapq.heappop(heap) for _ in range(size)]
         now += _tick_of([entry[3] for entry in taken], cost).bound_ns[size]
@@ -188,25 +188,25 @@ def rescue(jobs: Mapping[StreamId, Job], start_ns: int, costs_of: CostsOf) -> Re
                 heapq.heappush(heap, (latest, stream, ticks, flight))
         if not heap:
             del heaps[group]
-    return Rescue(spare, first)
+    return Schedule(spare, first)
 
 
-def _tick_of(flights: Sequence[Sequence[Flight]], cost: Costs) -> Costs:
+def _tick_of(flights: Sequence[Sequence[ChunkDue]], cost: TickTimes) -> TickTimes:
     """Returns the costs of a tick of these: of one row only where each stream has one chunk under way."""
     return cost if any(len(flight) > 1 for flight in flights) else cost.of_one_row
 
 
-def _latest_ns(flight: Sequence[Flight], cost: Costs) -> int:
+def _latest_ns(flight: Sequence[ChunkDue], cost: TickTimes) -> int:
     """Returns when the first of the ticks of these chunks must start to finish all of them in time."""
     return min([deadline_ns - left * cost.bound_ns[1] for deadline_ns, left in flight])
 
 
-def jobs_of(streams: Iterable[Stream], costs_of: CostsOf) -> dict[StreamId, Job]:
+def jobs_of(streams: Iterable[ScheduledStream], times_of: TickTimesOf) -> dict[StreamId, Job]:
     """Returns the chunks under way, due a tail before their deadlines: a tick's frames are finished behind it."""
     jobs = {}
     for s in streams:
         if s.rows:
-            tail_ns = costs_of(*s.group).tail_bound_ns
+            tail_ns = times_of(*s.group).tail_bound_ns
             rows = s.rows if s.rows.steps == s.steps else s.rows.with_steps(s.steps)
             flight = [  # what fewer steps have finished takes a tick to leave, too
                 (held.chunk[0].deadline_ns - tail_ns, max(1, left))
@@ -221,12 +221,12 @@ class Decision(NamedTuple):
 
     Attributes:
       expired: how many of the oldest queued frames of each stream cannot be shown in time any more.
-      parts: of the tick to run; empty: none. Queued frames older than those that enter are given up.
+      entries: of the tick to run; empty: none. Queued frames older than those that enter are given up.
       until_ns: with nothing to run, when to ask again; None: when something happens.
     """
 
     expired: dict[StreamId, int]
-    parts: tuple[Part, ...] = ()
+    entries: tuple[TickEntry, ...] = ()
     until_ns: int | None = None
 
 
@@ -234,23 +234,27 @@ class Offer(NamedTuple):
     """Queued frames of a stream that could enter; the least goes first."""
 
     key: float
-    stream: Stream
+    stream: ScheduledStream
     frames: Sequence[FrameRecord]
 
 
 def decide(
-    now_ns: int, streams: Sequence[Stream], costs_of: CostsOf, config: PolicyConfig, overloaded: bool
+    now_ns: int,
+    streams: Sequence[ScheduledStream],
+    times_of: TickTimesOf,
+    config: PolicyConfig,
+    overloaded: bool,
 ) -> Decision:
     """Returns what a free device does at `now_ns`.
 
     Args:
       now_ns: the time.
       streams: all of them.
-      costs_of: what ticks take.
+      times_of: what ticks take.
       config: the policy's settings.
       overloaded: whether there is no time for all frames.
     """
-    return _Moment(now_ns, streams, costs_of, config, overloaded).decide()
+    return _Moment(now_ns, streams, times_of, config, overloaded).decide()
 
 
 @dataclass
@@ -258,29 +262,29 @@ class _Moment:
     """All that a decision depends on."""
 
     now_ns: int
-    streams: Sequence[Stream]
-    costs_of: CostsOf
+    streams: Sequence[ScheduledStream]
+    times_of: TickTimesOf
     config: PolicyConfig
     overloaded: bool
 
     def __post_init__(self):
-        self.costs = {s.id: self.costs_of(*s.group) for s in self.streams}
-        self.jobs = jobs_of(self.streams, self.costs_of)
+        self.costs = {s.id: self.times_of(*s.group) for s in self.streams}
+        self.jobs = jobs_of(self.streams, self.times_of)
 
     def decide(self) -> Decision:
         guard, now_ns = self.config.guard_ns, self.now_ns
         expired, offers, wakes = self._offers()
         if chosen := self._choose(offers):
-            return Decision(expired, tuple(_part(s, frames) for _, s, frames in chosen))
-        saved = rescue(self.jobs, now_ns, self.costs_of)
-        push = tuple([_part(s) for s in self.streams if s.id in saved.first])
+            return Decision(expired, tuple(_entry(s, frames) for _, s, frames in chosen))
+        saved = edf_schedule(self.jobs, now_ns, self.times_of)
+        push = tuple([_entry(s) for s in self.streams if s.id in saved.first])
         if push:
-            flights = [self.jobs[part.stream].flight for part in push]
+            flights = [self.jobs[entry.stream].flight for entry in push]
             tick_ns = _tick_of(flights, self.costs[push[0].stream]).bound_ns[len(push)]
-            until = now_ns if offers or saved.spare_ns <= guard else self._push_ns(tick_ns)
+            until = now_ns if offers or saved.slack_ns <= guard else self._push_ns(tick_ns)
             if until <= now_ns:
                 return Decision(expired, push)
-            wakes += [until, now_ns + saved.spare_ns - guard]
+            wakes += [until, now_ns + saved.slack_ns - guard]
         return Decision(expired, (), max(min(wakes), now_ns + 1) if wakes else None)
 
     def _push_ns(self, tick_ns: int) -> int:
@@ -382,7 +386,7 @@ class _Moment:
                 return False
             if going := tuple([(deadline_ns, left - 1) for deadline_ns, left in flight if left > 1]):
                 after[stream] = Job(lead.group, going)
-        return rescue(after, end, self.costs_of).spare_ns >= 0
+        return edf_schedule(after, end, self.times_of).slack_ns >= 0
 
 
 def evenly(frames: Sequence[FrameRecord], count: int) -> Sequence[FrameRecord]:
@@ -390,7 +394,7 @@ def evenly(frames: Sequence[FrameRecord], count: int) -> Sequence[FrameRecord]:
     return [frames[(i + 1) * len(frames) // count - 1] for i in range(count)]
 
 
-def _part(s: Stream, frames: Sequence[FrameRecord] = ()) -> Part:
+def _entry(s: ScheduledStream, frames: Sequence[FrameRecord] = ()) -> TickEntry:
     """Returns a stream's part of a tick that these frames enter; without, it pushes on what is in flight."""
     fill = s.need - len(frames) if frames else 0
-    return Part(s.id, tuple([f.number for f in frames]), fill, s.steps, bool(frames) and not s.started)
+    return TickEntry(s.id, tuple([f.number for f in frames]), fill, s.steps, bool(frames) and not s.started)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from svd2_jax.runtime.mailbox import Message
-from svd2_jax.runtime.work import Show, Tick, Wait
+from svd2_jax.runtime.types import Show, Tick, Wait
 
 
 class Policy(Protocol):

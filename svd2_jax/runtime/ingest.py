@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from svd2_jax.runtime.work import SECOND, Reason
+from svd2_jax.runtime.types import SECOND, Reason
 
 FORGETTING = (
     0.002  # of the offset: 2 ms a second, more than clocks drift apart and less than a network's moods

@@ -1,6 +1,6 @@
 """How long the device takes: learned from device times, robust to outliers, quick to believe a slower device.
 
-A *cell* is one kind of tick: (shape, batch, steps, first group or not). Each cell has a typical time, the median of
+A *cell* is one kind of tick: (batch_key, batch, steps, first group or not). Each cell has a typical time, the median of
 its last device times; all cells share one *speed factor*, the median of the last few ratios of observed to typical
 time. So a device that halves its speed is believed after three ticks of any kind, and one tick that took much
 longer for another reason changes nothing. Device times are kept divided by the speed factor of their moment, so
@@ -27,7 +27,7 @@ class LatencySample:
     """What one tick took.
 
     Attributes:
-      shape: of its streams.
+      batch_key: of its streams.
       batch: how many streams it took.
       steps: their denoising steps.
       duration_ns: device time that it adds to the tick before it, above 0.
@@ -36,7 +36,7 @@ class LatencySample:
       lone: whether it computed one row of each stream only.
     """
 
-    shape: Hashable
+    batch_key: Hashable
     batch: int
     steps: int
     duration_ns: int
@@ -48,7 +48,7 @@ class LatencySample:
 class Cell(NamedTuple):
     """One kind of tick."""
 
-    shape: Hashable
+    batch_key: Hashable
     batch: int
     steps: int
     first: bool
@@ -78,7 +78,7 @@ class LatencyConfig:
 
 
 @dataclass(frozen=True)
-class Costs:
+class TickTimes:
     """What ticks of one shape and number of steps take, as believed at one moment.
 
     Attributes:
@@ -105,10 +105,10 @@ class Costs:
     tail_bound_ns: int
     knee: int
     best: int
-    lone: Costs | None = None
+    lone: TickTimes | None = None
 
     @property
-    def of_one_row(self) -> Costs:
+    def of_one_row(self) -> TickTimes:
         """The costs of ticks that compute one row of each stream only."""
         return self.lone or self
 
@@ -144,11 +144,11 @@ class LatencyModel:
         self._tail: dict[Cell, float] = {}
         self._recent: deque[tuple[Cell, int, float]] = deque(maxlen=self.config.speed_window)
         self._misses: deque[float] = deque(maxlen=self.config.window)  # observed / predicted
-        self._costs: dict[tuple[Hashable, int], Costs] = {}
+        self._believed: dict[tuple[Hashable, int], TickTimes] = {}
 
     def observe(self, sample: LatencySample) -> None:
         """Learns from one device time."""
-        cell = Cell(sample.shape, sample.batch, sample.steps, sample.first, sample.lone)
+        cell = Cell(sample.batch_key, sample.batch, sample.steps, sample.first, sample.lone)
         duration = max(1, sample.duration_ns)
         typical = self._typical.get(cell)
         if typical is None:
@@ -167,7 +167,7 @@ class LatencyModel:
             tails = self._tails.setdefault(cell, deque(maxlen=self.config.window))
             tails.append(sample.tail_ns / self.speed)
             self._tail[cell] = statistics.median(tails)
-        self._costs.clear()
+        self._believed.clear()
 
     @property
     def knows_tails(self) -> bool:
@@ -179,24 +179,24 @@ class LatencyModel:
         self.speed = min(self.speed, 1.0)
         self._recent.clear()
         self._misses.clear()
-        self._costs.clear()
+        self._believed.clear()
 
     def _learn(self, cell: Cell, duration_ns: int) -> None:
         times = self._times.setdefault(cell, deque(maxlen=self.config.window))
         times.append(duration_ns / self.speed)
         self._typical[cell] = statistics.median(times)
 
-    def costs(self, shape: Hashable, steps: int) -> Costs:
+    def times(self, batch_key: Hashable, steps: int) -> TickTimes:
         """Returns what ticks of this shape and number of steps take, as far as is known now."""
-        found = self._costs.get((shape, steps))
+        found = self._believed.get((batch_key, steps))
         if found is None:
-            cells = {size: Cell(shape, size, steps, False) for size in self.sizes}
+            cells = {size: Cell(batch_key, size, steps, False) for size in self.sizes}
             # Where no tick of one row was seen, they take as long as others.
             ones = {size: cell._replace(lone=True) for size, cell in cells.items()}
             seen = {size: cell for size, cell in ones.items() if cell in self._typical}
             margin = self.margin
             lone = self._predict(cells | seen, margin) if seen else None
-            found = self._costs[shape, steps] = self._predict(cells, margin, lone)
+            found = self._believed[batch_key, steps] = self._predict(cells, margin, lone)
         return found
 
     @property
@@ -208,7 +208,7 @@ class LatencyModel:
         seen = ordered[min(len(ordered) - 1, int(self.config.quantile * len(ordered)))]
         return 1 + min(max(seen - 1, self.config.least_margin), self.config.most_margin)
 
-    def _predict(self, cells: Mapping[int, Cell], margin: float, lone: Costs | None = None) -> Costs:
+    def _predict(self, cells: Mapping[int, Cell], margin: float, lone: TickTimes | None = None) -> TickTimes:
         """Returns the costs of ticks of these cells, by batch size, and of their first group."""
         first_cell = cells[1]._replace(first=True, lone=False)
         expected = {size: round(self._cell_ns(cell)) for size, cell in cells.items()}
@@ -220,7 +220,7 @@ class LatencyModel:
             if size * expected[knee] < knee * expected[size] * (1 + self.config.knee_gain):
                 break
             knee = size
-        return Costs(
+        return TickTimes(
             sizes=self.sizes,
             expected_ns=expected,
             bound_ns={size: math.ceil(time * margin) for size, time in expected.items()},
@@ -244,9 +244,9 @@ class LatencyModel:
         return round(self._tail.get(cell, 0.0) * self.speed)
 
     def _guess(self, cell: Cell) -> float:
-        """Predicts a cell without device times from the others of its shape, or of any shape if it has none."""
+        """Predicts a cell without device times from the others of its batch_key, or of any shape if it has none."""
         whole = [known for known in self._typical if not known.lone]
-        cells = [known for known in whole if known.shape == cell.shape] or whole
+        cells = [known for known in whole if known.batch_key == cell.batch_key] or whole
         if cell.first:
             same = [self._typical[known] / known.steps for known in cells if known.first]
             if same:

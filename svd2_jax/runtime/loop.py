@@ -33,7 +33,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Ticket, Work
+from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Ticket, TickInput
 from svd2_jax.errors import EngineError, SessionError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.driver import Driver
@@ -43,18 +43,18 @@ from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
 from svd2_jax.runtime.stream import Life, Sink, Stream, WhenSlow
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     SECOND,
     Event,
     Fate,
     FrameRecord,
-    Part,
     PromptRecord,
     Reason,
     Show,
     StreamId,
     StreamSettings,
     Tick,
+    TickEntry,
     shown_fate,
 )
 
@@ -268,7 +268,7 @@ class LiveLoop(Driver):
         spec = self._engine.resolved(spec)
         settings = settings_for(spec, settings)
         spec = with_steps(spec, settings.steps)
-        prepared = {*steps, *range(settings.floor_steps, settings.steps + 1)}
+        prepared = {*steps, *range(settings.min_steps, settings.steps + 1)}
         stream = self._ask(functools.partial(self._admit, spec, settings, sink, prepared))
         session = None
         try:
@@ -444,27 +444,29 @@ class LiveLoop(Driver):
 
     def _start(self, tick: Tick) -> None:
         """Hands a tick to the device's thread, and has the reader see it through."""
-        states, parts = [self._states[part.stream] for part in tick.parts], []
-        for state, part in zip(states, tick.parts, strict=True):
-            assert state.session is not None, f"stream {part.stream} has frames before its session is open"
-            if part.frames:
-                state.flight.append(part.frames)
-                state.next_frame = part.frames[-1] + 1
-            parts.append((state.session, part, [state.pixels.pop(number) for number in part.frames]))
-        name = f"tick {tick.number} (stream {', '.join(str(part.stream) for part in tick.parts)})"
-        handed = self._device.do(functools.partial(self._hand_over, parts))
+        states, inputs = [self._states[entry.stream] for entry in tick.entries], []
+        for state, entry in zip(states, tick.entries, strict=True):
+            assert state.session is not None, f"stream {entry.stream} has frames before its session is open"
+            if entry.frames:
+                state.flight.append(entry.frames)
+                state.next_frame = entry.frames[-1] + 1
+            inputs.append((state.session, entry, [state.pixels.pop(number) for number in entry.frames]))
+        name = f"tick {tick.number} (stream {', '.join(str(entry.stream) for entry in tick.entries)})"
+        handed = self._device.do(functools.partial(self._hand_over, inputs))
         see_through = functools.partial(self._see_through, handed)
         self._reader.do(see_through, functools.partial(self._finished, states), name, tick.predicted_ns)
 
     def _hand_over(
-        self, parts: Sequence[tuple[Session, Part, list[np.ndarray]]]
-    ) -> tuple[Ticket | None, list[Future[Work]]]:
-        """Device thread: hands a tick to the engine; returns also each part, or why it could not take part."""
-        prepared = [attempt(functools.partial(_prepared, *part)) for part in parts]
+        self, inputs: Sequence[tuple[Session, TickEntry, list[np.ndarray]]]
+    ) -> tuple[Ticket | None, list[Future[TickInput]]]:
+        """Device thread: hands a tick to the engine; returns also each stream's input, or why there is none."""
+        prepared = [attempt(functools.partial(_prepared, *one)) for one in inputs]
         work = [part.result() for part in prepared if part.exception() is None]
         return self._engine.tick(work) if work else None, prepared
 
-    def _see_through(self, handed: Future[tuple[Ticket | None, list[Future[Work]]]]) -> list[Future[Any]]:
+    def _see_through(
+        self, handed: Future[tuple[Ticket | None, list[Future[TickInput]]]]
+    ) -> list[Future[Any]]:
         """Reader: waits for a tick; returns the frames of each part's finished chunks, or why there are none."""
         ticket, parts = handed.result()
         if ticket is None:
@@ -583,11 +585,11 @@ class LiveLoop(Driver):
                 self.observer_errors.append(e)
 
 
-def _prepared(session: Session, part: Part, frames: Sequence[np.ndarray]) -> Work:
+def _prepared(session: Session, entry: TickEntry, frames: Sequence[np.ndarray]) -> TickInput:
     """Gives a session its steps, and returns its part of a tick, the last frame repeated to make a whole chunk."""
-    if session.steps != part.steps:
-        session.set_steps(part.steps)
-    return Work(session, np.stack([*frames, *[frames[-1]] * part.fill]) if frames else None)
+    if session.steps != entry.steps:
+        session.set_steps(entry.steps)
+    return TickInput(session, np.stack([*frames, *[frames[-1]] * entry.fill]) if frames else None)
 
 
 def _read(chunks: Sequence[Chunk]) -> list[list[np.ndarray]]:

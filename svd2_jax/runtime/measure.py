@@ -12,16 +12,16 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from svd2_jax.api import Engine, Session, SessionSpec, Ticket, Work
+from svd2_jax.api import Engine, Session, SessionSpec, Ticket, TickInput
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.progress import working
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.runtime.types import StreamSettings
 from svd2_jax.text import counted
 
 
-def shape_of(stream: StreamConfig) -> StreamConfig:
+def batch_key_of(stream: StreamConfig) -> StreamConfig:
     """Returns what streams that may share a tick have in common: all of their configuration but the steps."""
     return stream.with_steps(1)
 
@@ -41,7 +41,7 @@ def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
         settings,
         first_frames=stream.first_frames,
         chunk_frames=stream.chunk_frames,
-        shape=shape_of(stream) if settings.shape is None else settings.shape,
+        batch_key=batch_key_of(stream) if settings.batch_key is None else settings.batch_key,
     )
 
 
@@ -78,7 +78,7 @@ def measure(
     engine.prepare(spec, steps)
     sizes = sorted(batch_sizes or engine.batch_sizes)
     cfg, samples = spec.config, []
-    shape = shape_of(cfg)
+    batch_key = batch_key_of(cfg)
     first, chunk = (
         np.zeros((count, cfg.height, cfg.width, 3), np.uint8)
         for count in (cfg.first_frames, cfg.chunk_frames)
@@ -104,11 +104,13 @@ def measure(
         with working(f"measuring ticks of {counted(count, 'step')}"), ExitStack() as at_end:
             at_end.callback(close)
             reopen(count, sizes[-1])
-            firsts = [_alone(engine, [Work(session, first)], now_ns) for session in sessions]
+            firsts = [_alone(engine, [TickInput(session, first)], now_ns) for session in sessions]
             kinds = []
-            works = [[Work(session, chunk) for session in sessions[:n]] for n in sizes if n <= len(sessions)]
+            works = [
+                [TickInput(session, chunk) for session in sessions[:n]] for n in sizes if n <= len(sessions)
+            ]
             for work in works if count > 1 else ():
-                pushes = [Work(part.session) for part in work]
+                pushes = [TickInput(part.session) for part in work]
                 alone = _pushed(engine, work, pushes, now_ns)
                 in_a_row = _in_a_row(engine, [work, *[pushes] * (len(alone) - 1)] * 2, now_ns)
                 kinds.append((len(work), False, True, alone, in_a_row))
@@ -117,8 +119,8 @@ def measure(
                 in_a_row = _in_a_row(engine, [work] * (rounds + 1), now_ns)
                 kinds.append((len(work), False, False, alone[1:], in_a_row))
             reopen(count, min(rounds + 2, sizes[-1]))
-            firsts.append(_alone(engine, [Work(sessions[0], first)], now_ns))
-            in_a_row = _in_a_row(engine, [[Work(session, first)] for session in sessions[1:]], now_ns)
+            firsts.append(_alone(engine, [TickInput(sessions[0], first)], now_ns))
+            in_a_row = _in_a_row(engine, [[TickInput(session, first)] for session in sessions[1:]], now_ns)
             kinds.insert(
                 0, (1, True, False, firsts[1:], in_a_row)
             )  # whatever runs for the first time takes longer
@@ -126,12 +128,12 @@ def measure(
             times = in_a_row or alone
             tail = max(0, round(statistics.median(alone) - statistics.median(times)))
             samples += [
-                LatencySample(shape, size, count, max(1, took), is_first, tail, is_lone) for took in times
+                LatencySample(batch_key, size, count, max(1, took), is_first, tail, is_lone) for took in times
             ]
     return samples
 
 
-def _alone(engine: Engine, work: Sequence[Work], now_ns: Callable[[], int]) -> int:
+def _alone(engine: Engine, work: Sequence[TickInput], now_ns: Callable[[], int]) -> int:
     """Returns the time from the start of a tick to its end, on an idle device."""
     started_ns = now_ns()
     engine.tick(work).wait()
@@ -139,7 +141,7 @@ def _alone(engine: Engine, work: Sequence[Work], now_ns: Callable[[], int]) -> i
 
 
 def _pushed(
-    engine: Engine, work: Sequence[Work], pushes: Sequence[Work], now_ns: Callable[[], int]
+    engine: Engine, work: Sequence[TickInput], pushes: Sequence[TickInput], now_ns: Callable[[], int]
 ) -> list[int]:
     """Returns the times of the ticks that take chunks from their entry to their end, with nothing else in flight."""
     times, is_finished = [], False
@@ -152,7 +154,7 @@ def _pushed(
     return times
 
 
-def _in_a_row(engine: Engine, works: Iterable[Sequence[Work]], now_ns: Callable[[], int]) -> list[int]:
+def _in_a_row(engine: Engine, works: Iterable[Sequence[TickInput]], now_ns: Callable[[], int]) -> list[int]:
     """Returns the time from the end of the tick before to its own end, for each tick but the first."""
     in_flight: deque[Ticket] = deque()
     ends_ns: list[int] = []

@@ -1,6 +1,6 @@
 """What became of every frame, in numbers: per stream and over all, in bounded memory however long it runs.
 
-`Metrics` takes the events of `runtime.work` and knows no clock: its time is that of the events. docs/scheduling.md
+`Metrics` takes the events of `runtime.types` and knows no clock: its time is that of the events. docs/scheduling.md
 defines each number.
 """
 
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from svd2_jax.errors import SessionError
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     SECOND,
     Event,
@@ -109,8 +109,8 @@ class Tally:
       steps_last: steps of the last tick.
       step_changes: changes that the scheduler reported.
       ticks: ticks (of a stream: those it took part in).
-      batch_sum: parts of all these ticks, added up.
-      batch_high: most parts of a tick.
+      batch_sum: streams of all these ticks, added up.
+      batch_high: most streams of a tick.
       busy_ns: device time; a stream's share of a tick is its equal part.
       queue_sum: input frames that waited (over all streams) at the start of each tick, added up.
       queue_high: most of them.
@@ -170,10 +170,10 @@ class Tally:
 
     def add_tick(self, record: TickRecord, busy_ns: int, share: float = 1.0) -> None:
         """Counts a tick, of whose device time `busy_ns` this tally takes a share."""
-        steps, parts = record.tick.steps, len(record.tick.parts)
+        steps, entries = record.tick.steps, len(record.tick.entries)
         self.ticks += 1
-        self.batch_sum += parts
-        self.batch_high = max(self.batch_high, parts)
+        self.batch_sum += entries
+        self.batch_high = max(self.batch_high, entries)
         self.busy_ns += round(busy_ns * share)
         self.queue_sum += record.queued
         self.queue_high = max(self.queue_high, record.queued)
@@ -511,9 +511,9 @@ class Metrics:
         self._ran_ns = max(self._ran_ns, record.done_ns)
         for tally in self._all.tallies(record.started_ns, self._now_ns):
             tally.add_tick(record, busy_ns)
-        for part in record.tick.parts:
-            for tally in self._stream(part.stream).tallies(record.started_ns, self._now_ns):
-                tally.add_tick(record, busy_ns, 1 / len(record.tick.parts))
+        for entry in record.tick.entries:
+            for tally in self._stream(entry.stream).tallies(record.started_ns, self._now_ns):
+                tally.add_tick(record, busy_ns, 1 / len(record.tick.entries))
 
     def _add_change(self, change: StepChange) -> None:
         self._now_ns = max(self._now_ns, change.at_ns)
@@ -618,7 +618,7 @@ def to_dict(event: Event) -> dict[str, Any]:
     return {
         "kind": "tick",
         "number": tick.number,
-        "parts": [{"stream": p.stream, "frames": list(p.frames), "fill": p.fill} for p in tick.parts],
+        "entries": [{"stream": p.stream, "frames": list(p.frames), "fill": p.fill} for p in tick.entries],
         "steps": tick.steps,
         "first": tick.first,
         "predicted_ns": tick.predicted_ns,

@@ -11,8 +11,8 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from svd2_jax.runtime.deadline import CostsOf, PolicyConfig
-from svd2_jax.runtime.work import MS, StreamSettings
+from svd2_jax.runtime.deadline import PolicyConfig, TickTimesOf
+from svd2_jax.runtime.types import MS, StreamSettings
 
 GAIN = 0.02  # share of the utilisation that must be gained by a step less of all streams; times wobble by as much
 NEVER_IN_TIME = 1_000_000  # ticks per chunk of a stream whose budget is too short
@@ -36,19 +36,19 @@ class Control:
 
 def steps_at(settings: StreamSettings, level: int) -> int:
     """Returns the steps that a stream takes at a level."""
-    return min(max(level, settings.floor_steps), settings.steps)
+    return min(max(level, settings.min_steps), settings.steps)
 
 
-def ticks_per_chunk(settings: StreamSettings, steps: int, tick_ns: int, spare_ns: int) -> int:
+def ticks_per_chunk(settings: StreamSettings, steps: int, tick_ns: int, slack_ns: int) -> int:
     """Returns the fewest ticks per chunk with which chunks are finished in time; many if even all at once are late.
 
     With n ticks per chunk, one as it enters and the others right behind, its last tick is the (k mod n)-th of those
-    of the (k div n)-th chunk after it, k = steps * stages - 1. `spare_ns` is kept free.
+    of the (k div n)-th chunk after it, k = steps * stages - 1. `slack_ns` is kept free.
     """
     fill, period = fill_ns(settings), settings.chunk_frames * settings.interval_ns
     for ticks in range(1, steps * settings.stages + 1):
         chunks, more = divmod(steps * settings.stages - 1, ticks)
-        if fill + chunks * period + (more + 1) * tick_ns + spare_ns <= settings.budget_ns:
+        if fill + chunks * period + (more + 1) * tick_ns + slack_ns <= settings.budget_ns:
             return ticks
     return NEVER_IN_TIME
 
@@ -58,24 +58,24 @@ def fill_ns(settings: StreamSettings) -> int:
     return (settings.chunk_frames - 1) * settings.interval_ns
 
 
-def nominal_ns(settings: StreamSettings, costs_of: CostsOf) -> int:
+def nominal_ns(settings: StreamSettings, times_of: TickTimesOf) -> int:
     """Returns the playout delay of a stream that has the device for itself, at its preferred steps; at most its budget.
 
     Its chunk fills, takes (steps x stages) ticks right behind each other, and a tail.
     """
-    costs = costs_of(settings.shape, settings.steps)
+    costs = times_of(settings.batch_key, settings.steps)
     ticks_ns = settings.steps * settings.stages * costs.of_one_row.expected_ns[1]
     return min(fill_ns(settings) + ticks_ns + costs.tail_bound_ns, settings.budget_ns)
 
 
-def utilisation(asked: Sequence[StreamSettings], level: int, costs_of: CostsOf, guard_ns: int) -> float:
+def utilisation(asked: Sequence[StreamSettings], level: int, times_of: TickTimesOf, guard_ns: int) -> float:
     """Returns the share of time for which these streams keep the device busy at a level of steps, 0 or more."""
     groups: dict[tuple[Hashable, int], list[StreamSettings]] = {}
     for settings in asked:
-        groups.setdefault((settings.shape, steps_at(settings, level)), []).append(settings)
+        groups.setdefault((settings.batch_key, steps_at(settings, level)), []).append(settings)
     total = 0.0
-    for (shape, steps), members in groups.items():
-        costs = costs_of(shape, steps)
+    for (batch_key, steps), members in groups.items():
+        costs = times_of(batch_key, steps)
         tick = costs.expected_ns[costs.size(len(members), costs.knee)]
         for settings in members:
             ticks = ticks_per_chunk(settings, steps, tick, guard_ns + costs.tail_bound_ns)
@@ -85,40 +85,40 @@ def utilisation(asked: Sequence[StreamSettings], level: int, costs_of: CostsOf, 
 
 
 def control(
-    state: Control, asked: Sequence[StreamSettings], costs_of: CostsOf, config: PolicyConfig, now_ns: int
+    state: Control, asked: Sequence[StreamSettings], times_of: TickTimesOf, config: PolicyConfig, now_ns: int
 ) -> Control:
     """Returns the controller at a later time.
 
-    Lowers at once when the utilisation is above `lower_above`, to the highest level within; raises when one within
-    `raise_below` has been there for `raise_after_ms`. Where none is, the level of the least utilisation counts. A level
-    lower must gain `GAIN`, so a device that takes as long for fewer steps stays where it is, or comes back.
+    Steps are degraded at once when the utilisation is above `degrade_above`, to the highest level that fits, or to the
+    one of the least utilisation. They are restored when a level's utilisation has been below `restore_below` for
+    `restore_after_ms`. A lower level must gain `GAIN`: a device that takes as long for fewer steps keeps them.
     """
     top = max([settings.steps for settings in asked], default=1)
-    used = {NO_LIMIT: utilisation(asked, NO_LIMIT, costs_of, config.guard_ns)}
+    used = {NO_LIMIT: utilisation(asked, NO_LIMIT, times_of, config.guard_ns)}
     for fewer in range(top - 1, 0, -1):
-        share = utilisation(asked, fewer, costs_of, config.guard_ns)
+        share = utilisation(asked, fewer, times_of, config.guard_ns)
         if share * (1 + GAIN) <= min(used.values()):
             used[fewer] = share
 
     def within(limit: float) -> int:
         return next((level for level in used if used[level] <= limit), min(used))
 
-    lower, higher = within(config.lower_above), within(config.raise_below)
+    lower, higher = within(config.degrade_above), within(config.restore_below)
     level, since = state.level, None
     if lower < level:
         level = lower
     elif higher > level:
         since = now_ns if state.raisable_ns is None else state.raisable_ns
-        if now_ns - since >= round(config.raise_after_ms * MS):
+        if now_ns - since >= round(config.restore_after_ms * MS):
             level, since = higher, None
-    return Control(level, since, utilisation(asked, level, costs_of, config.guard_ns))
+    return Control(level, since, utilisation(asked, level, times_of, config.guard_ns))
 
 
 def refusal(
-    settings: StreamSettings, others: Sequence[StreamSettings], costs_of: CostsOf, config: PolicyConfig
+    settings: StreamSettings, others: Sequence[StreamSettings], times_of: TickTimesOf, config: PolicyConfig
 ) -> str | None:
     """Returns why a stream is not let in, in one line with numbers; None if it is."""
-    costs, floor = costs_of(settings.shape, settings.floor_steps), settings.floor_steps
+    costs, floor = times_of(settings.batch_key, settings.min_steps), settings.min_steps
     tail = costs.tail_bound_ns
     alone = floor * settings.stages * costs.of_one_row.bound_ns[1] + tail
     least = max(fill_ns(settings) + alone, costs.first_bound_ns + tail) + config.guard_ns
@@ -129,7 +129,7 @@ def refusal(
             f"step{'s take' if floor > 1 else ' takes'} {alone / MS:.0f} ms; "
             f"ask for at least {math.ceil(least / MS)} ms"
         )
-    now, then = (utilisation(s, 1, costs_of, config.guard_ns) for s in (others, [*others, settings]))
+    now, then = (utilisation(s, 1, times_of, config.guard_ns) for s in (others, [*others, settings]))
     if others and config.admit_below is not None and then > config.admit_below:
         running = "1 stream needs" if len(others) == 1 else f"{len(others)} streams need"
         return (

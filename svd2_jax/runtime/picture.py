@@ -9,7 +9,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from svd2_jax.runtime.metrics import Metrics, Summary, Tally, Timeline
-from svd2_jax.runtime.work import MS, SECOND, Reason
+from svd2_jax.runtime.types import MS, SECOND, Reason
 from svd2_jax.text import counted, shortened
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ LATENCY, DEADLINE, LATE, STEPS, BATCH, QUEUE, BUSY = (
     "#2a6fb0", "#b3261e", "#d9480f", "#5b3f8c", "#2b7a5b", "#8a6d1f", "#6b7785",
 )  # fmt: skip
 DROPS = {
-    Reason.OVERLOAD: "#f0a202", Reason.HOPELESS: "#c2255c", Reason.STALE: "#7048e8", Reason.DISORDER: "#0c8599",
+    Reason.OVERLOAD: "#f0a202", Reason.EXPIRED: "#c2255c", Reason.STALE: "#7048e8", Reason.DISORDER: "#0c8599",
     Reason.DUPLICATE: "#66a80f", Reason.CLOSED: "#868e96",
 }  # fmt: skip
 

@@ -27,20 +27,20 @@ from dataclasses import dataclass, replace
 from svd2_jax.errors import SessionError
 from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime import ingest, overload, pacing
-from svd2_jax.runtime.deadline import PolicyConfig, Stream, decide, jobs_of, rescue
+from svd2_jax.runtime.deadline import PolicyConfig, ScheduledStream, decide, edf_schedule, jobs_of
 from svd2_jax.runtime.latency import LatencyModel, LatencySample
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     Event,
     Fate,
     FrameRecord,
-    Part,
     Reason,
     Show,
     StepChange,
     StreamId,
     StreamSettings,
     Tick,
+    TickEntry,
     TickRecord,
     Wait,
     shown_fate,
@@ -65,7 +65,7 @@ class _Running:
 
     Attributes:
       tick: what runs.
-      shape: of its streams.
+      batch_key: of its streams.
       started_ns: when it was handed over.
       queued: input frames that waited then.
       begins_ns: when the stages turn to it; while the tick before it is being finished, when they should.
@@ -76,7 +76,7 @@ class _Running:
     """
 
     tick: Tick
-    shape: Hashable
+    batch_key: Hashable
     started_ns: int
     queued: int
     begins_ns: int
@@ -112,7 +112,7 @@ class Scheduler:
         self.config = config
         self.model = LatencyModel(batch_sizes, config.latency)
         self._report = report
-        self._streams: dict[StreamId, Stream] = {}
+        self._streams: dict[StreamId, ScheduledStream] = {}
         self._ids = ids or itertools.count()
         self._ticks = 0
         self._running: deque[_Running] = deque()  # in flight, oldest first
@@ -134,10 +134,10 @@ class Scheduler:
         """
         self._doubt_if_stuck(now_ns)
         others = [s.settings for s in self._streams.values() if not s.ended]
-        if problem := overload.refusal(settings, others, self.model.costs, self.config):
+        if problem := overload.refusal(settings, others, self.model.times, self.config):
             raise Refused(problem)
         stream = next(self._ids)
-        self._streams[stream] = Stream(
+        self._streams[stream] = ScheduledStream(
             id=stream,
             settings=settings,
             steps=overload.steps_at(settings, self._control.level),
@@ -181,8 +181,8 @@ class Scheduler:
           Refused: its budget cannot be met even at the new minimum steps.
         """
         s = self._get(stream)
-        new = replace(s.settings, steps=settings.steps, floor_steps=settings.floor_steps)
-        if problem := overload.refusal(new, [], self.model.costs, self.config):
+        new = replace(s.settings, steps=settings.steps, min_steps=settings.min_steps)
+        if problem := overload.refusal(new, [], self.model.times, self.config):
             raise Refused(problem)
         s.settings, self._controls_ns = new, now_ns
 
@@ -220,27 +220,27 @@ class Scheduler:
         self._set_steps(now_ns, start_ns)
         streams = list(self._streams.values())
         overloaded = self._control.utilisation > 1 or now_ns < self._expired_ns + LOSSY_NS
-        decision = decide(start_ns, streams, self.model.costs, self.config, overloaded)
+        decision = decide(start_ns, streams, self.model.times, self.config, overloaded)
         if decision.expired and now_ns < start_ns:
             return Wait(start_ns)  # these may still be in time, should the stages be free before
         queued = sum(len(s.queue) for s in streams)
         for stream, count in decision.expired.items():
             s, self._expired_ns = self._streams[stream], now_ns
             for _ in range(count):
-                self._drop(s.queue.popleft(), Reason.HOPELESS)
+                self._drop(s.queue.popleft(), Reason.EXPIRED)
             self._forget_if_over(s)
-        if not decision.parts:
+        if not decision.entries:
             return Wait(decision.until_ns)
-        is_lone = all([self._enter(part, now_ns) for part in decision.parts])
-        shape, size = self._streams[decision.parts[0].stream].settings.shape, len(decision.parts)
-        cost = self.model.costs(shape, decision.parts[0].steps)
+        is_lone = all([self._enter(entry, now_ns) for entry in decision.entries])
+        batch_key, size = self._streams[decision.entries[0].stream].settings.batch_key, len(decision.entries)
+        cost = self.model.times(batch_key, decision.entries[0].steps)
         cost = cost.of_one_row if is_lone else cost
         took, bound, tail = cost.expected_ns[size], cost.bound_ns[size], cost.tails_ns[size]
-        if decision.parts[0].first:
+        if decision.entries[0].first:
             took, bound, tail = cost.first_expected_ns, cost.first_bound_ns, cost.first_tail_ns
-        tick = Tick(self._ticks, decision.parts, begins_ns - now_ns + took + tail, is_lone)
+        tick = Tick(self._ticks, decision.entries, begins_ns - now_ns + took + tail, is_lone)
         self._ticks += 1
-        self._running.append(_Running(tick, shape, now_ns, queued, begins_ns, took, bound, tail))
+        self._running.append(_Running(tick, batch_key, now_ns, queued, begins_ns, took, bound, tail))
         return tick
 
     def free(self, now_ns: int) -> None:
@@ -273,11 +273,11 @@ class Scheduler:
         for behind in self._running:
             behind.begins_ns = max(behind.started_ns, ended_ns)
         took_ns = ended_ns - running.begins_ns
-        kind = running.shape, len(tick.parts), tick.steps
+        kind = running.batch_key, len(tick.entries), tick.steps
         self.model.observe(LatencySample(*kind, took_ns, tick.first, lone=tick.lone))
-        for part in tick.parts:
-            if s := self._streams.get(part.stream):  # else closed meanwhile
-                for _ in range(min(finished.get(part.stream, 0), len(s.leaving))):
+        for entry in tick.entries:
+            if s := self._streams.get(entry.stream):  # else closed meanwhile
+                for _ in range(min(finished.get(entry.stream, 0), len(s.leaving))):
                     self._finish(s, s.leaving.popleft(), now_ns)
                 self._forget_if_over(s)
 
@@ -297,7 +297,7 @@ class Scheduler:
         """Whether a stream has ended or was closed, and nothing of it is left to show or report."""
         return stream not in self._streams
 
-    def _get(self, stream: StreamId) -> Stream:
+    def _get(self, stream: StreamId) -> ScheduledStream:
         s = self._streams.get(stream)
         if s is None or s.ended:
             raise SessionError(f"stream {stream} has ended, or there is none of that number")
@@ -315,57 +315,57 @@ class Scheduler:
             return
         streams = list(self._streams.values())
         asked = [s.settings for s in streams]
-        control = overload.control(self._control, asked, self.model.costs, self.config, now_ns)
-        before, spare = [s.steps for s in streams], self._spare_ns(start_ns)
+        control = overload.control(self._control, asked, self.model.times, self.config, now_ns)
+        before, spare = [s.steps for s in streams], self._slack_ns(start_ns)
         for s in streams:
             s.steps = overload.steps_at(s.settings, control.level)
         # Other steps may need more ticks, or lose the company in their batches.
-        if self._spare_ns(start_ns) >= min(spare, self.config.guard_ns):
+        if self._slack_ns(start_ns) >= min(spare, self.config.guard_ns):
             self._control, self._controls_ns = control, now_ns + CONTROL_EVERY_NS
             return
         for s, steps in zip(streams, before, strict=True):
             s.steps = steps
 
-    def _spare_ns(self, start_ns: int) -> int:
+    def _slack_ns(self, start_ns: int) -> int:
         """Returns the time to spare for the chunks under way, on a device that is free at `start_ns`."""
-        jobs = jobs_of(self._streams.values(), self.model.costs)
-        return rescue(jobs, start_ns, self.model.costs).spare_ns
+        jobs = jobs_of(self._streams.values(), self.model.times)
+        return edf_schedule(jobs, start_ns, self.model.times).slack_ns
 
-    def _enter(self, part: Part, now_ns: int) -> bool:
-        """Moves a part's frames from the queue into the device; older ones that are left out are dropped.
+    def _enter(self, entry: TickEntry, now_ns: int) -> bool:
+        """Moves an entry's frames from the queue into the device; older ones that are left out are dropped.
 
         Returns:
           Whether the tick can compute one row of the stream only.
         """
-        s, frames = self._streams[part.stream], []
+        s, frames = self._streams[entry.stream], []
         if s.rows.steps != s.steps:
             self._report(StepChange(s.id, now_ns, s.rows.steps, s.steps))
             s.rows = s.rows.with_steps(s.steps)
-        while len(frames) < len(part.frames):
+        while len(frames) < len(entry.frames):
             frame = s.queue.popleft()
-            if frame.number in part.frames:
+            if frame.number in entry.frames:
                 frames.append(replace(frame, started_ns=now_ns))
             else:
                 self._drop(frame, Reason.OVERLOAD)
-        entered = s.rows.enter(frames or None, whole=part.first)
+        entered = s.rows.enter(frames or None, whole=entry.first)
         s.rows, leaving = entered.leave()
         s.leaving.extend(leaving)
         if frames:
             s.started, s.served_ns = True, now_ns
-        return s.steps > 1 and not part.first and entered.lone is not None
+        return s.steps > 1 and not entry.first and entered.lone is not None
 
-    def _finish(self, s: Stream, chunk: InFlight[list[FrameRecord]], now_ns: int) -> None:
+    def _finish(self, s: ScheduledStream, chunk: InFlight[list[FrameRecord]], now_ns: int) -> None:
         """Gives the frames of a finished chunk the times at which they are shown.
 
         Of those that are late already only the newest is shown: the others would hold it up.
         """
         asked, guard = s.settings, self.config.guard_ns
         frames = [replace(frame, done_ns=now_ns, steps=chunk.steps) for frame in chunk.chunk]
-        nominal = overload.nominal_ns(asked, self.model.costs)
+        nominal = overload.nominal_ns(asked, self.model.times)
         s.playout = pacing.chunk_finished(s.playout, nominal, frames[0].media_ns, now_ns, asked.budget_ns)
         given_up = max(0, sum(frame.deadline_ns < now_ns for frame in frames) - 1)  # the oldest are late
         for frame in frames[:given_up]:
-            self._drop(frame, Reason.HOPELESS)
+            self._drop(frame, Reason.EXPIRED)
         for frame in frames[given_up:]:
             s.playout, due = pacing.show_time(
                 s.playout, frame.media_ns, now_ns, frame.deadline_ns, asked.interval_ns, guard
@@ -376,7 +376,7 @@ class Scheduler:
     def _drop(self, frame: FrameRecord, reason: Reason) -> None:
         self._report(replace(frame, reason=reason))
 
-    def _forget_if_over(self, s: Stream) -> None:
+    def _forget_if_over(self, s: ScheduledStream) -> None:
         if s.ended and not (s.queue or s.rows or s.leaving or s.finished):
             self._streams.pop(s.id, None)
             self._controls_ns = 0

@@ -15,7 +15,7 @@ import numpy as np
 from svd2_jax.api import Session, SessionSpec
 from svd2_jax.config import StreamConfig, check_seconds, check_whole, is_number
 from svd2_jax.errors import ConfigError, SessionError
-from svd2_jax.runtime.work import FrameRecord, StreamId, StreamSettings
+from svd2_jax.runtime.types import FrameRecord, StreamId, StreamSettings
 
 if TYPE_CHECKING:
     from svd2_jax.runtime.loop import LiveLoop
@@ -123,11 +123,11 @@ class Stream:
         """
         check_whole("blend_chunks", blend_chunks, 0)
         spec = _changed(self.spec, prompt=prompt, noise_scale=noise_scale)
-        settings = _changed(self.settings, steps=steps, floor_steps=min_steps)
-        if not set(range(settings.floor_steps, settings.steps + 1)) <= self._prepared:
+        settings = _changed(self.settings, steps=steps, min_steps=min_steps)
+        if not set(range(settings.min_steps, settings.steps + 1)) <= self._prepared:
             there = ", ".join(map(str, sorted(self._prepared)))
             raise ConfigError(
-                f"stream {self.id} was opened for {there} denoising steps, and {settings.floor_steps} to "
+                f"stream {self.id} was opened for {there} denoising steps, and {settings.min_steps} to "
                 f"{settings.steps} are asked for: name them when you open it, as in open(..., steps=(1, 2, 4))"
             )
         self._check_open()

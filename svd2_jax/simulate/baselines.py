@@ -20,17 +20,17 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     Event,
     Fate,
     FrameRecord,
-    Part,
     Reason,
     Show,
     StreamId,
     StreamSettings,
     Tick,
+    TickEntry,
     TickRecord,
     Wait,
     shown_fate,
@@ -126,8 +126,8 @@ class Fifo:
         if not now_ready:
             return Wait(min(ready.values(), default=None))
         stream = min(now_ready, key=lambda s: self._turn(self._streams[s], ready[s]))
-        part = self._take(stream, self._streams[stream], ready[stream], now_ns)
-        tick = Tick(self._ticks, (part,), 0)
+        entry = self._take(stream, self._streams[stream], ready[stream], now_ns)
+        tick = Tick(self._ticks, (entry,), 0)
         self._streams[stream].served = self._ticks
         self._ticks += 1
         self._running = tick, now_ns
@@ -177,14 +177,14 @@ class Fifo:
     def _turn(self, state: _Stream, ready_ns: int) -> tuple[int, int]:
         return ready_ns, state.served
 
-    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> Part:
+    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> TickEntry:
         count = min(state.whole, len(state.queue))
         frames = [replace(state.queue.popleft(), started_ns=now_ns) for _ in range(count)]
         fill = state.whole - count if count else 0
         first, state.begun = not state.begun, True
         if frames:
             state.rows.append(frames)
-        return Part(stream, tuple(f.number for f in frames), fill, state.settings.steps, first)
+        return TickEntry(stream, tuple(f.number for f in frames), fill, state.settings.steps, first)
 
     def _settle(self, state: _Stream) -> None:
         """Takes note of a stream of which nothing is left."""
@@ -200,7 +200,7 @@ class Fifo:
         state.over = True
 
 
-class Reference(Fifo):
+class ReferencePolicy(Fifo):
     """The reference's automatic mode: stream batch, or sequential where frames wait 0.5 s and more."""
 
     restarts = True
@@ -222,15 +222,15 @@ class Reference(Fifo):
     def _turn(self, state: _Stream, ready_ns: int) -> tuple[int, int]:
         return state.served, ready_ns
 
-    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> Part:
+    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> TickEntry:
         waited_ns = max(ready_ns - state.free_ns, now_ns - state.queue[0].arrival_ns)
         sequential = state.begun and waited_ns >= SWITCH_NS and state.settings.stages == 1
         if sequential:
             for frame in (f for row in state.rows for f in row):
                 self._report(replace(frame, reason=Reason.OVERLOAD))
             state.rows.clear()
-        part = super()._take(stream, state, ready_ns, now_ns)
-        return replace(part, first=True) if sequential else part
+        entry = super()._take(stream, state, ready_ns, now_ns)
+        return replace(entry, first=True) if sequential else entry
 
 
 class Bounded(Fifo):
@@ -247,7 +247,7 @@ class Bounded(Fifo):
     def warm_up(self, sample: LatencySample) -> None:
         """Takes the longest time of each kind of tick for what it takes."""
         if sample.batch == 1 and not sample.first:
-            kind = sample.shape, sample.steps
+            kind = sample.batch_key, sample.steps
             took_ns = sample.duration_ns + (sample.tail_ns or 0)
             self._tick_ns[kind] = max(took_ns, self._tick_ns.get(kind, 0))
 
@@ -263,9 +263,9 @@ class Bounded(Fifo):
         """Returns a tick for the most urgent chunk, or one that pushes on."""
         for state in self._streams.values() if self._running is None else ():
             asked = state.settings
-            takes_ns = asked.steps * asked.stages * self._tick_ns[asked.shape, asked.steps]
+            takes_ns = asked.steps * asked.stages * self._tick_ns[asked.batch_key, asked.steps]
             while state.queue and state.queue[0].deadline_ns < now_ns + takes_ns:
-                self._report(replace(state.queue.popleft(), reason=Reason.HOPELESS))
+                self._report(replace(state.queue.popleft(), reason=Reason.EXPIRED))
             self._settle(state)
         return super().next(now_ns)
 
@@ -278,7 +278,7 @@ class Bounded(Fifo):
         waiting = state.rows[0] if pushes or not state.queue else state.queue
         return int(pushes), waiting[0].deadline_ns
 
-    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> Part:
+    def _take(self, stream: StreamId, state: _Stream, ready_ns: int, now_ns: int) -> TickEntry:
         if len(state.queue) >= state.whole or state.ended_ns is not None:
             return super()._take(stream, state, ready_ns, now_ns)
-        return Part(stream, (), 0, state.settings.steps)
+        return TickEntry(stream, (), 0, state.settings.steps)

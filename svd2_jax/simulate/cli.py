@@ -13,7 +13,7 @@ from svd2_jax import files
 
 if TYPE_CHECKING:
     from svd2_jax.simulate.report import Row
-    from svd2_jax.simulate.simulator import MakePolicy, Outcome
+    from svd2_jax.simulate.simulator import MakePolicy, SimulationResult
     from svd2_jax.simulate.trace import Trace
 
 DEADLINE = "deadline"
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_MISSED if any(row.missed_goals for row in ours) else 0
 
 
-def _simulate(trace: Trace, name: str, progress: bool) -> Outcome:
+def _simulate(trace: Trace, name: str, progress: bool) -> SimulationResult:
     """Runs one trace, with a bar that counts the seconds simulated."""
     from svd2_jax.simulate.simulator import simulate
 
@@ -125,4 +125,6 @@ def _maker(name: str) -> MakePolicy:
 
     if name == DEADLINE:
         return lambda sizes, report: Scheduler(PolicyConfig(), sizes, report)
-    return {"bounded": baselines.Bounded, "fifo": baselines.Fifo, "reference": baselines.Reference}[name]
+    return {"bounded": baselines.Bounded, "fifo": baselines.Fifo, "reference": baselines.ReferencePolicy}[
+        name
+    ]

@@ -8,12 +8,12 @@ from collections import deque
 from dataclasses import dataclass
 
 from svd2_jax.rows import Rows
-from svd2_jax.runtime.work import Part, StreamId, StreamSettings, Tick
+from svd2_jax.runtime.types import StreamId, StreamSettings, Tick, TickEntry
 from svd2_jax.simulate.trace import DeviceTrace
 
 
 @dataclass
-class _Flight:
+class _InFlight:
     """A tick in flight: when it is through the stages, and when its frames are finished.
 
     `chunks`, those that it finishes by stream, is None while it is in the stages.
@@ -36,7 +36,7 @@ class SimulatedDevice:
         self._random = random.Random(f"{seed} device")
         self._rows: dict[StreamId, Rows[tuple[int, ...]]] = {}  # chunks as the numbers of their frames
         self._settings: dict[StreamId, StreamSettings] = {}
-        self._flight: deque[_Flight] = deque()  # oldest first
+        self._flight: deque[_InFlight] = deque()  # oldest first
         self.busy_ns = 0
 
     @property
@@ -69,7 +69,7 @@ class SimulatedDevice:
         trace = self._trace
         free_ns = trace.end_ns(now_ns, self._sample_ms(self.work_ms(tick)))
         done_ns = trace.end_ns(free_ns, trace.tail_ms) if trace.tail_ms else free_ns
-        self._flight.append(_Flight(tick, free_ns, done_ns))
+        self._flight.append(_InFlight(tick, free_ns, done_ns))
         self.busy_ns += free_ns - now_ns
         return free_ns, done_ns
 
@@ -77,7 +77,7 @@ class SimulatedDevice:
         """Takes the running tick out of the stages."""
         assert self.free_ns is not None, "no tick runs"
         flight = self._flight[-1]
-        flight.chunks = {part.stream: self._advance(part) for part in flight.tick.parts}
+        flight.chunks = {entry.stream: self._advance(entry) for entry in flight.tick.entries}
 
     def finish(self) -> dict[StreamId, list[tuple[int, ...]]]:
         """Ends the oldest tick; returns the frames of the chunks that it finished, for each stream in order."""
@@ -88,12 +88,12 @@ class SimulatedDevice:
 
     def work_ms(self, tick: Tick) -> float:
         """Returns what a tick takes at full speed and without noise."""
-        part = tick.parts[0]
+        entry = tick.entries[0]
         if not tick.first:
-            alone = all(self._entered(part).lone is not None for part in tick.parts)
-            return self._trace.tick_ms(len(tick.parts), 1 if alone else tick.steps)
-        settings = self._settings[part.stream]
-        rows = -(-(len(part.frames) + part.fill) // settings.chunk_frames)
+            alone = all(self._entered(entry).lone is not None for entry in tick.entries)
+            return self._trace.tick_ms(len(tick.entries), 1 if alone else tick.steps)
+        settings = self._settings[entry.stream]
+        rows = -(-(len(entry.frames) + entry.fill) // settings.chunk_frames)
         return self._trace.sequential_ms(tick.steps * settings.stages, rows)
 
     def sample_ms(
@@ -105,13 +105,13 @@ class SimulatedDevice:
             return self._sample_ms(self._trace.sequential_ms(steps * settings.stages, rows))
         return self._sample_ms(self._trace.tick_ms(batch, 1 if lone else steps))
 
-    def _advance(self, part: Part) -> list[tuple[int, ...]]:
-        self._rows[part.stream], finished = self._entered(part).leave()
+    def _advance(self, entry: TickEntry) -> list[tuple[int, ...]]:
+        self._rows[entry.stream], finished = self._entered(entry).leave()
         return [held.chunk for held in finished]
 
-    def _entered(self, part: Part) -> Rows[tuple[int, ...]]:
+    def _entered(self, entry: TickEntry) -> Rows[tuple[int, ...]]:
         """Returns a stream's rows in the tick that it takes this part in."""
-        return self._rows[part.stream].with_steps(part.steps).enter(part.frames or None, whole=part.first)
+        return self._rows[entry.stream].with_steps(entry.steps).enter(entry.frames or None, whole=entry.first)
 
     def _sample_ms(self, work_ms: float) -> float:
         trace, draw = self._trace, self._random

@@ -19,8 +19,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from svd2_jax.runtime.work import SECOND, Fate
-from svd2_jax.simulate.simulator import Outcome
+from svd2_jax.runtime.types import SECOND, Fate
+from svd2_jax.simulate.simulator import SimulationResult
 from svd2_jax.simulate.trace import Trace
 from svd2_jax.text import counted
 
@@ -43,8 +43,8 @@ class Sketch:
       worst: the longest of these.
       dropped: share of the frames that were dropped.
       steps: mean of the frames shown; None where none was.
-      lowered: seconds at which a stream was given fewer steps.
-      raised: seconds at which one was given more.
+      degraded: seconds at which a stream was given fewer steps.
+      restored: seconds at which one was given more.
     """
 
     trace: Trace
@@ -53,11 +53,11 @@ class Sketch:
     worst: list[float | None]
     dropped: list[float]
     steps: list[float | None]
-    lowered: list[float]
-    raised: list[float]
+    degraded: list[float]
+    restored: list[float]
 
 
-def sketch(outcome: Outcome) -> Sketch:
+def sketch(outcome: SimulationResult) -> Sketch:
     """Returns what is drawn of a run, so that its records need not be kept."""
     width_ns = outcome.trace.duration_s * SECOND / BINS
     shares: dict[int, list[float]] = defaultdict(list)
@@ -129,7 +129,7 @@ def _latencies(axes: Any, runs: Sequence[Sketch]) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1f}x")
     axes.yaxis.set_minor_formatter(NullFormatter())
     for run in runs:
-        for times, marker, y in ((run.lowered, "v", 0.955), (run.raised, "^", 0.885)):
+        for times, marker, y in ((run.degraded, "v", 0.955), (run.restored, "^", 0.885)):
             axes.plot(
                 times, [y] * len(times), marker, color=COLOURS[run.policy], markersize=4.5,
                 transform=axes.get_xaxis_transform(), clip_on=False,

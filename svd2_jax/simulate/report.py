@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from svd2_jax.runtime.metrics import Metrics
-from svd2_jax.runtime.work import SECOND, Fate, FrameRecord, Reason
-from svd2_jax.simulate.simulator import Outcome
+from svd2_jax.runtime.types import SECOND, Fate, FrameRecord, Reason
+from svd2_jax.simulate.simulator import SimulationResult
 from svd2_jax.simulate.trace import bound_ms, first_bound_ms
 from svd2_jax.text import aligned
 
-OWN_DROPS = (Reason.OVERLOAD, Reason.HOPELESS)  # the scheduler's doing; others are the source's
+OWN_DROPS = (Reason.OVERLOAD, Reason.EXPIRED)  # the scheduler's doing; others are the source's
 MOST_MISSED = 0.001  # share of shown frames, where the device can do all that is demanded
 MOST_MISSED_OVERLOADED = 0.01
 LEAST_THROUGHPUT = 0.95  # of the capacity
@@ -30,8 +30,8 @@ SETTLED_NS = SECOND  # so long everything has to be well for a recovery
 class Row:
     """One trace under one policy.
 
-    Frames that no policy whatever could show in time (`Outcome.is_possible`) are counted for themselves: what is said
-    of shown, late and dropped frames, of latencies, misses, steps and recovery is said of the others.
+    Frames that no policy could show in time (see `SimulationResult.is_possible`) are counted apart. Shown, late and
+    dropped frames, latencies, misses, steps and recovery are of the others.
 
     Attributes:
       trace: name.
@@ -115,7 +115,7 @@ class Row:
         return {k: "never" if v == float("inf") else v for k, v in values.items()}
 
 
-def summarise(outcome: Outcome) -> Row:
+def summarise(outcome: SimulationResult) -> Row:
     """Returns the row of a run."""
     trace = outcome.admitted
     overloads = trace.overloads
@@ -164,7 +164,7 @@ def summarise(outcome: Outcome) -> Row:
     )
 
 
-def _throughput(outcome: Outcome) -> float | None:
+def _throughput(outcome: SimulationResult) -> float | None:
     """Returns the frames finished under overload as a share of what the device can finish at best.
 
     Only where whole chunks can be in time: the best is reached with whole chunks. None where that is never.
@@ -178,7 +178,7 @@ def _throughput(outcome: Outcome) -> float | None:
     return sum(any(a <= at < b for a, b in spans) for at in done) / best
 
 
-def _gap_s(outcome: Outcome) -> float:
+def _gap_s(outcome: SimulationResult) -> float:
     """Returns the longest time under overload in which a stream that takes part shows no frame."""
     by_stream: dict[int, list[FrameRecord]] = collections.defaultdict(list)
     for frame in outcome.frames:
@@ -196,7 +196,7 @@ def _gap_s(outcome: Outcome) -> float:
     return longest_ns / SECOND
 
 
-def _recovery_s(outcome: Outcome) -> float | None:
+def _recovery_s(outcome: SimulationResult) -> float | None:
     """Returns how long after an overload's end all is as it should be, for the longest; None if none ends."""
     trace = outcome.admitted
     ends = [end for _, end in trace.overloads if end < trace.duration_s]

@@ -14,7 +14,7 @@ from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.mailbox import Message
 from svd2_jax.runtime.scheduler import Scheduler
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     SECOND,
     Event,
@@ -28,7 +28,7 @@ from svd2_jax.runtime.work import (
 )
 from svd2_jax.simulate.baselines import Fifo
 from svd2_jax.simulate.device import SimulatedDevice
-from svd2_jax.simulate.trace import Arrival, StreamTrace, Trace, earliest_ns, merged
+from svd2_jax.simulate.trace import FrameArrival, StreamTrace, Trace, earliest_ns, merged
 
 WARM_UP_TICKS = 5  # of each kind, measured before the streams open
 MOST_CALLS_AT_ONCE = 10_000  # at one moment; more is a policy that never waits
@@ -43,7 +43,7 @@ MakePolicy = Callable[[Sequence[int], Callable[[Event], None]], Scheduler | Fifo
 
 
 @dataclass
-class Outcome:
+class SimulationResult:
     """All that a policy reported of a trace.
 
     Attributes:
@@ -163,7 +163,7 @@ def simulate(
     name: str,
     make_policy: MakePolicy,
     progress: Callable[[float], None] = lambda _: None,
-) -> Outcome:
+) -> SimulationResult:
     """Runs a trace to its end and returns all that the policy reported.
 
     Args:
@@ -181,7 +181,7 @@ def simulate(
 
 class _Run(Driver):
     def __init__(self, trace: Trace, name: str, make_policy: MakePolicy, progress: Callable[[float], None]):
-        self.trace, self.outcome = trace, Outcome(trace, name)
+        self.trace, self.outcome = trace, SimulationResult(trace, name)
         self.device = SimulatedDevice(trace.device, trace.seed)
         self.policy = make_policy(trace.device.batch_sizes, self._report)
         # A policy that may give a stream that runs already a first group again; its rows are lost then.
@@ -192,7 +192,7 @@ class _Run(Driver):
         self.events = VirtualInbox(self._inputs(), progress)
         super().__init__(self.policy, self.events, lambda: self.events.now_ns)
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulationResult:
         """Plays all events in order of time."""
         self._warm_up()
         self._drive()
@@ -207,7 +207,7 @@ class _Run(Driver):
 
     def _warm_up(self) -> None:
         sizes, tail_ns = self.trace.device.batch_sizes, round(self.trace.device.tail_ms * MS)
-        kinds = {(s.shape, s.stages, s.first_frames, s.chunk_frames): s for s in self.trace.sources}
+        kinds = {(s.batch_key, s.stages, s.first_frames, s.chunk_frames): s for s in self.trace.sources}
         for source in kinds.values():
             settings = source.settings()
             steps = range(1, max(s.steps for s in self.trace.sources) + 1)
@@ -222,10 +222,10 @@ class _Run(Driver):
             for batch, count, first, lone in cells:
                 for _ in range(WARM_UP_TICKS):
                     took_ns = round(self.device.sample_ms(settings, batch, count, first, lone) * MS)
-                    sample = LatencySample(settings.shape, batch, count, took_ns, first, tail_ns, lone)
+                    sample = LatencySample(settings.batch_key, batch, count, took_ns, first, tail_ns, lone)
                     self.policy.warm_up(sample)
 
-    def _input(self, rank: int, source: int, arrival: Arrival | None) -> None:
+    def _input(self, rank: int, source: int, arrival: FrameArrival | None) -> None:
         now_ns = self.now_ns
         if rank == 0:
             settings = self.trace.sources[source].settings()
@@ -284,29 +284,35 @@ class _Run(Driver):
             stream.reported.add(event.number)
 
     def _check_tick(self, tick: Tick) -> None:
-        sizes, parts = self.trace.device.batch_sizes, tick.parts
+        sizes, entries = self.trace.device.batch_sizes, tick.entries
         self._require(tick.number == self.ticks, f"tick numbered {tick.number}, not {self.ticks}")
-        self._require(len(parts) in sizes, f"{len(parts)} streams in a tick; the device takes {sizes}")
-        self._require(len({p.stream for p in parts}) == len(parts), "a stream twice in a tick")
-        self._require(len({p.steps for p in parts}) == 1, "different steps in a tick")
-        self._require(len({self.streams[p.stream].settings.shape for p in parts}) == 1, "different shapes")
-        for part in parts:
-            stream, settings = self.streams[part.stream], self.streams[part.stream].settings
+        self._require(len(entries) in sizes, f"{len(entries)} streams in a tick; the device takes {sizes}")
+        self._require(len({p.stream for p in entries}) == len(entries), "a stream twice in a tick")
+        self._require(len({p.steps for p in entries}) == 1, "different steps in a tick")
+        self._require(
+            len({self.streams[p.stream].settings.batch_key for p in entries}) == 1, "different shapes"
+        )
+        for entry in entries:
+            stream, settings = self.streams[entry.stream], self.streams[entry.stream].settings
             self._require(not stream.gone, "a closed stream in a tick")
-            self._require(settings.floor_steps <= part.steps <= settings.steps, f"{part.steps} steps")
-            frames = part.frames
+            self._require(settings.min_steps <= entry.steps <= settings.steps, f"{entry.steps} steps")
+            frames = entry.frames
             ordered = all(a < b for a, b in itertools.pairwise((stream.entered, *frames)))
             self._require(ordered and all(n < stream.arrived for n in frames), f"takes frames {frames}")
             self._require(not any(n in stream.reported for n in frames), "takes frames that it dropped")
-            if part.first:
-                self._require(len(parts) == 1 and bool(frames), "a first group that shares its tick")
+            if entry.first:
+                self._require(len(entries) == 1 and bool(frames), "a first group that shares its tick")
                 self._require(self.restarts or not stream.begun, "a second first group")
-                self.device.drop_rows(part.stream)
+                self.device.drop_rows(entry.stream)
             else:
                 self._require(stream.begun, "a chunk before the first group")
-                self._require(bool(frames or self.device.under_way(part.stream)), "a part that does nothing")
+                self._require(
+                    bool(frames or self.device.under_way(entry.stream)), "an entry that does nothing"
+                )
             whole = settings.chunk_frames if stream.begun else settings.first_frames
-            self._require(not frames or len(frames) + part.fill == whole, f"a chunk of {frames}+{part.fill}")
+            self._require(
+                not frames or len(frames) + entry.fill == whole, f"a chunk of {frames}+{entry.fill}"
+            )
             stream.begun = True
             stream.entered = max(stream.entered, *frames) if frames else stream.entered
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from svd2_jax.errors import ConfigError
-from svd2_jax.runtime.work import MS, SECOND, StreamSettings
+from svd2_jax.runtime.types import MS, SECOND, StreamSettings
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ class StreamTrace:
     """One source, or `count` of the same kind, and what is asked of the scheduler for it.
 
     Attributes:
-      rate_hz, budget_ms, steps, floor_steps, first_frames, chunk_frames, stages, shape: see `StreamSettings`.
+      rate_hz, budget_ms, steps, min_steps, first_frames, chunk_frames, stages, batch_key: see `StreamSettings`.
       count: so many sources, each `stagger_s` behind the one before it.
       start_s: when it joins.
       end_s: when it leaves; None: with the end of the trace.
@@ -130,11 +130,11 @@ class StreamTrace:
     rate_hz: float
     budget_ms: float
     steps: int = 2
-    floor_steps: int = 1
+    min_steps: int = 1
     first_frames: int = 5
     chunk_frames: int = 4
     stages: int = 1
-    shape: str | None = None
+    batch_key: str | None = None
     count: int = 1
     stagger_s: float = 0.0
     start_s: float = 0.0
@@ -177,9 +177,9 @@ class StreamTrace:
         return (self.chunk_frames - 1) * 1000 / self.rate_hz
 
     @property
-    def floor_passes(self) -> int:
+    def min_passes(self) -> int:
         """Ticks that a chunk takes at least."""
-        return self.floor_steps * self.stages
+        return self.min_steps * self.stages
 
     def settings(self) -> StreamSettings:
         """Returns what the scheduler is asked for."""
@@ -187,11 +187,11 @@ class StreamTrace:
             rate_hz=self.rate_hz,
             budget_ms=self.budget_ms,
             steps=self.steps,
-            floor_steps=self.floor_steps,
+            min_steps=self.min_steps,
             first_frames=self.first_frames,
             chunk_frames=self.chunk_frames,
             stages=self.stages,
-            shape=self.shape,
+            batch_key=self.batch_key,
         )
 
 
@@ -288,11 +288,10 @@ class Trace:
             begin_s,
             end_s,
             sum(s.rate_hz for s in active),
-            speed * capacity_hz(self.device, [(s, s.floor_steps) for s in active]),
+            speed * capacity_hz(self.device, [(s, s.min_steps) for s in active]),
             speed * capacity_hz(self.device, [(s, s.steps) for s in active]),
             all(
-                s.fill_ms
-                + (s.floor_passes * self.device.tick_ms(1, s.floor_steps) + self.device.tail_ms) / speed
+                s.fill_ms + (s.min_passes * self.device.tick_ms(1, s.min_steps) + self.device.tail_ms) / speed
                 <= s.budget_ms
                 for s in active
             ),
@@ -330,7 +329,7 @@ def capacity_hz(device: DeviceTrace, active: Sequence[tuple[StreamTrace, int]]) 
     """
     groups: dict[tuple[str | None, int], list[StreamTrace]] = {}
     for stream, steps in active:
-        groups.setdefault((stream.shape, steps), []).append(stream)
+        groups.setdefault((stream.batch_key, steps), []).append(stream)
     time_share = 0.0
     for (_, steps), streams in groups.items():
         chunks = max(b / device.tick_ms(b, steps) for b in device.batch_sizes if b <= len(streams))
@@ -346,7 +345,7 @@ def least_ms(device: DeviceTrace, stream: StreamTrace) -> float:
     first group takes as many passes. Both can be filled up, so neither has to wait for more frames. Behind the last
     comes the tail.
     """
-    return stream.floor_passes * device.tick_ms(1, 1) + device.tail_ms
+    return stream.min_passes * device.tick_ms(1, 1) + device.tail_ms
 
 
 def bound_ms(device: DeviceTrace, stream: StreamTrace) -> float:
@@ -375,20 +374,20 @@ def earliest_ns(device: DeviceTrace, stream: StreamTrace, arrival_ns: int) -> in
 
 
 @dataclass(frozen=True)
-class Arrival:
+class FrameArrival:
     """A frame that reaches us; `timestamp_ns` is by the source's clock, if it gave any."""
 
     at_ns: int
     timestamp_ns: int | None
 
 
-def arrivals(trace: Trace, index: int) -> list[Arrival]:
+def arrivals(trace: Trace, index: int) -> list[FrameArrival]:
     """Returns the frames of one source in the order in which they arrive; the same for the same trace."""
     source = trace.sources[index]
     draw = random.Random(f"{trace.seed} {index}")
     clock = 1 + source.drift_ppm * 1e-6
     start_s, end_s = source.start_s, trace.end_s(source)
-    found: list[Arrival] = []
+    found: list[FrameArrival] = []
     earliest_ns = 0
     for frame in range(int((end_s - start_s) * source.rate_hz * clock) + 1):
         taken_s = start_s + frame / (source.rate_hz * clock)
@@ -406,7 +405,7 @@ def arrivals(trace: Trace, index: int) -> list[Arrival]:
             at_ns = earliest_ns = max(at_ns, earliest_ns)
         timestamp_ns = round((taken_s * clock + source.clock_s) * SECOND)
         known = source.timestamps and missing >= source.missing_share
-        arrival = Arrival(at_ns, timestamp_ns if known else None)
+        arrival = FrameArrival(at_ns, timestamp_ns if known else None)
         found += [arrival] * (2 if duplicate < source.duplicate_share else 1)
     return sorted(found, key=lambda a: a.at_ns)
 
@@ -505,10 +504,10 @@ def _check_spans(name: str, spans: Sequence[tuple[float, float]], least: float, 
             )
 
 
-def merged(trace: Trace) -> Iterator[tuple[int, int, int, Arrival | None]]:
+def merged(trace: Trace) -> Iterator[tuple[int, int, int, FrameArrival | None]]:
     """Yields (time, rank, source, arrival) of a whole run in order; rank 0 joins, 1 is a frame, 2 leaves."""
 
-    def of(index: int) -> Iterator[tuple[int, int, int, Arrival | None]]:
+    def of(index: int) -> Iterator[tuple[int, int, int, FrameArrival | None]]:
         source = trace.sources[index]
         yield round(source.start_s * SECOND), 0, index, None
         frames = arrivals(trace, index)

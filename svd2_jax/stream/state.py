@@ -54,7 +54,7 @@ class StreamState:
 
 @register_dataclass
 @dataclass(frozen=True)
-class Entry:
+class StageInput:
     """What enters a pipeline's first stage with a tick; other stages get it too and ignore it.
 
     Attributes:

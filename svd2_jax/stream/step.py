@@ -29,7 +29,7 @@ from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import AttentionImplementation
 from svd2_jax.nn.kv_cache import KVCache
 from svd2_jax.nn.rope import rope_tables
-from svd2_jax.stream.state import Entry, Message, StreamState
+from svd2_jax.stream.state import Message, StageInput, StreamState
 
 AXIS = "stage"
 Rows = tuple[jax.Array, ...]
@@ -79,7 +79,7 @@ def tick(
     prompts: Sequence[Sequence[PromptKV]],
     count: jax.Array,
     states: Sequence[StreamState],
-    entries: Sequence[Entry],
+    entries: Sequence[StageInput],
     lone: Sequence[jax.Array] | None = None,
     attention: AttentionImplementation = "auto",
 ) -> tuple[tuple[StreamState, ...], tuple[Rows, ...]]:
@@ -149,14 +149,16 @@ def send(stages: int, messages: Messages) -> Messages:
     return unpack(jax.lax.ppermute(packed, AXIS, [(s, (s + 1) % stages) for s in range(stages)]))
 
 
-def _lone_part(state: StreamState, entry: Entry, row: jax.Array) -> tuple[KVCache, Message, Message, Entry]:
+def _lone_part(
+    state: StreamState, entry: StageInput, row: jax.Array
+) -> tuple[KVCache, Message, Message, StageInput]:
     """Returns one row of a stage: its cache, what came back in the row before, what waits in it, and what enters."""
     (r,) = row
     before = jnp.maximum(r - 1, 0)
     back = _row(state.message, before)
     goes_on = back.active & (r > 0) & _row(entry.open, r)
     noise = (_row(jnp.stack(entry.noise), before)[0],) if entry.noise else ()
-    enters = Entry(entry.latents, entry.open[:1] & (r == 0), _row(entry.conditioning, r), noise)
+    enters = StageInput(entry.latents, entry.open[:1] & (r == 0), _row(entry.conditioning, r), noise)
     back = dataclasses.replace(back, active=goes_on)
     return _row(state.cache, r), back, _row(state.message, r), enters
 
@@ -180,7 +182,7 @@ def _enter(
     params: DiTParams,
     start: jax.Array,
     back: Message,
-    entry: Entry,
+    entry: StageInput,
 ) -> Message:
     """Returns the micro-batch that the first stage starts with.
 
@@ -283,7 +285,7 @@ def _over_latents(flag_B: jax.Array) -> jax.Array:
     return flag_B[:, None, None, None, None]
 
 
-def _next_start(cfg: StreamConfig, start: jax.Array, entry: Entry) -> jax.Array:
+def _next_start(cfg: StreamConfig, start: jax.Array, entry: StageInput) -> jax.Array:
     """Moves the time index behind a new chunk.
 
     At the refresh it restarts, so that an endless stream stays in trained range.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from svd2_jax import progress
-from svd2_jax.bench.parts import PARTS, Bench
+from svd2_jax.bench.benchmarks import BENCHMARKS, Bench
 from svd2_jax.bench.run import measure
 from svd2_jax.bench.timing import Sample
 from svd2_jax.config import StreamConfig
@@ -61,7 +61,7 @@ def test_what_a_part_compiles_is_told(bench, monkeypatch):
         with progress.working("compiling what it needs"):
             return Bench.dispatch(of)
 
-    monkeypatch.setitem(PARTS, "dispatch", dispatch)
+    monkeypatch.setitem(BENCHMARKS, "dispatch", dispatch)
     monkeypatch.setattr(progress, "WORTH_A_LINE_S", 0)
     code, _, err = bench(*SMALL, "--blocks", 2, "--repeats", 1, "--part", "dispatch")
     assert code == 0
@@ -92,13 +92,13 @@ def test_a_file_is_no_folder_for_profiles(bench, tmp_path):
 def test_timed_parts_run_what_a_session_runs(engine):
     cfg = StreamConfig(height=48, width=64)
     bench = Bench.of(engine, cfg)
-    part = PARTS["decode-wan"](bench)
+    part = BENCHMARKS["decode-wan"](bench)
     with engine.open(bench.spec):
         assert part.program is engine.ends(cfg).decode
     first, second = part.run(), part.run()  # the state was donated and replaced
     assert first.shape == (cfg.chunk_frames, 48, 64, 3)
     assert part.results() is second
-    tick = PARTS["tick"](bench)
+    tick = BENCHMARKS["tick"](bench)
     jax.block_until_ready(tick.run())
     assert np.isfinite(np.asarray(tick.results())).all()
     tick.close()

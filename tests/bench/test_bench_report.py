@@ -7,7 +7,7 @@ from svd2_jax.bench import picture
 from svd2_jax.bench.report import Against, Measured, Report, Settings, text
 from svd2_jax.bench.timing import Sample
 from svd2_jax.config import StreamConfig
-from svd2_jax.hardware import Hardware, Work
+from svd2_jax.hardware import Cost, Hardware
 
 CEILING = Hardware("cpu", 0, 10e9, 100e9, 100e9, 0.0, "by hand")
 SETTINGS = Settings(
@@ -18,7 +18,7 @@ SETTINGS = Settings(
 
 def part(name: str, *ms: float, against: Against | None = None) -> Measured:
     samples = tuple(Sample(x / 4000, x / 1000) for x in ms)
-    return Measured(name, samples, Work(10**9, 10**7), 4, against=against)
+    return Measured(name, samples, Cost(10**9, 10**7), 4, against=against)
 
 
 REPORT = Report(

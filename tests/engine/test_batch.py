@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from svd2_jax import media
-from svd2_jax.api import SessionSpec, Work
+from svd2_jax.api import SessionSpec, TickInput
 from svd2_jax.config import StreamConfig
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import stage_meshes
@@ -55,7 +55,7 @@ def drive(engine, spec, chunks, steps=None, idle=()):
             if steps and n in steps:
                 session.set_steps(steps[n])
             for _ in range(idle.count(n)):
-                out += engine.tick([Work(session)]).chunks[0]
+                out += engine.tick([TickInput(session)]).chunks[0]
             out += session.push(group)
         out += session.finish()
         firsts = [chunk.first_frame for chunk in out]
@@ -75,7 +75,7 @@ def test_streams_that_share_ticks_give_what_each_gives_alone(batched, golden_che
         inputs, out = {a: groups(7, 1), b: groups(4, 2)}, {a: [], b: []}
 
         def tick(*sessions, idle=()):
-            work = [Work(s, inputs[s].pop(0)) for s in sessions] + [Work(s) for s in idle]
+            work = [TickInput(s, inputs[s].pop(0)) for s in sessions] + [TickInput(s) for s in idle]
             ticket = engine.tick(work)
             ticket.wait()
             for part, chunks in zip(work, ticket.chunks, strict=True):
@@ -112,7 +112,7 @@ def test_what_a_stream_holds_never_changes_another_s_output(batched):
             other.push(groups(0, neighbour.seed)[0])
             out = []
             for mine, theirs in zip(groups(5, 1)[1:], groups(5, neighbour.seed)[1:], strict=True):
-                chunks = batched.tick([Work(session, mine), Work(other, theirs)]).chunks
+                chunks = batched.tick([TickInput(session, mine), TickInput(other, theirs)]).chunks
                 out += [chunk.frames() for chunk in chunks[0]]
         return np.concatenate(out)
 
@@ -210,8 +210,8 @@ def test_a_prepared_engine_compiles_nothing_while_streams_come_and_go(batched):
                     session.set_steps(steps)
                     session.set_prompt(f"prompt {steps}", blend_chunks=2)
                 for group in groups(3)[1:]:
-                    batched.tick([Work(a, group), Work(b, group)]).wait()
-                    batched.tick([Work(a)]).wait()
+                    batched.tick([TickInput(a, group), TickInput(b, group)]).wait()
+                    batched.tick([TickInput(a)]).wait()
 
     batched.prepare_prompt("prompt 1")
     batched.prepare_prompt("prompt 2")
@@ -230,28 +230,28 @@ def test_a_part_that_cannot_be_taken_is_refused_before_anything_happens(engine):
     with engine.open(spec(1), steps=(1,)) as a, engine.open(spec(2)) as b:
         first, chunk, *_ = groups(2)
         for work, message in (
-            ([Work(a)], "starts with its first group"),
-            ([Work(a, first[:4])], "takes 5 frames, got 4"),
-            ([Work(a, first), Work(a, first)], "one part of a tick only"),
-            ([Work(b, first), Work(a, chunk)], "takes 5 frames, got 4"),
-            ([Work(a, first[:, :16])], r"uint8 \[T, 32, 48, 3\]"),
+            ([TickInput(a)], "starts with its first group"),
+            ([TickInput(a, first[:4])], "takes 5 frames, got 4"),
+            ([TickInput(a, first), TickInput(a, first)], "one part of a tick only"),
+            ([TickInput(b, first), TickInput(a, chunk)], "takes 5 frames, got 4"),
+            ([TickInput(a, first[:, :16])], r"uint8 \[T, 32, 48, 3\]"),
         ):
             with pytest.raises(SessionError, match=message):
                 engine.tick(work)
-        started = engine.tick([Work(a, first), Work(b, first)])  # one after the other
+        started = engine.tick([TickInput(a, first), TickInput(b, first)])  # one after the other
         assert [len(chunks) for chunks in started.chunks] == [1, 1]
         with pytest.raises(ConfigError, match="steps must be 1 to 4, got 5"):
             a.set_steps(5)
         a.set_steps(1)
-        tickets = engine.tick([Work(a, chunk), Work(b, chunk)])  # of different steps: likewise
+        tickets = engine.tick([TickInput(a, chunk), TickInput(b, chunk)])  # of different steps: likewise
         assert [len(chunks) for chunks in tickets.chunks] == [1, 0]
         started.wait()  # later than its state was given away
         b.close()
         with pytest.raises(SessionError, match="closed"):
-            engine.tick([Work(b, chunk)])
+            engine.tick([TickInput(b, chunk)])
         a.push(first[:1])
         with pytest.raises(SessionError, match="left by push"):
-            engine.tick([Work(a, chunk)])
+            engine.tick([TickInput(a, chunk)])
 
 
 @pytest.mark.parametrize("sizes", [(), (2, 4), (1, 4, 2), (1, 1)])
@@ -310,7 +310,7 @@ def test_streams_of_different_noise_scales_share_ticks_and_change_them_without_c
                 for session in (a, b):
                     if n in scales[session.spec.seed]:
                         session.set_noise_scale(scales[session.spec.seed][n])
-                work = [Work(s, groups(6, s.spec.seed)[n]) for s in (a, b)]
+                work = [TickInput(s, groups(6, s.spec.seed)[n]) for s in (a, b)]
                 for seed, chunks in zip((1, 2), batched.tick(work).chunks, strict=True):
                     out[seed] += chunks
         finally:

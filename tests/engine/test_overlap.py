@@ -8,7 +8,7 @@ import pytest
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.engine.pipeline import Finished
-from svd2_jax.engine.programs import EndPrograms
+from svd2_jax.engine.programs import CodecPrograms
 from svd2_jax.engine.session import DeviceSession, tick_sessions
 
 CFG = StreamConfig(height=16, width=16)
@@ -102,7 +102,7 @@ def session(log, monkeypatch):
         log.append(f"decode {number}")
         return state, Pending(log, f"frames {number}", CFG.chunk_frames)
 
-    ends = EndPrograms(
+    ends = CodecPrograms(
         frames=None, scale=None, draw_first=None, blend=None,
         encode_first=first("encode", Pending(log, "state"), Pending(log, "noisy")),
         encode=program("encode", "state", "noisy", "timestep"),

@@ -18,7 +18,7 @@ from svd2_jax.engine import params
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
 from svd2_jax.engine.params import StageWeights
-from svd2_jax.engine.pipeline import Arrival, Pipeline, tick_together
+from svd2_jax.engine.pipeline import Pipeline, PipelineInput, tick_together
 from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.stage_times import SAMPLES, measure_stages
 from svd2_jax.errors import ConfigError
@@ -80,7 +80,7 @@ def stream(line, chunks=CHUNKS, prompts=None, steps=None):
         fresh = tick <= chunks
         latents, *again = (noise(chunk or 0, s) for s, chunk in enumerate(line.entering(fresh)))
         timestep = put(np.int32(690 - 10 * (tick % 3)))  # follows the motion, chunk by chunk
-        for finished in line.tick(Arrival(latents, timestep, again, fresh)):
+        for finished in line.tick(PipelineInput(latents, timestep, again, fresh)):
             done.append(np.asarray(line.mesh.part(finished.clean, -1)))
     line.close()
     return np.stack(done)
@@ -109,7 +109,7 @@ def with_pauses(lines, seed, prompts, steps=None):
                 line.set_steps(steps[tick])
             fresh = bool(draw.random() < 0.3) and tick < 45
             latents, *again = (noise(i, chunk, s) for s, chunk in enumerate(line.entering(fresh)))
-            arrivals.append(Arrival(latents, put(np.int32(690 - 10 * (tick % 3))), again, fresh))
+            arrivals.append(PipelineInput(latents, put(np.int32(690 - 10 * (tick % 3))), again, fresh))
         for i, finished in enumerate(tick_together(lines, arrivals)):
             done[i] += [np.asarray(lines[i].mesh.part(one.clean, -1)) for one in finished]
     for line in lines:

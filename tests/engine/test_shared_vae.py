@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from svd2_jax.api import SessionSpec, Work
+from svd2_jax.api import SessionSpec, TickInput
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TAEHVConfig, TextConfig, VAEConfig
 from svd2_jax.engine import costs, memory
 from svd2_jax.engine.autoencode import rebuild
@@ -73,7 +73,7 @@ def test_two_streams_in_one_tick_share_the_vae_too():
     sessions = [both.open(spec) for spec in specs]
     frames = clip(STREAM, 13)
     for start, stop in ((0, 5), (5, 9), (9, 13)):
-        work = [Work(s, frames[start:stop]) for s in sessions]
+        work = [TickInput(s, frames[start:stop]) for s in sessions]
         chunks = both.tick(work).chunks
         if start == 0:
             firsts = [c.frames() for (c,) in chunks]

@@ -7,7 +7,7 @@ import pytest
 
 import svd2_jax
 from svd2_jax import CheckpointError, ConfigError, SessionError, SessionSpec, StreamConfig, Svd2Error
-from svd2_jax.api import Work
+from svd2_jax.api import TickInput
 from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.media import synthetic_clip
 
@@ -89,9 +89,9 @@ def test_what_cannot_be_loaded_or_made_is_refused_in_one_line(make, message):
         (lambda e: e.stream_config(task="v2x"), "task must be one of"),
         (lambda e: e.stream_config(steps="2"), "steps must be a whole number"),
         (lambda e: e.stream_config(height=32.0), "height takes a value like 480"),
-        (lambda e: e.tick(Work(None)), "a tick takes a list of Work, got Work"),
-        (lambda e: e.tick([1]), r"a tick takes Work\(session, frames\) .*, got int"),
-        (lambda e: e.tick([Work(None)]), "got NoneType"),
+        (lambda e: e.tick(TickInput(None)), "a tick takes a list of TickInput, got TickInput"),
+        (lambda e: e.tick([1]), r"a tick takes TickInput\(session, frames\) .*, got int"),
+        (lambda e: e.tick([TickInput(None)]), "got NoneType"),
     ],
 )
 def test_an_engine_refuses_wrong_arguments_in_one_line(engine, call, message):
@@ -103,8 +103,8 @@ def test_a_tick_takes_no_session_of_another_engine(engine):
     other = engine.replica(engine.mesh)
     with engine.open(SessionSpec("a dog", STREAM)) as session:
         with pytest.raises(SessionError, match="shares ticks in the engine that opened it only"):
-            other.tick([Work(session, clip(5))])
-        assert len(engine.tick([Work(session, clip(5))]).chunks[0]) == 1
+            other.tick([TickInput(session, clip(5))])
+        assert len(engine.tick([TickInput(session, clip(5))]).chunks[0]) == 1
 
 
 @pytest.mark.parametrize(

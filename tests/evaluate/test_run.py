@@ -118,7 +118,7 @@ def found(tmp_path_factory):
     folder = make_folder(tmp_path_factory.mktemp("clips"))
     engine = Engine()
     told: list[int] = []
-    plan = run.Plan(folder, SPEC)
+    plan = run.EvaluationPlan(folder, SPEC)
     found = run.evaluate(engine, lambda clip: clip, plan, told.append)
     assert sum(told) == run.check_clips(plan) == 2 * 3 * FRAMES
     assert all(session.closed for session in engine.sessions)
@@ -169,7 +169,7 @@ def test_a_given_clip_model_judges_every_output(folder):
         def scores(self, frames: np.ndarray, prompt: str) -> ClipScores:
             return ClipScores(float(frames.mean()), float(GREY[prompt]))
 
-    found = run.evaluate(Engine(), lambda clip: clip, run.Plan(folder, SPEC, clip_model=Judge()))
+    found = run.evaluate(Engine(), lambda clip: clip, run.EvaluationPlan(folder, SPEC, clip_model=Judge()))
     assert [s.clip_scores for s in found.streams] == [ClipScores(g, g) for g in (40, 200, 45, 200)]
     assert as_report(found).to_dict()["means"]["clip"] == {"prompt": 121.25, "neighbours": 121.25}
     assert "frames with their prompt 121.25" in report.table(as_report(found))
@@ -178,7 +178,7 @@ def test_a_given_clip_model_judges_every_output(folder):
 def test_a_long_stream_goes_there_and_back(folder):
     order = run.there_and_back(3)
     assert [next(order) for _ in range(9)] == [0, 1, 2, 1, 0, 1, 2, 1, 0]
-    plan = run.Plan(folder, SPEC, rate_hz=0.5, minutes=3)
+    plan = run.EvaluationPlan(folder, SPEC, rate_hz=0.5, minutes=3)
     long = run.evaluate(Engine(), lambda clip: clip, plan).long
     assert (long.clip, long.look, long.prompt, len(long.minutes)) == ("a", "night", "dark", 3)
     drift = long.drift()
@@ -189,7 +189,7 @@ def test_a_long_stream_goes_there_and_back(folder):
 
 def test_a_forward_and_a_backward_step_use_their_own_flow(folder):
     """A clip played back is as steady as it is forwards, to the flow's precision."""
-    plan = run.Plan(folder, SPEC, rate_hz=2 * (FRAMES - 1) / 60, minutes=1)
+    plan = run.EvaluationPlan(folder, SPEC, rate_hz=2 * (FRAMES - 1) / 60, minutes=1)
 
     class Copy(Engine):
         def open(self, spec):
@@ -205,7 +205,7 @@ def test_a_forward_and_a_backward_step_use_their_own_flow(folder):
         return out
 
     long = run.evaluate(Copy(), lambda clip: clip, plan).long
-    forwards = run.evaluate(Copy(), lambda clip: clip, run.Plan(folder, SPEC)).streams[0]
+    forwards = run.evaluate(Copy(), lambda clip: clip, run.EvaluationPlan(folder, SPEC)).streams[0]
     assert long.minutes[0].output == long.minutes[0].input
     assert long.minutes[0].input.warp_error == pytest.approx(forwards.input.warp_error, rel=0.2)
     assert long.minutes[0].input.warp_error < 0.7 * long.minutes[0].input.distance
@@ -235,7 +235,7 @@ def test_plain_clips_have_prompts_and_no_targets(folder, tmp_path):
     plain = tmp_path / "plain"
     save(plain / "a.mp4", np.stack(list(synthetic_clip(13, 32, 32))))
     found = run.evaluate(
-        Engine(), lambda clip: clip, run.Plan(clips.read_folder(plain, ["dark", "light"]), SPEC)
+        Engine(), lambda clip: clip, run.EvaluationPlan(clips.read_folder(plain, ["dark", "light"]), SPEC)
     )
     assert [(s.look, s.prompt, s.nearest, s.to_target) for s in found.streams] == [
         (None, "dark", None, None),
@@ -285,14 +285,17 @@ def test_the_picture_is_drawn_with_and_without_targets(folder, found, tmp_path):
 def test_clips_are_checked_before_the_work(folder):
     save(folder.clips[1].targets[0], np.zeros((FRAMES - 1, 32, 32, 3), np.uint8))
     with pytest.raises(MediaError, match=r"night.mp4: has 20 frames, its input 21"):
-        run.check_clips(run.Plan(folder, SPEC))
-    assert run.check_clips(run.Plan(folder, SPEC, most_frames=20)) == 2 * 3 * 20
+        run.check_clips(run.EvaluationPlan(folder, SPEC))
+    assert run.check_clips(run.EvaluationPlan(folder, SPEC, most_frames=20)) == 2 * 3 * 20
     save(folder.clips[0].input, np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(MediaError, match="has one frame"):
-        run.check_clips(run.Plan(folder, SPEC))
+        run.check_clips(run.EvaluationPlan(folder, SPEC))
 
 
 def test_a_clip_too_short_for_a_change_has_none(folder):
     assert run.change_frame(SPEC, 12) is None
     assert run.change_frame(SPEC, 13) == 9
-    assert run.evaluate(Engine(), lambda clip: clip, run.Plan(folder, SPEC, most_frames=12)).changes == ()
+    assert (
+        run.evaluate(Engine(), lambda clip: clip, run.EvaluationPlan(folder, SPEC, most_frames=12)).changes
+        == ()
+    )

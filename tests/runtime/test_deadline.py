@@ -13,23 +13,31 @@ from hypothesis import strategies as st
 
 from svd2_jax.errors import ConfigError
 from svd2_jax.rows import InFlight, Rows
-from svd2_jax.runtime.deadline import Decision, Job, PolicyConfig, Stream, decide, evenly, rescue
+from svd2_jax.runtime.deadline import (
+    Decision,
+    Job,
+    PolicyConfig,
+    ScheduledStream,
+    decide,
+    edf_schedule,
+    evenly,
+)
 from svd2_jax.runtime.ingest import SourceClock
-from svd2_jax.runtime.latency import Costs, LatencyConfig, LatencyModel, LatencySample
+from svd2_jax.runtime.latency import LatencyConfig, LatencyModel, LatencySample, TickTimes
 from svd2_jax.runtime.pacing import Playout
-from svd2_jax.runtime.work import MS, NEVER_NS, Fate, FrameRecord, Part, StreamSettings
+from svd2_jax.runtime.types import MS, NEVER_NS, Fate, FrameRecord, StreamSettings, TickEntry
 
 SIZES = (1, 2, 4)
 ROOMY, BUSY = 1e6, 0.0  # `push_below`
 
 
 @functools.cache
-def costs_of(shape: Hashable, steps: int, sizes: tuple[int, ...] = SIZES) -> Costs:
+def times_of(batch_key: Hashable, steps: int, sizes: tuple[int, ...] = SIZES) -> TickTimes:
     model = LatencyModel(sizes, LatencyConfig(least_margin=0))
     for size in sizes:
-        model.observe(LatencySample(shape, size, steps, (40 + 20 * size * steps) * MS))
-    model.observe(LatencySample(shape, 1, steps, 100 * steps * MS, True))
-    return model.costs(shape, steps)
+        model.observe(LatencySample(batch_key, size, steps, (40 + 20 * size * steps) * MS))
+    model.observe(LatencySample(batch_key, 1, steps, 100 * steps * MS, True))
+    return model.times(batch_key, steps)
 
 
 def frame(number: int, deadline_ms: float) -> FrameRecord:
@@ -37,17 +45,17 @@ def frame(number: int, deadline_ms: float) -> FrameRecord:
 
 
 def stream(
-    number: int = 0, queue=(), flight=(), steps: int = 2, shape="s", came=0.0, served=0.0, **changes
-) -> Stream:
+    number: int = 0, queue=(), flight=(), steps: int = 2, batch_key="s", came=0.0, served=0.0, **changes
+) -> ScheduledStream:
     """A stream with chunks of 4 every 200 ms, whose newest frame came at `came`.
 
     `queue` has deadlines, `flight` deadlines and ticks that are left, all in ms.
     """
     chunks = tuple(InFlight([frame(0, deadline)], steps, steps - left) for deadline, left in flight)
-    return Stream(
+    return ScheduledStream(
         **{
             "id": number,
-            "settings": StreamSettings(20, 5000, steps, shape=shape),
+            "settings": StreamSettings(20, 5000, steps, batch_key=batch_key),
             "steps": steps,
             "clock": SourceClock(50 * MS, arrival_ns=round(came * MS)),
             "playout": Playout(0),
@@ -61,28 +69,28 @@ def stream(
 
 
 def decided(
-    *streams: Stream, now: float = 0, push_below=BUSY, overloaded: bool = False, sizes=SIZES
+    *streams: ScheduledStream, now: float = 0, push_below=BUSY, overloaded: bool = False, sizes=SIZES
 ) -> Decision:
     config = PolicyConfig(guard_ms=0, push_below=push_below)
-    costs = functools.partial(costs_of, sizes=sizes)
+    costs = functools.partial(times_of, sizes=sizes)
     return decide(round(now * MS), streams, costs, config, overloaded)
 
 
 def entering(decision: Decision) -> list[tuple[int, tuple[int, ...]]]:
     """Streams of the tick that is run, and the numbers of their frames that enter."""
-    return [(part.stream, part.frames) for part in decision.parts]
+    return [(part.stream, part.frames) for part in decision.entries]
 
 
 def test_a_whole_chunk_enters_at_once():
     decision = decided(stream(queue=(600, 650, 700, 750)))
-    assert decision == Decision({}, (Part(0, (0, 1, 2, 3), 0, 2),), None)
+    assert decision == Decision({}, (TickEntry(0, (0, 1, 2, 3), 0, 2),), None)
 
 
 def test_part_of_a_chunk_waits_until_its_oldest_frame_must_go():
     """Two ticks of 80 ms end at 600 if they begin at 440."""
     waiting = stream(queue=(600, 650), came=400)
     assert decided(waiting) == Decision({}, (), 440 * MS)
-    assert decided(waiting, now=440).parts == (Part(0, (0, 1), 2, 2),)
+    assert decided(waiting, now=440).entries == (TickEntry(0, (0, 1), 2, 2),)
 
 
 def test_part_of_a_chunk_enters_when_nothing_more_comes():
@@ -111,7 +119,7 @@ def test_part_of_a_chunk_enters_a_tick_early_where_the_device_could_be_busy(over
 
 def test_a_frame_that_has_expired_holds_up_no_push():
     decision = decided(stream(flight=((2000, 1),), queue=(159,)))
-    assert decision == Decision({0: 1}, (Part(0, (), 0, 2),), None)
+    assert decision == Decision({0: 1}, (TickEntry(0, (), 0, 2),), None)
 
 
 def test_frames_that_cannot_be_in_time_are_dropped():
@@ -166,7 +174,7 @@ def test_the_most_urgent_goes_first():
 
 @pytest.mark.parametrize(("ready", "taken"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4)])
 def test_streams_alike_share_a_tick_in_allowed_sizes(ready, taken):
-    parts = decided(*(stream(i, queue=(900 + i,) * 4) for i in range(ready))).parts
+    parts = decided(*(stream(i, queue=(900 + i,) * 4) for i in range(ready))).entries
     assert [part.stream for part in parts] == list(range(taken))
 
 
@@ -174,20 +182,20 @@ def test_a_batch_is_no_larger_than_deadlines_allow():
     """Alone a chunk takes 60 ms, in company of one 80, of three 120."""
     others = [stream(i, queue=(900,) * 4, steps=1) for i in (1, 2, 3)]
     for deadline, size in ((100, 2), (60, 1)):
-        assert len(decided(stream(0, queue=(deadline,) * 4, steps=1), *others).parts) == size
+        assert len(decided(stream(0, queue=(deadline,) * 4, steps=1), *others).entries) == size
 
 
 @pytest.mark.parametrize(("deadline", "goes"), [(220, 2), (219, 0)])
 def test_nothing_enters_at_the_cost_of_what_is_under_way(deadline, goes):
     """The new chunk is the most urgent. It takes 60 ms, and the two under way, of different shapes, 80 each."""
-    under_way = stream(0, flight=((150, 1),)), stream(1, flight=((deadline, 1),), shape="t")
-    assert decided(*under_way, stream(2, queue=(129,) * 4, steps=1)).parts[0].stream == goes
+    under_way = stream(0, flight=((150, 1),)), stream(1, flight=((deadline, 1),), batch_key="t")
+    assert decided(*under_way, stream(2, queue=(129,) * 4, steps=1)).entries[0].stream == goes
 
 
 def test_a_first_group_has_its_tick_for_itself():
     first = stream(0, queue=(900,) * 5, started=False)
     decision = decided(first, stream(1, queue=(900,) * 4))
-    assert decision.parts == (Part(0, (0, 1, 2, 3, 4), 0, 2, True),)
+    assert decision.entries == (TickEntry(0, (0, 1, 2, 3, 4), 0, 2, True),)
 
 
 def test_a_backlog_is_taken_oldest_first():
@@ -196,7 +204,7 @@ def test_a_backlog_is_taken_oldest_first():
 
 def test_under_overload_the_newest_frames_evenly_spaced_are_taken():
     decision = decided(stream(queue=(*range(600, 1000, 50),)), overloaded=True)
-    assert decision == Decision({}, (Part(0, (1, 3, 5, 7), 0, 2),), None)
+    assert decision == Decision({}, (TickEntry(0, (1, 3, 5, 7), 0, 2),), None)
 
 
 def test_under_overload_frames_that_would_need_ticks_of_their_own_are_not_taken():
@@ -209,8 +217,8 @@ def test_under_overload_frames_that_would_need_ticks_of_their_own_are_not_taken(
 
 def test_under_overload_the_stream_that_waited_longest_goes_first():
     urgent, waiting = stream(0, queue=(300,) * 4, served=-100), stream(1, queue=(900,) * 4, served=-300)
-    assert decided(urgent, waiting, overloaded=True, sizes=(1,)).parts[0].stream == 1
-    assert decided(urgent, waiting, sizes=(1,)).parts[0].stream == 0
+    assert decided(urgent, waiting, overloaded=True, sizes=(1,)).entries[0].stream == 1
+    assert decided(urgent, waiting, sizes=(1,)).entries[0].stream == 0
 
 
 def test_nothing_to_do_is_nothing_to_wait_for():
@@ -218,15 +226,15 @@ def test_nothing_to_do_is_nothing_to_wait_for():
 
 
 def test_rescue_takes_the_most_urgent_first_and_tells_the_time_to_spare():
-    saved = rescue({i: Job(("s", 2), ((300 * MS - i, 1),)) for i in range(3)}, 0, costs_of)
+    saved = edf_schedule({i: Job(("s", 2), ((300 * MS - i, 1),)) for i in range(3)}, 0, times_of)
     assert saved.first == (2, 1)
-    assert saved.spare_ns == 300 * MS - (120 + 80) * MS
-    assert rescue({}, 0, costs_of).spare_ns == NEVER_NS
+    assert saved.slack_ns == 300 * MS - (120 + 80) * MS
+    assert edf_schedule({}, 0, times_of).slack_ns == NEVER_NS
 
 
 def test_rescue_has_less_than_nothing_to_spare_when_a_chunk_is_late():
-    saved = rescue({7: Job(("s", 2), ((70 * MS, 1), (500 * MS, 2)))}, 0, costs_of)
-    assert saved.spare_ns == -10 * MS
+    saved = edf_schedule({7: Job(("s", 2), ((70 * MS, 1), (500 * MS, 2)))}, 0, times_of)
+    assert saved.slack_ns == -10 * MS
 
 
 GROUPS = ("s", 1), ("s", 2), ("t", 2)
@@ -256,29 +264,29 @@ JOBS = st.lists(
 
 @given(JOBS, st.integers(0, 500))
 def test_rescue_later_leaves_so_much_less_to_spare(jobs, later):
-    now, then = rescue(jobs, 0, costs_of), rescue(jobs, later * MS, costs_of)
+    now, then = edf_schedule(jobs, 0, times_of), edf_schedule(jobs, later * MS, times_of)
     assert then.first == now.first
-    if jobs and now.spare_ns >= later * MS:
-        assert now.spare_ns - then.spare_ns == later * MS
+    if jobs and now.slack_ns >= later * MS:
+        assert now.slack_ns - then.slack_ns == later * MS
     elif jobs:
-        assert then.spare_ns < 0
+        assert then.slack_ns < 0
 
 
 @given(JOBS)
 def test_rescue_goes_on_as_it_began(jobs):
     """After its first tick the rest has the same time to spare: whoever follows it keeps its promise."""
-    saved = rescue(jobs, 0, costs_of)
+    saved = edf_schedule(jobs, 0, times_of)
     if not jobs:
         return
-    end = costs_of(*jobs[saved.first[0]].group).bound_ns[len(saved.first)]
+    end = times_of(*jobs[saved.first[0]].group).bound_ns[len(saved.first)]
     rest, spare = {}, NEVER_NS
     for stream, job in jobs.items():
         ticked = [(d, left - (stream in saved.first)) for d, left in job.flight]
         spare = min([spare, *(d - end for d, left in ticked if left == 0)])
         if flight := tuple((d, left) for d, left in ticked if left):
             rest[stream] = Job(job.group, flight)
-    after = min(spare, rescue(rest, end, costs_of).spare_ns)
-    assert after == saved.spare_ns if saved.spare_ns >= 0 else after < 0
+    after = min(spare, edf_schedule(rest, end, times_of).slack_ns)
+    assert after == saved.slack_ns if saved.slack_ns >= 0 else after < 0
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -292,7 +300,7 @@ def test_evenly_spaced_frames_end_with_the_last(length, count):
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(ConfigError, match=r"expected 0 < raise_below <= lower_above, got 0.9 and 0.8"):
-        PolicyConfig(lower_above=0.8, raise_below=0.9)
+    with pytest.raises(ConfigError, match=r"expected 0 < restore_below <= degrade_above, got 0.9 and 0.8"):
+        PolicyConfig(degrade_above=0.8, restore_below=0.9)
     with pytest.raises(ConfigError, match="guard_ms must be at least 0, got -1"):
         PolicyConfig(guard_ms=-1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svd2_jax.runtime.ingest import SourceClock, take
-from svd2_jax.runtime.work import MS, SECOND, Reason
+from svd2_jax.runtime.types import MS, SECOND, Reason
 
 INTERVAL = 50 * MS
 BUDGET = 400 * MS

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svd2_jax.runtime.latency import LatencyConfig, LatencyModel, LatencySample, fit_line
-from svd2_jax.runtime.work import MS
+from svd2_jax.runtime.types import MS
 
 
 def sample(
-    duration_ms: float, batch: int = 1, steps: int = 1, first: bool = False, shape="s"
+    duration_ms: float, batch: int = 1, steps: int = 1, first: bool = False, batch_key="s"
 ) -> LatencySample:
-    return LatencySample(shape, batch, steps, round(duration_ms * MS), first)
+    return LatencySample(batch_key, batch, steps, round(duration_ms * MS), first)
 
 
 def learned(*samples: LatencySample, sizes=(1, 2, 4)) -> LatencyModel:
@@ -25,12 +25,12 @@ def learned(*samples: LatencySample, sizes=(1, 2, 4)) -> LatencyModel:
     return model
 
 
-def expected_ms(model: LatencyModel, batch: int = 1, steps: int = 1, shape="s") -> float:
-    return model.costs(shape, steps).expected_ns[batch] / MS
+def expected_ms(model: LatencyModel, batch: int = 1, steps: int = 1, batch_key="s") -> float:
+    return model.times(batch_key, steps).expected_ns[batch] / MS
 
 
 def test_nothing_known_takes_no_time():
-    costs = LatencyModel((1, 2)).costs("s", 2)
+    costs = LatencyModel((1, 2)).times("s", 2)
     assert costs.expected_ns == {1: 0, 2: 0}
     assert costs.first_bound_ns == 0
 
@@ -39,7 +39,7 @@ def test_what_was_measured_is_expected():
     model = learned(sample(50), sample(80, 2), sample(300, steps=2, first=True))
     assert expected_ms(model) == 50
     assert expected_ms(model, 2) == 80
-    assert model.costs("s", 2).first_expected_ns == 300 * MS
+    assert model.times("s", 2).first_expected_ns == 300 * MS
 
 
 def test_single_outliers_change_nothing():
@@ -96,15 +96,15 @@ def test_unseen_kinds_lie_on_the_line_through_the_seen_ones():
     model = learned(sample(30), sample(50, 2), sample(50, steps=2))
     assert expected_ms(model, 4) == pytest.approx(90)  # 10 + 20 for each stream's step
     assert expected_ms(model, 4, 2) == pytest.approx(170)
-    assert model.costs("s", 2).first_expected_ns == pytest.approx(
+    assert model.times("s", 2).first_expected_ns == pytest.approx(
         100 * MS
     )  # two passes over two latent frames
-    assert expected_ms(model, 1, shape="other") == pytest.approx(30)
+    assert expected_ms(model, 1, batch_key="other") == pytest.approx(30)
 
 
 def test_first_groups_scale_with_their_steps():
     model = learned(sample(200, steps=2, first=True))
-    assert model.costs("s", 3).first_expected_ns == 300 * MS
+    assert model.times("s", 3).first_expected_ns == 300 * MS
     assert expected_ms(model) == 100  # no better guess
 
 
@@ -129,7 +129,7 @@ def test_the_bound_covers_the_noise_but_not_rare_outliers():
     for i in range(200):
         model.observe(sample(50 * (1 + draw.gauss(0, 0.05)) * (10 if i % 50 == 0 else 1)))
     assert 1.06 < model.margin < 1.25  # the 95 % quantile of 5 % noise is 8 %
-    assert model.costs("s", 1).bound_ns[1] == pytest.approx(50 * MS * model.margin, rel=0.05)
+    assert model.times("s", 1).bound_ns[1] == pytest.approx(50 * MS * model.margin, rel=0.05)
 
 
 def test_a_steady_device_has_the_least_margin():
@@ -144,22 +144,22 @@ def with_tail(tail_ms: float | None, batch: int = 1, first: bool = False) -> Lat
 
 def test_tails_are_the_median_of_those_measured_and_nothing_where_none_was():
     model = learned(*(with_tail(tail) for tail in (20, None, 22, 300, None)), with_tail(5, 2))
-    costs = model.costs("s", 1)
+    costs = model.times("s", 1)
     assert costs.tails_ns == {1: 22 * MS, 2: 5 * MS, 4: 0}
     assert costs.first_tail_ns == 0
     assert costs.tail_bound_ns == pytest.approx(22 * MS * model.margin, rel=1e-6)
-    assert model.costs("s", 2).tail_bound_ns == model.costs("other", 1).tail_bound_ns == 0
+    assert model.times("s", 2).tail_bound_ns == model.times("other", 1).tail_bound_ns == 0
     assert model.knows_tails
     assert not learned(sample(50), with_tail(0)).knows_tails
 
 
 def test_the_longest_tail_is_the_bound_and_all_of_them_follow_the_speed():
     model = learned(*(with_tail(20) for _ in range(3)), with_tail(30, 2), with_tail(40, first=True))
-    assert model.costs("s", 1).tail_bound_ns == pytest.approx(40 * MS * model.margin, rel=1e-6)
+    assert model.times("s", 1).tail_bound_ns == pytest.approx(40 * MS * model.margin, rel=1e-6)
     for _ in range(5):
         model.observe(sample(100))
     assert model.speed == 2
-    costs = model.costs("s", 1)
+    costs = model.times("s", 1)
     assert (costs.tails_ns[1], costs.tails_ns[2], costs.first_tail_ns) == (40 * MS, 60 * MS, 80 * MS)
 
 
@@ -173,12 +173,12 @@ def test_the_longest_tail_is_the_bound_and_all_of_them_follow_the_speed():
     ],
 )
 def test_the_knee_is_the_last_batch_size_that_pays(times_ms, knee, best):
-    costs = learned(*(sample(t, b) for t, b in zip(times_ms, (1, 2, 4), strict=True))).costs("s", 1)
+    costs = learned(*(sample(t, b) for t, b in zip(times_ms, (1, 2, 4), strict=True))).times("s", 1)
     assert (costs.knee, costs.best) == (knee, best)
 
 
 def test_batches_are_the_largest_allowed_and_shares_follow():
-    costs = learned(sample(50), sample(60, 2), sample(80, 4)).costs("s", 1)
+    costs = learned(sample(50), sample(60, 2), sample(80, 4)).times("s", 1)
     assert [costs.size(n, 4) for n in (1, 2, 3, 4, 9)] == [1, 2, 2, 4, 4]
     assert costs.size(4, 2) == 2
     assert [costs.share_ns(n) / MS for n in (1, 2, 3, 4, 8)] == pytest.approx([50, 30, 110 / 3, 20, 20])

@@ -18,10 +18,10 @@ from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig
-from svd2_jax.runtime.measure import measure, settings_for, shape_of
+from svd2_jax.runtime.measure import batch_key_of, measure, settings_for
 from svd2_jax.runtime.scheduler import Refused
 from svd2_jax.runtime.stream import feed
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     SECOND,
     Fate,
@@ -255,7 +255,7 @@ def test_measuring_gives_a_time_for_every_kind_of_tick():
     clock = FakeClock()
     engine = FakeEngine(clock, lambda streams, steps, first: 10.0 * streams + steps + 100 * first)
     samples = measured(engine, clock)
-    assert {s.shape for s in samples} == {shape_of(spec().stream)}
+    assert {s.batch_key for s in samples} == {batch_key_of(spec().stream)}
     times = {(s.batch, s.steps, s.first): s.duration_ns for s in samples}
     assert {s.tail_ns for s in samples} == {0}
     wanted = {(b, s, False): (10 * b + s) * MS for b in (1, 2, 4) for s in (1, 2)}
@@ -342,7 +342,7 @@ def test_steps_that_the_device_has_become_too_slow_for_end_their_stream_and_no_o
         )
         b.clock.run(0.5)
         for _ in range(50):
-            b.loop._scheduler.warm_up(LatencySample(bad.settings.shape, 1, 2, 3 * SECOND, False))
+            b.loop._scheduler.warm_up(LatencySample(bad.settings.batch_key, 1, 2, 3 * SECOND, False))
         change = bad.update(steps=2, min_steps=2)
         b.clock.run_until(b.over(bad, good))
         assert isinstance(change.exception(), Refused)
@@ -454,7 +454,7 @@ def test_ticks_that_fail_again_and_again_end_the_loop():
             b.open("late")
 
 
-FAST = StreamSettings(rate_hz=60, budget_ms=1500, floor_steps=2)
+FAST = StreamSettings(rate_hz=60, budget_ms=1500, min_steps=2)
 
 
 @contextmanager
@@ -487,7 +487,7 @@ def test_the_frames_of_a_tick_are_finished_while_the_next_one_runs():
 
         engine.finish_fault = wait_for_the_next
         # A chunk each 40 ms for a tick of 40 and a tail of 30: without overlap there would not be time for all of them.
-        settings = StreamSettings(rate_hz=95, budget_ms=1500, floor_steps=2)
+        settings = StreamSettings(rate_hz=95, budget_ms=1500, min_steps=2)
         stream = b.open(settings=settings, source=camera(clock, 5 + 4 * 30, rate_hz=95))
         b.clock.run_until(b.over(stream))
         assert overlapped == [True] * 5
@@ -548,7 +548,7 @@ def test_a_tick_that_fails_leaves_others_in_the_next_one():
         for timestamp_ns, frame in camera(b.clock, 97, rate_hz=24):
             yield timestamp_ns, np.concatenate([frame, frame], axis=1)
 
-    settings = StreamSettings(rate_hz=24, budget_ms=1500, floor_steps=2)
+    settings = StreamSettings(rate_hz=24, budget_ms=1500, min_steps=2)
     with overlapping() as b:
         b.engine.fault, b.engine.finish_fault = note, fault
         bad = b.open("bad", settings=settings, source=wide(), width=32)
@@ -714,7 +714,7 @@ def test_only_streams_that_can_share_ticks_are_taken():
     with pytest.raises(ConfigError, match="sequential"):
         settings_for(spec(mode="sequential"), LIVE)
     made = settings_for(spec(), LIVE)
-    assert (made.first_frames, made.chunk_frames, made.shape) == (5, 4, spec(steps=1).stream)
+    assert (made.first_frames, made.chunk_frames, made.batch_key) == (5, 4, spec(steps=1).stream)
 
 
 def run_until_it_hangs(engine: FakeEngine, clock: FakeClock) -> tuple[Bench, int, HangReport]:
@@ -794,7 +794,7 @@ import itertools, time
 from fakes import FakeEngine, picture, spec
 from svd2_jax.runtime.stream import feed
 from svd2_jax.runtime.loop import LiveLoop, LoopConfig
-from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.runtime.types import StreamSettings
 
 def source():
     for i in itertools.count():

@@ -9,7 +9,7 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 from svd2_jax.engine.mesh import stage_meshes
-from svd2_jax.runtime.work import StreamSettings
+from svd2_jax.runtime.types import StreamSettings
 from svd2_jax.service import LiveService
 
 
@@ -33,7 +33,7 @@ def test_live_streams_give_the_frames_of_sessions_that_run_alone(golden_checkpoi
     with LiveService(engine) as service:
         service.warm_up(specs[0], (2,))
         settings = StreamSettings(
-            rate_hz=20, budget_ms=60_000, floor_steps=2, stages=stages
+            rate_hz=20, budget_ms=60_000, min_steps=2, stages=stages
         )  # no haste: nothing may be dropped
         streams = [
             service.open(s, settings, lambda frame, _, i=i: shown[i].append(frame), camera(clips[i]))

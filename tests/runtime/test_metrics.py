@@ -8,16 +8,16 @@ import pytest
 
 from svd2_jax.errors import SessionError
 from svd2_jax.runtime.metrics import BUCKETS, KEPT_PROMPTS, Histogram, JsonLines, Metrics, fan_out
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     Fate,
     FrameRecord,
-    Part,
     PromptRecord,
     Reason,
     StepChange,
     StreamSettings,
     Tick,
+    TickEntry,
     TickRecord,
 )
 
@@ -38,7 +38,7 @@ def dropped(number, arrival_ms, reason=Reason.OVERLOAD, stream=0):
 
 
 def tick(number, start_ms, length_ms, streams=(0,), steps=2, queued=0):
-    parts = tuple(Part(s, (), steps=steps) for s in streams)
+    parts = tuple(TickEntry(s, (), steps=steps) for s in streams)
     return TickRecord(
         Tick(number, parts, 0), round(start_ms * MS), round((start_ms + length_ms) * MS), queued
     )

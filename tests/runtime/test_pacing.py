@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svd2_jax.runtime.pacing import Playout, chunk_finished, show_time
-from svd2_jax.runtime.work import MS, SECOND
+from svd2_jax.runtime.types import MS, SECOND
 
 INTERVAL = 50 * MS
 BUDGET = 700 * MS

@@ -11,16 +11,16 @@ from PIL import Image
 from svd2_jax.runtime import picture
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.picture import _bins, _broken, timeline
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     SECOND,
     Fate,
     FrameRecord,
-    Part,
     Reason,
     StepChange,
     StreamSettings,
     Tick,
+    TickEntry,
     TickRecord,
 )
 
@@ -59,7 +59,7 @@ def made_up(streams=3, seconds=60.0, rate_hz=16.0, budget_ms=800):
             steps = 1 if busy else 2
             sizes = [streams] if number % 3 else [1, max(1, streams - 1)]
             for size in sizes:
-                parts = tuple(Part(s, (), steps=steps) for s in range(size))
+                parts = tuple(TickEntry(s, (), steps=steps) for s in range(size))
                 took = round(90 * MS / len(sizes) * (2 if busy else 1))
                 metrics(TickRecord(Tick(ticks, parts, took), at, at + took, size * 3 + number % 5))
                 ticks += 1
@@ -109,7 +109,7 @@ def test_the_load_of_the_device_has_an_axis_of_its_own():
     metrics = Metrics()
     for number in range(40):  # busy for 100 of 200 ms
         at = number * 200 * MS
-        metrics(TickRecord(Tick(number, (Part(0, ()),), 0), at, at + 100 * MS, 0))
+        metrics(TickRecord(Tick(number, (TickEntry(0, ()),), 0), at, at + 100 * MS, 0))
     batches, queue = Figure().subplots(2)
     picture._device(batches, queue, _bins(metrics.timeline(), 0, SECOND), metrics.summary())
     (busy,) = [axes for axes in batches.figure.axes if axes not in (batches, queue)]

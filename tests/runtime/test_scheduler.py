@@ -16,7 +16,7 @@ from svd2_jax.errors import SessionError
 from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import LatencyConfig, LatencySample
 from svd2_jax.runtime.scheduler import Refused, Scheduler
-from svd2_jax.runtime.work import (
+from svd2_jax.runtime.types import (
     MS,
     SECOND,
     Fate,
@@ -114,7 +114,7 @@ class World:
                     for first in (False, True)[: 1 + (size == 1)]:
                         took = device.takes_ns(size, steps, first)
                         tail = round(device.tail_ms * MS)
-                        self.scheduler.warm_up(LatencySample(s.shape, size, steps, took, first, tail))
+                        self.scheduler.warm_up(LatencySample(s.batch_key, size, steps, took, first, tail))
 
     def report(self, event) -> None:
         match event:
@@ -198,23 +198,23 @@ class World:
         tick = self.scheduler.next(self.now)
         if not isinstance(tick, Tick):
             return tick.until_ns
-        assert len(tick.parts) in self.device.sizes
-        assert len({p.stream for p in tick.parts}) == len(tick.parts)
-        assert len({(p.steps, self.settings[p.stream].shape) for p in tick.parts}) == 1
-        for part in tick.parts:
+        assert len(tick.entries) in self.device.sizes
+        assert len({p.stream for p in tick.entries}) == len(tick.entries)
+        assert len({(p.steps, self.settings[p.stream].batch_key) for p in tick.entries}) == 1
+        for part in tick.entries:
             s, entered = self.settings[part.stream], self.entered[part.stream]
-            assert s.floor_steps <= part.steps <= s.steps
+            assert s.min_steps <= part.steps <= s.steps
             assert list(part.frames) == sorted(part.frames)
             assert not part.frames or not entered or part.frames[0] > entered[-1], "frames enter out of order"
             assert part.first == (not entered)
-            assert not part.first or len(tick.parts) == 1
+            assert not part.first or len(tick.entries) == 1
             assert part.frames or self.still_under_way(part.stream), "a part without a purpose"
             whole = s.first_frames if part.first else s.chunk_frames
             assert not part.frames or len(part.frames) + part.fill == whole
             assert self.still_under_way(part.stream) <= s.steps * s.stages
             entered += part.frames
         slowness = self.device.slowness(tick.number, self.now / SECOND)
-        took = round(self.device.takes_ns(len(tick.parts), tick.steps, tick.first) * slowness)
+        took = round(self.device.takes_ns(len(tick.entries), tick.steps, tick.first) * slowness)
         begun, took = max(self.now, self.free_ns), max(1, took)
         self.free_ns = begun + took
         passed = max(self.now + 1, self.free_ns - round(took * (self.device.early or 0)))
@@ -229,7 +229,7 @@ class World:
         """Chunks of a stream that the tick that is being finished leaves."""
         rows = [ticks for _, ticks in self.rows[stream]]
         for running in self.running:
-            for part in running.tick.parts:
+            for part in running.tick.entries:
                 if part.stream == stream:
                     rows = [ticks + 1 for ticks in rows] + [1] * bool(part.frames)
                     needed = 1 if part.first else part.steps * self.settings[stream].stages
@@ -239,7 +239,7 @@ class World:
     def finish(self) -> None:
         tick = self.running.pop(0).tick
         finished = {}
-        for part in tick.parts:
+        for part in tick.entries:
             rows = self.rows[part.stream]
             stages = self.settings[part.stream].stages
             rows += [[part.frames, 0]] if part.frames else []
@@ -287,11 +287,11 @@ def sources(draw, faults: bool, closes: bool) -> Source:
         rate_hz=rate,
         budget_ms=draw(st.integers(150, 1500)),
         steps=steps,
-        floor_steps=draw(st.integers(1, steps)),
+        min_steps=draw(st.integers(1, steps)),
         first_frames=draw(st.sampled_from([1, 5])),
         chunk_frames=draw(st.sampled_from([1, 4])),
         stages=draw(st.sampled_from([1, 1, 2])),
-        shape=draw(st.sampled_from(["small", "large"])),
+        batch_key=draw(st.sampled_from(["small", "large"])),
     )
     joins = draw(st.integers(0, 2 * SECOND))
     count = draw(st.integers(0, 60))
@@ -342,9 +342,9 @@ CONFIGS = st.builds(
         LatencyConfig, knee_gain=st.sampled_from([0.0, 0.1]), speed_window=st.sampled_from([1, 5])
     ),
     guard_ms=st.sampled_from([0.0, 10.0]),
-    lower_above=st.sampled_from([0.5, 0.92]),
-    raise_below=st.sampled_from([0.3, 0.5]),
-    raise_after_ms=st.sampled_from([0.0, 500.0]),
+    degrade_above=st.sampled_from([0.5, 0.92]),
+    restore_below=st.sampled_from([0.3, 0.5]),
+    restore_after_ms=st.sampled_from([0.0, 500.0]),
     push_below=st.sampled_from([0.0, 0.9, 1e6]),
     admit_below=st.sampled_from([None, 0.7]),
     stall_intervals=st.sampled_from([0.0, 4.0, 1e6]),
@@ -398,7 +398,7 @@ def steps_at(world: World, at_s: float, stream: int = 0) -> int:
 
 
 def flushes(world: World) -> int:
-    return sum(not part.frames for record in world.ticks for part in record.tick.parts)
+    return sum(not part.frames for record in world.ticks for part in record.tick.entries)
 
 
 def test_on_a_free_device_each_chunk_is_pushed_on_to_its_end_at_once():
@@ -455,10 +455,10 @@ def test_overload_at_the_floor_skips_frames_evenly_and_keeps_the_newest():
     """Eight times slower, a tick of one step takes 400 ms: 10 of 16 frames a second."""
     world = World([regular(16, 16 * 30, budget_ms=1500)], slow(8)).run()
     for frame in world.frames:  # none is late or lost but for those that meet the device when it slows down
-        if frame.fate is Fate.LATE or frame.reason is Reason.HOPELESS:
+        if frame.fate is Fate.LATE or frame.reason is Reason.EXPIRED:
             assert SLOW[0] - 1 < frame.arrival_ns / SECOND < SLOW[0] + 2
     for record in world.ticks[1:]:
-        (part,) = record.tick.parts
+        (part,) = record.tick.entries
         if 12 * SECOND < record.started_ns < 19 * SECOND:
             assert part.steps == 1
             newest = max(f.number for f in world.frames if f.arrival_ns <= record.started_ns)
@@ -475,11 +475,11 @@ def test_overload_at_the_floor_skips_frames_evenly_and_keeps_the_newest():
 @pytest.mark.parametrize("streams", [1, 3])
 def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
     """Eight times slower, two ticks take 1.3 s. A chunk every now and then tries whether they do."""
-    sources_ = [regular(16, 480, i * 50 * MS, floor_steps=2, budget_ms=800) for i in range(streams)]
+    sources_ = [regular(16, 480, i * 50 * MS, min_steps=2, budget_ms=800) for i in range(streams)]
     world = World(sources_, slow(8)).run()
     at = {f: f.arrival_ns / SECOND for f in world.frames}
     assert all(f.fate is Fate.SHOWN for f in world.frames if 3 < at[f] < SLOW[0] - 1 or at[f] > SLOW[1] + 1.6)
-    tries = [r.tick.parts for r in world.ticks if SLOW[0] + 4 < r.started_ns / SECOND < SLOW[1]]
+    tries = [r.tick.entries for r in world.ticks if SLOW[0] + 4 < r.started_ns / SECOND < SLOW[1]]
     tried = [parts[0].stream for parts in tries if parts[0].frames]
     assert 2 <= len(tried) <= 3
     assert {len(parts) for parts in tries} == {1}
@@ -487,15 +487,15 @@ def test_streams_come_back_after_the_device_was_too_slow_for_any_frame(streams):
 
 def test_a_source_that_is_silent_does_not_keep_others_from_trying_the_device():
     """The silent stream was served before the other one, and never ends while that one sends."""
-    silent = dataclasses.replace(regular(16, 5, floor_steps=2, budget_ms=800), leaves_ns=31 * SECOND)
-    world = World([silent, regular(16, 480, floor_steps=2, budget_ms=800)], slow(8)).run()
+    silent = dataclasses.replace(regular(16, 5, min_steps=2, budget_ms=800), leaves_ns=31 * SECOND)
+    world = World([silent, regular(16, 480, min_steps=2, budget_ms=800)], slow(8)).run()
     later = [f for f in world.frames if f.stream == 1 and f.arrival_ns > (SLOW[1] + 1.6) * SECOND]
     assert later
     assert {f.fate for f in later} == {Fate.SHOWN}
 
 
 def test_of_frames_that_are_finished_too_late_only_the_newest_is_shown():
-    world = World([regular(16, 480, floor_steps=2, budget_ms=800)], slow(8)).run()
+    world = World([regular(16, 480, min_steps=2, budget_ms=800)], slow(8)).run()
     chunks: dict[int, list] = {}
     for frame in world.frames:
         if frame.started_ns is not None and frame.done_ns is not None:
@@ -505,16 +505,14 @@ def test_of_frames_that_are_finished_too_late_only_the_newest_is_shown():
     for late in filter(None, behind):
         *older, newest = sorted(late, key=lambda f: f.number)
         assert newest.fate is Fate.LATE
-        assert {(f.fate, f.reason) for f in older} <= {(Fate.DROPPED, Reason.HOPELESS)}
+        assert {(f.fate, f.reason) for f in older} <= {(Fate.DROPPED, Reason.EXPIRED)}
     assert sum(map(len, behind)) - world.count(Fate.LATE) == sum(
         f.fate is Fate.DROPPED and f.done_ns is not None for f in world.frames
     )
 
 
 def test_a_stream_is_let_in_after_the_device_was_too_slow_for_the_one_before():
-    first, later = (
-        regular(16, 15 * 16, start_ns=at * SECOND, floor_steps=2, budget_ms=800) for at in (0, 21)
-    )
+    first, later = (regular(16, 15 * 16, start_ns=at * SECOND, min_steps=2, budget_ms=800) for at in (0, 21))
     world = World([first, later], slow(8)).run()
     assert not world.refused
     assert all(f.fate is Fate.SHOWN for f in world.frames if f.stream == 1)
@@ -530,7 +528,7 @@ def test_steps_stay_where_fewer_take_as_long():
     device = Level(sizes=(1,), slowness=slow(3).slowness)
     world = World([regular(16, 480, steps=3, budget_ms=3000)], device).run()
     assert not world.changes
-    assert world.count(Fate.LATE) == world.count(Reason.HOPELESS) == 0
+    assert world.count(Fate.LATE) == world.count(Reason.EXPIRED) == 0
     assert 0 < world.count(Reason.OVERLOAD) < 480 * 1 / 3 * 1 / 3
 
 
@@ -558,7 +556,7 @@ def test_a_stall_sends_what_is_there_in_time():
     frames = source.frames[:15] + tuple((at + 5 * SECOND, at + 5 * SECOND) for at, _ in source.frames[15:])
     world = World([dataclasses.replace(source, frames=frames, leaves_ns=frames[-1][0])], Device()).run()
     assert world.count(Fate.SHOWN) == len(world.frames)
-    (partial,) = [p for r in world.ticks for p in r.tick.parts if p.frames == (13, 14)]
+    (partial,) = [p for r in world.ticks for p in r.tick.entries if p.frames == (13, 14)]
     assert partial.fill == 2
 
 
@@ -566,7 +564,7 @@ def test_a_stall_sends_what_is_there_in_time():
 def test_any_number_of_frames_is_shown_to_the_end(count):
     world = World([regular(16, count)], Device()).run()
     assert world.count(Fate.SHOWN) == count
-    parts = [part for record in world.ticks for part in record.tick.parts if part.frames]
+    parts = [part for record in world.ticks for part in record.tick.entries if part.frames]
     assert sum(len(part.frames) + part.fill for part in parts) == 5 + math.ceil(max(0, count - 5) / 4) * 4
 
 
@@ -574,13 +572,13 @@ def test_streams_alike_share_ticks_when_the_device_is_busy():
     sources_ = [regular(16, 205, start_ns=i * 20 * MS, budget_ms=900) for i in range(3)]
     world = World(sources_, Device(fixed_ms=60, slope_ms=10)).run()
     assert world.count(Fate.SHOWN) == len(world.frames)
-    batches = Counter(len(record.tick.parts) for record in world.ticks)
+    batches = Counter(len(record.tick.entries) for record in world.ticks)
     assert set(batches) == {1, 2}  # three are no batch size
     assert batches[2] > 40
 
 
 def test_streams_of_other_shapes_or_steps_never_share_ticks():
-    shapes = [regular(16, 105, shape=shape, steps=steps) for shape in "ab" for steps in (1, 2)]
+    shapes = [regular(16, 105, batch_key=batch_key, steps=steps) for batch_key in "ab" for steps in (1, 2)]
     world = World(shapes, Device(5, 5)).run()  # the world checks every tick
     assert world.count(Fate.SHOWN) == len(world.frames)
 
@@ -688,9 +686,9 @@ class Updated(World):
         super().input(kind, i, number)
         if kind == 1 and number == self.at:
             self.scheduler.update(self.ids[i], self.new, self.now)
-            least = min(self.settings[0].floor_steps, self.new.floor_steps)
+            least = min(self.settings[0].min_steps, self.new.min_steps)
             most = max(self.settings[0].steps, self.new.steps)
-            self.settings[0] = dataclasses.replace(self.new, steps=most, floor_steps=least)
+            self.settings[0] = dataclasses.replace(self.new, steps=most, min_steps=least)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
@@ -700,7 +698,7 @@ def test_new_steps_hold_from_the_next_chunk_on_and_nothing_is_late(before, after
     world = Updated(source, Device(fixed_ms, 10), 100, steps=after).run()
     assert world.count(Fate.SHOWN) == 205
     assert [(c.before, c.after) for c in world.changes] == [(before, after)]
-    entered = [p for r in world.ticks for p in r.tick.parts if p.frames]
+    entered = [p for r in world.ticks for p in r.tick.entries if p.frames]
     assert {p.steps for p in entered if p.frames[-1] < 100} == {before}
     assert {p.steps for p in entered if p.frames[0] > 100} == {after}
 
@@ -713,7 +711,7 @@ def test_more_steps_than_the_budget_holds_are_not_taken():
 
 def test_minimum_steps_that_cannot_be_met_and_streams_that_ended_are_refused():
     scheduler, stream = overlapping()
-    settings = StreamSettings(5, 2000, steps=30, floor_steps=30)
+    settings = StreamSettings(5, 2000, steps=30, min_steps=30)
     with pytest.raises(Refused, match="a latency budget of 2000 ms cannot be met"):
         scheduler.update(stream, settings, 0)
     scheduler.end(stream, 0)
@@ -793,7 +791,7 @@ def test_the_next_tick_is_not_chosen_before_a_guard_ahead_of_its_turn(tail_ms):
     assert scheduler.next(80 * MS) == Wait(90 * MS)
     tick = tick_at(scheduler, 90)
     assert tick.predicted_ns == (10 + 100 + tail_ms) * MS
-    assert tick.parts[0].frames == (1,)
+    assert tick.entries[0].frames == (1,)
     assert late == 2
 
 
@@ -824,12 +822,12 @@ def test_a_chunk_that_the_tick_in_flight_finishes_is_not_pushed_on():
 
 @pytest.mark.parametrize(("arrives_ms", "chosen"), [(0, False), (75, True)])
 def test_frames_are_not_given_up_while_they_may_still_be_in_time(arrives_ms, chosen):
-    """A device that wobbles: hopeless is what is late if the tick at hand takes all that it may."""
+    """A device that wobbles: expired is what is late if the tick at hand takes all that it may."""
     events = []
     scheduler, _ = overlapping(guard_ms=0, events=events)
     for took in (100, 150, 100, 150, 100, 150, 100, 100):
         scheduler.warm_up(LatencySample(None, 1, 1, took * MS))
-    assert scheduler.model.costs(None, 1).bound_ns[1] == 150 * MS
+    assert scheduler.model.times(None, 1).bound_ns[1] == 150 * MS
     tight = scheduler.open(StreamSettings(5, 255, steps=1, first_frames=1, chunk_frames=1), 0)
     scheduler.arrive(tight, 0)
     tick_at(scheduler, 0)
@@ -839,11 +837,11 @@ def test_frames_are_not_given_up_while_they_may_still_be_in_time(arrives_ms, cho
     scheduler.arrive(tight, (100 + arrives_ms) * MS)
     scheduler.free(150 * MS)
     if chosen:  # by 175 + 255 at the latest from 250 on: 150 later it is through
-        assert tick_at(scheduler, 200).parts[0].frames == (2,)
+        assert tick_at(scheduler, 200).entries[0].frames == (2,)
         return
     assert scheduler.next(200 * MS) == Wait(250 * MS)  # by 355; from 250 on it would be through at 400
     scheduler.done({tight: 1}, 204 * MS)
-    assert tick_at(scheduler, 204).parts[0].frames == (2,)
+    assert tick_at(scheduler, 204).entries[0].frames == (2,)
     assert not any(isinstance(event, FrameRecord) for event in events)
 
 
@@ -864,9 +862,9 @@ def test_what_a_tick_adds_is_learned_whether_it_followed_at_once_or_not():
         scheduler.done({stream: 1}, done * MS)
         assert scheduler.model.speed == pytest.approx(1)
         for first, expected in ((True, 100), (False, 100)):
-            costs = scheduler.model.costs(None, 1)
+            costs = scheduler.model.times(None, 1)
             assert (costs.first_expected_ns if first else costs.expected_ns[1]) == expected * MS
-        assert scheduler.model.costs(None, 1).tail_bound_ns == 40 * MS
+        assert scheduler.model.times(None, 1).tail_bound_ns == 40 * MS
 
 
 def test_deadlines_are_a_tail_earlier():
@@ -881,7 +879,7 @@ def test_deadlines_are_a_tail_earlier():
 
 def test_a_device_that_would_be_overloaded_tick_by_tick_shows_all_when_they_overlap():
     """A chunk comes each 133 ms and takes 100 and then 40 behind the stages."""
-    source = regular(30, 605, budget_ms=900, stages=2, floor_steps=2)
+    source = regular(30, 605, budget_ms=900, stages=2, min_steps=2)
     device = Device(fixed_ms=40, slope_ms=30, sizes=(1,), tail_ms=40, early=0.0)
     world = World([source], device).run()
     assert world.count(Fate.SHOWN) == len(world.frames)
@@ -891,7 +889,7 @@ def test_a_device_that_would_be_overloaded_tick_by_tick_shows_all_when_they_over
 
 
 def test_on_one_device_the_next_tick_is_handed_over_before_the_last_is_through():
-    streams = [regular(16, 405, shape=shape, budget_ms=2000, floor_steps=2) for shape in "ab"]
+    streams = [regular(16, 405, batch_key=batch_key, budget_ms=2000, min_steps=2) for batch_key in "ab"]
     world = World(streams, Device(fixed_ms=60, early=0.3)).run()
     assert world.count(Fate.SHOWN) == len(world.frames)
     ahead_ms = [(done - at) / MS for at, done in world.handed[1:] if done]

@@ -10,7 +10,7 @@ from test_metrics import dropped, shown, tick
 
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.table import LiveTable, device_line, summary_table
-from svd2_jax.runtime.work import Reason, StreamSettings
+from svd2_jax.runtime.types import Reason, StreamSettings
 
 
 def run(streams=2):

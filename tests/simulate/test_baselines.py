@@ -4,29 +4,29 @@ from collections import Counter
 
 import pytest
 
-from svd2_jax.runtime.work import MS, Fate, FrameRecord, Reason
-from svd2_jax.simulate.baselines import Bounded, Fifo, Reference
-from svd2_jax.simulate.simulator import Outcome, simulate
+from svd2_jax.runtime.types import MS, Fate, FrameRecord, Reason
+from svd2_jax.simulate.baselines import Bounded, Fifo, ReferencePolicy
+from svd2_jax.simulate.simulator import SimulationResult, simulate
 from svd2_jax.simulate.trace import DeviceTrace, StreamTrace, Trace
 
 EXACT = DeviceTrace(fixed_ms=100, row_ms=0, noise=0)  # every tick 100 ms, a first group of two steps 200 ms
 
 
-def run(policy, duration_s: float = 1.3, device: DeviceTrace = EXACT, **settings) -> Outcome:
+def run(policy, duration_s: float = 1.3, device: DeviceTrace = EXACT, **settings) -> SimulationResult:
     source = StreamTrace(**{"rate_hz": 10, "budget_ms": 600, "delay_ms": 0, **settings})
     return simulate(Trace("t", "", duration_s, device, (source,)), "p", policy)
 
 
-def latencies_ms(outcome: Outcome) -> list[float | None]:
+def latencies_ms(outcome: SimulationResult) -> list[float | None]:
     frames = sorted(outcome.frames, key=lambda f: f.number)
     return [None if f.shown_ns is None else (f.shown_ns - f.arrival_ns) / MS for f in frames]
 
 
-def starts_ms(outcome: Outcome) -> list[float]:
+def starts_ms(outcome: SimulationResult) -> list[float]:
     return [t.started_ns / MS for t in outcome.ticks]
 
 
-def reasons(outcome: Outcome) -> Counter:
+def reasons(outcome: SimulationResult) -> Counter:
     return Counter(f.reason for f in outcome.frames)
 
 
@@ -44,7 +44,7 @@ def test_first_in_first_out_by_hand():
 
 def test_first_in_first_out_fills_up_the_last_chunk():
     outcome = run(Fifo, duration_s=0.7)  # 7 frames: a first group, and two more when the source ends
-    assert [t.tick.parts[0].fill for t in outcome.ticks] == [0, 2, 0]
+    assert [t.tick.entries[0].fill for t in outcome.ticks] == [0, 2, 0]
     assert latencies_ms(outcome)[5:] == [400, 300]  # 700 to 800, and on to 900
 
 
@@ -60,7 +60,7 @@ def test_first_in_first_out_queues_without_bound_and_drops_nothing():
 def test_first_in_first_out_serves_several_streams_in_the_order_of_their_chunks():
     source = StreamTrace(rate_hz=10, budget_ms=600, delay_ms=0, count=2, stagger_s=0.15)
     outcome = simulate(Trace("t", "", 1.3, EXACT, (source,)), "p", Fifo)
-    assert [(t.started_ns // MS, t.tick.parts[0].stream) for t in outcome.ticks][:4] == [
+    assert [(t.started_ns // MS, t.tick.entries[0].stream) for t in outcome.ticks][:4] == [
         (400, 0), (600, 1), (800, 0), (950, 1),
     ]  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_a_closed_stream_takes_what_is_not_shown_with_it():
 def test_the_reference_batches_what_has_waited_less_than_half_a_second():
     # The same as first in first out while frames come at 10 Hz, as 800 and 1200 are multiples of 100 behind the last
     # tick. What is in the rows when the source ends stays there.
-    outcome = run(Reference)
+    outcome = run(ReferencePolicy)
     assert starts_ms(outcome) == [400, 800, 1200]
     assert latencies_ms(outcome) == [600, 500, 400, 300, 200, 800, 700, 600, 500, None, None, None, None]
     assert reasons(outcome) == {None: 9, Reason.CLOSED: 4}
@@ -82,12 +82,12 @@ def test_the_reference_batches_what_has_waited_less_than_half_a_second():
 
 def test_the_reference_looks_every_tenth_of_a_second():
     # With a delay of 30 ms chunks are there at 430 and 830; the worker looks at 500 and, free at 700, at 900.
-    assert starts_ms(run(Reference, delay_ms=30))[:2] == [500, 900]
+    assert starts_ms(run(ReferencePolicy, delay_ms=30))[:2] == [500, 900]
 
 
 def test_the_reference_takes_all_steps_at_once_for_what_has_waited_half_a_second():
     # At 5 Hz the oldest frame of a chunk is 600 ms old: each takes its two steps in one go, 200 ms.
-    outcome = run(Reference, duration_s=2.6, rate_hz=5)
+    outcome = run(ReferencePolicy, duration_s=2.6, rate_hz=5)
     assert starts_ms(outcome) == [800, 1600, 2400]
     assert latencies_ms(outcome) == [1000, 800, 600, 400, 200, 800, 600, 400, 200, 800, 600, 400, 200]
     assert all(t.done_ns - t.started_ns == 200 * MS for t in outcome.ticks)
@@ -95,22 +95,22 @@ def test_the_reference_takes_all_steps_at_once_for_what_has_waited_half_a_second
 
 def test_the_reference_loses_what_is_in_its_rows_when_it_leaves_the_batch():
     # 5 to 8 enter at 800; then the camera stops for a second, so that 9 to 12 have waited when they are whole.
-    outcome = run(Reference, duration_s=2.6, stalls=((1.05, 1.0),))
+    outcome = run(ReferencePolicy, duration_s=2.6, stalls=((1.05, 1.0),))
     assert [f.number for f in outcome.frames if f.reason is Reason.OVERLOAD] == [5, 6, 7, 8]
-    sequential = [t.tick.parts[0].frames for t in outcome.ticks if t.tick.first]
+    sequential = [t.tick.entries[0].frames for t in outcome.ticks if t.tick.first]
     assert sequential == [(0, 1, 2, 3, 4), (9, 10, 11, 12)]
 
 
 def test_the_reference_always_batches_on_a_pipeline():
-    outcome = run(Reference, duration_s=2.6, rate_hz=5, stages=2)
+    outcome = run(ReferencePolicy, duration_s=2.6, rate_hz=5, stages=2)
     assert [t.tick.first for t in outcome.ticks] == [True, False, False]
     assert reasons(outcome) == {None: 5, Reason.CLOSED: 8}
 
 
 def test_the_reference_serves_streams_in_turn():
     source = StreamTrace(rate_hz=100, budget_ms=600, delay_ms=0, count=3)
-    outcome = simulate(Trace("t", "", 2, EXACT, (source,)), "p", Reference)
-    turns = [t.tick.parts[0].stream for t in outcome.ticks]
+    outcome = simulate(Trace("t", "", 2, EXACT, (source,)), "p", ReferencePolicy)
+    turns = [t.tick.entries[0].stream for t in outcome.ticks]
     assert turns[:9] == [0, 1, 2] * 3
 
 
@@ -131,11 +131,11 @@ def test_the_bounded_baseline_queues_two_chunks_at_most_and_drops_the_oldest_fra
 
 def test_the_bounded_baseline_drops_what_could_not_be_in_time():
     outcome = run(Bounded, duration_s=10, budget_ms=450)  # 300 ms to fill and two ticks of 100
-    assert reasons(outcome)[Reason.HOPELESS] > 10
+    assert reasons(outcome)[Reason.EXPIRED] > 10
     assert not any(f.fate is Fate.LATE for f in outcome.frames if f.number >= 5)
 
 
-@pytest.mark.parametrize("policy", [Fifo, Bounded, Reference])
+@pytest.mark.parametrize("policy", [Fifo, Bounded, ReferencePolicy])
 def test_every_frame_is_accounted_for_once(policy):
     outcome = run(policy, duration_s=20, rate_hz=37, jitter_ms=20, reorder=True, duplicate_share=0.1)
     frames = [e for e in outcome.events if isinstance(e, FrameRecord)]

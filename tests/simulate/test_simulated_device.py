@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from svd2_jax.runtime.work import MS, SECOND, Part, StreamSettings, Tick
+from svd2_jax.runtime.types import MS, SECOND, StreamSettings, Tick, TickEntry
 from svd2_jax.simulate.device import SimulatedDevice
 from svd2_jax.simulate.trace import DeviceTrace, StreamTrace, earliest_ns
 
@@ -22,7 +22,7 @@ def device(trace: DeviceTrace = EXACT, **settings) -> SimulatedDevice:
 
 def run(made: SimulatedDevice, *chunk: int, steps: int, first: bool = False) -> list[tuple[int, ...]]:
     """Runs a tick of stream 0 with these frames and returns the chunks that it finishes."""
-    made.start(Tick(0, (Part(0, chunk, 0, steps, first),), 0), 0)
+    made.start(Tick(0, (TickEntry(0, chunk, 0, steps, first),), 0), 0)
     made.pass_on()
     return made.finish()[0]
 
@@ -31,7 +31,7 @@ def ends_ms(trace: DeviceTrace, start_ms: int, batch: int = 1, steps: int = 1) -
     made = SimulatedDevice(trace, seed=0)
     for stream in range(batch):
         made.open(stream, SETTINGS)
-    made.start(Tick(0, tuple(Part(s, (0,), 0, steps) for s in range(batch)), 0), start_ms * MS)
+    made.start(Tick(0, tuple(TickEntry(s, (0,), 0, steps) for s in range(batch)), 0), start_ms * MS)
     assert made.done_ns is not None
     return made.done_ns / MS
 
@@ -69,7 +69,7 @@ def test_more_steps_hold_back_everything_for_as_many_ticks():
 
 def test_a_first_group_takes_all_its_steps_in_one_tick():
     made = device()
-    made.start(Tick(0, (Part(0, (0, 1, 2, 3, 4), 0, 3, first=True),), 0), 0)
+    made.start(Tick(0, (TickEntry(0, (0, 1, 2, 3, 4), 0, 3, first=True),), 0), 0)
     assert made.done_ns == 3 * (100 + 2 * 10) * MS  # two rows, three passes
     made.pass_on()
     assert made.finish() == {0: [(0, 1, 2, 3, 4)]}
@@ -112,28 +112,28 @@ def test_noise_and_outliers_come_as_often_and_as_large_as_asked_for():
 
 def test_frames_are_finished_behind_the_stages_while_the_next_tick_runs():
     made = device(dataclasses.replace(EXACT, row_ms=0, tail_ms=40, speed=((0.1, 0.5),)), steps=1)
-    made.start(Tick(0, (Part(0, (0,)),), 0), 0)
+    made.start(Tick(0, (TickEntry(0, (0,)),), 0), 0)
     assert (made.free_ns, made.done_ns) == (100 * MS, 180 * MS)  # the tail at half the speed
     made.pass_on()
     assert made.under_way(0) == 0
     assert (made.free_ns, made.done_ns) == (None, 180 * MS)
-    made.start(Tick(1, (Part(0, (1,)),), 0), 100 * MS)
+    made.start(Tick(1, (TickEntry(0, (1,)),), 0), 100 * MS)
     assert (made.free_ns, made.done_ns) == (300 * MS, 180 * MS)
     assert made.finish() == {0: [(0,)]}
     assert made.done_ns == 380 * MS
     made.pass_on()
-    made.start(Tick(2, (Part(0, (2,)),), 0), 300 * MS)
+    made.start(Tick(2, (TickEntry(0, (2,)),), 0), 300 * MS)
     made.pass_on()
     with pytest.raises(AssertionError, match="two ticks are in flight"):
-        made.start(Tick(3, (Part(0, (3,)),), 0), 350 * MS)
+        made.start(Tick(3, (TickEntry(0, (3,)),), 0), 350 * MS)
     assert made.busy_ns == 500 * MS
 
 
 def test_one_tick_runs_at_a_time():
     made = device()
-    made.start(Tick(0, (Part(0, (0,)),), 0), SECOND)
+    made.start(Tick(0, (TickEntry(0, (0,)),), 0), SECOND)
     with pytest.raises(AssertionError, match="runs already"):
-        made.start(Tick(1, (Part(0, (1,)),), 0), SECOND)
+        made.start(Tick(1, (TickEntry(0, (1,)),), 0), SECOND)
 
 
 # --- frames that no policy can show in time
@@ -147,8 +147,8 @@ def alone_ms(device_trace: DeviceTrace, at_ms: int, **settings) -> float:
 def test_no_frame_is_finished_before_its_ticks_would_be_on_an_empty_device():
     exact = DeviceTrace(fixed_ms=100, row_ms=10, knee_rows=0, noise=0, speed=((1.0, 0.5), (2.0, 1.0)))
     assert alone_ms(exact, 0) == 110  # one step, one row
-    assert alone_ms(exact, 0, floor_steps=2) == 220  # two ticks of one row
-    assert alone_ms(exact, 0, floor_steps=2, stages=3) == 660
+    assert alone_ms(exact, 0, min_steps=2) == 220  # two ticks of one row
+    assert alone_ms(exact, 0, min_steps=2, stages=3) == 660
     assert alone_ms(exact, 945) == 1055 + 55  # half of it at half the speed
     assert alone_ms(exact, 1890) == 2000 + 55
     tailed = dataclasses.replace(exact, tail_ms=40)
@@ -176,10 +176,10 @@ def in_time(trace: DeviceTrace, source: StreamTrace, arrivals_ms: list[int]) -> 
         need = settings.chunk_frames if begun else settings.first_frames
         sizes = range(0 if device.under_way(0) else 1, need + 1)
         chunks = [chunk for size in sizes for chunk in itertools.combinations(there, size)]
-        for chunk, steps in itertools.product(chunks, range(settings.floor_steps, settings.steps + 1)):
+        for chunk, steps in itertools.product(chunks, range(settings.min_steps, settings.steps + 1)):
             after = copy.deepcopy(device)
             fill = need - len(chunk) if chunk else 0
-            after.start(Tick(0, (Part(0, chunk, fill, steps, first=not begun),), 0), now_ns)
+            after.start(Tick(0, (TickEntry(0, chunk, fill, steps, first=not begun),), 0), now_ns)
             end_ns = after.done_ns
             assert end_ns is not None
             after.pass_on()
@@ -194,14 +194,14 @@ def in_time(trace: DeviceTrace, source: StreamTrace, arrivals_ms: list[int]) -> 
 
 
 @pytest.mark.parametrize("speed", [((0.25, 0.5), (0.6, 1.0)), ((0.15, 0.25), (0.42, 1.0)), ((0.0, 0.45),)])
-@pytest.mark.parametrize(("floor_steps", "stages", "first_frames"), [(1, 1, 2), (2, 1, 2), (1, 2, 3)])
+@pytest.mark.parametrize(("min_steps", "stages", "first_frames"), [(1, 1, 2), (2, 1, 2), (1, 2, 3)])
 @pytest.mark.parametrize("budget_ms", [130, 210, 260])
 def test_no_sequence_of_ticks_whatever_shows_a_frame_that_is_held_to_be_impossible(
-    speed, floor_steps, stages, first_frames, budget_ms
+    speed, min_steps, stages, first_frames, budget_ms
 ):
     trace = DeviceTrace(fixed_ms=80, row_ms=20, knee_rows=1, noise=0, speed=speed)
     source = StreamTrace(
-        rate_hz=10, budget_ms=budget_ms, steps=2, floor_steps=floor_steps, stages=stages,
+        rate_hz=10, budget_ms=budget_ms, steps=2, min_steps=min_steps, stages=stages,
         first_frames=first_frames, chunk_frames=2,
     )  # fmt: skip
     arrivals_ms = [0, 100, 230, 380]

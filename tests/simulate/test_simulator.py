@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
-from svd2_jax.runtime.work import MS, SECOND, Fate, FrameRecord, Part, Reason, StepChange, Tick, Wait
-from svd2_jax.simulate.baselines import Fifo, Reference
+from svd2_jax.runtime.types import MS, SECOND, Fate, FrameRecord, Reason, StepChange, Tick, TickEntry, Wait
+from svd2_jax.simulate.baselines import Fifo, ReferencePolicy
 from svd2_jax.simulate.report import Row, summarise, table
-from svd2_jax.simulate.simulator import Outcome, PolicyFault, simulate
+from svd2_jax.simulate.simulator import PolicyFault, SimulationResult, simulate
 from svd2_jax.simulate.trace import DeviceTrace, StreamTrace, Trace, read_trace
 
 FOLDER = Path(__file__).parents[2] / "traces"
@@ -57,7 +57,7 @@ def shortened(name: str, share: float = SHARE) -> Trace:
     return dataclasses.replace(trace, duration_s=trace.duration_s * share, device=device, streams=streams)
 
 
-def run(trace: Trace, policy=deadline) -> tuple[Outcome, Row]:
+def run(trace: Trace, policy=deadline) -> tuple[SimulationResult, Row]:
     outcome = simulate(trace, "p", policy)
     return outcome, summarise(outcome)
 
@@ -77,7 +77,7 @@ def test_below_capacity_nothing_is_dropped_and_all_is_in_time(name):
     assert row.missed_goals == ()
     assert row.late / (row.shown + row.late) < 0.001
     assert row.latency_ms[2] <= row.budget_ms[1]
-    assert not {"overload", "hopeless"} & set(row.dropped)
+    assert not {"overload", "expired"} & set(row.dropped)
     assert row.throughput is None
     assert not outcome.refused
 
@@ -125,7 +125,7 @@ def test_under_twice_the_demand_the_baselines_latency_is_many_times_higher(name)
     trace = shortened(name)
     ours = run(trace)[1].latency_ms[2]
     assert run(trace, Fifo)[1].latency_ms[2] > 5 * ours
-    assert run(trace, Reference)[1].latency_ms[2] > 5 * ours
+    assert run(trace, ReferencePolicy)[1].latency_ms[2] > 5 * ours
 
 
 def test_streams_come_back_when_the_device_was_too_slow_for_any_frame():
@@ -215,7 +215,7 @@ def test_faults_of_the_input_are_what_is_dropped():
 
 def test_the_same_trace_gives_the_same_events():
     trace = shortened("come_and_go", 0.1)
-    for policy in (deadline, Fifo, Reference):
+    for policy in (deadline, Fifo, ReferencePolicy):
         assert simulate(trace, "p", policy).events == simulate(trace, "p", policy).events
 
 
@@ -262,7 +262,7 @@ class Wide(Fifo):
 
     def next(self, now_ns):
         made = super().next(now_ns)
-        return dataclasses.replace(made, parts=made.parts * 3) if isinstance(made, Tick) else made
+        return dataclasses.replace(made, parts=made.entries * 3) if isinstance(made, Tick) else made
 
 
 class Eager(Fifo):
@@ -270,7 +270,7 @@ class Eager(Fifo):
 
     def next(self, now_ns):
         made = super().next(now_ns)
-        return Tick(0, (Part(0, made.parts[0].frames),), 0) if isinstance(made, Tick) else made
+        return Tick(0, (TickEntry(0, made.entries[0].frames),), 0) if isinstance(made, Tick) else made
 
 
 class Early(Fifo):
@@ -333,7 +333,9 @@ def overloaded(*frames: FrameRecord) -> Row:
     device = DeviceTrace(fixed_ms=40, row_ms=0, speed=((2.0, 0.05), (6.0, 1.0)))
     trace = Trace("t", "", 12, device, (StreamTrace(rate_hz=10, budget_ms=BUDGET_MS),))
     opened = {0: trace.sources[0]}
-    outcome = Outcome(trace, "p", [*frames, StepChange(0, 0, 1, 2)], streams=opened, ended_s=12, busy_s=3)
+    outcome = SimulationResult(
+        trace, "p", [*frames, StepChange(0, 0, 1, 2)], streams=opened, ended_s=12, busy_s=3
+    )
     assert trace.overloads == ((2.0, 6.0),)
     return summarise(outcome)
 
@@ -349,7 +351,7 @@ def test_frames_that_nobody_could_show_in_time_are_judged_for_themselves():
         )
         for i, (at, shown) in enumerate(fates.items())
     ]
-    outcome = Outcome(trace, "p", frames, streams={0: trace.sources[0]}, ended_s=4)
+    outcome = SimulationResult(trace, "p", frames, streams={0: trace.sources[0]}, ended_s=4)
     # 2.4 waits for 0.06 of a tick to be done by 3.0: the rest then takes 94 ms, past 2.9.
     assert [at for f, at in zip(frames, fates, strict=True) if not outcome.is_possible(f)] == [1.4, 1.6, 2.4]
     row = summarise(outcome)
@@ -405,7 +407,9 @@ def test_a_frame_dropped_below_capacity_is_a_goal_missed():
     shown, lost = frame(0, 1, 1.5), frame(1, 2, None, fate=Fate.DROPPED)
 
     def missed(*frames: FrameRecord) -> tuple[str, ...]:
-        return summarise(Outcome(trace, "p", list(frames), streams={0: trace.sources[0]})).missed_goals
+        return summarise(
+            SimulationResult(trace, "p", list(frames), streams={0: trace.sources[0]})
+        ).missed_goals
 
     assert missed(shown) == ()
     assert missed(shown, lost) == ("drops",)

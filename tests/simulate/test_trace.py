@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from svd2_jax.errors import ConfigError
-from svd2_jax.runtime.work import MS, SECOND
+from svd2_jax.runtime.types import MS, SECOND
 from svd2_jax.simulate.trace import (
     DeviceTrace,
     StreamTrace,
@@ -69,7 +69,7 @@ def test_the_capacity_is_that_of_the_best_batch_that_the_streams_can_fill():
 def test_streams_that_cannot_share_a_tick_share_the_time_in_the_mix_that_they_demand():
     often, seldom = (
         StreamTrace(rate_hz=30, budget_ms=500),
-        StreamTrace(rate_hz=10, budget_ms=500, shape="other"),
+        StreamTrace(rate_hz=10, budget_ms=500, batch_key="other"),
     )
     # 40 frames: 30 at 133.3 a second and 10 at 133.3 a second, as if they were one stream.
     assert capacity_hz(DEVICE, [(often, 1), (seldom, 1)]) == pytest.approx(4 / 0.030)
@@ -201,7 +201,7 @@ def test_a_trace_is_the_same_after_writing_and_reading():
         ({"streams": [{"rate_hz": 16, "budget_ms": 1, "hz": 1}]}, "streams[0]: unknown key 'hz'"),
         ({"streams": [{"rate_hz": 0, "budget_ms": 1}]}, "streams[0]: rate_hz must be 0.1 to 1000, got 0"),
         ({"streams": [{"rate_hz": 1, "budget_ms": 0}]}, "streams[0]: budget_ms must be 1 to 1000000, got 0"),
-        (stream(floor_steps=3), "streams[0]: floor_steps must be 1 to steps=2"),
+        (stream(min_steps=3), "streams[0]: min_steps must be 1 to steps=2"),
         (stream(leaves="goes"), "leaves must be 'ends' or 'closes', got 'goes'"),
         (stream(timestamps=1), "timestamps must be true or false, got 1"),
         (stream(missing_share=2), "streams[0]: missing_share must be 0 to 1"),

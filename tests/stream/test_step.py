@@ -13,7 +13,7 @@ from svd2_jax.models.dit import DiTParams
 from svd2_jax.nn.random_params import random_params
 from svd2_jax.stream import state as state_lib
 from svd2_jax.stream import step
-from svd2_jax.stream.state import Entry
+from svd2_jax.stream.state import StageInput
 
 MODEL = DiTConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=8, text_dim=12, text_len=4)
 TIMESTEPS = (700, 500, 400)
@@ -56,7 +56,7 @@ def latents(seed, frames=1):
 def tick_once(cfg, batch, model, state, noisy, timestep, noise, fresh):
     conditioning = step.condition(model, cfg, batch, jnp.float32, conditioner(), timestep)
     is_open = [fresh] + [True] * (cfg.rows - 1 if batch == "rows" else 0)
-    entry = Entry(noisy, jnp.array(is_open), conditioning, noise)
+    entry = StageInput(noisy, jnp.array(is_open), conditioning, noise)
     ring = step.Ring(always=model.num_layers, batch=batch)
     prompts = prompt(model) * (cfg.rows if batch == "rows" else 1)
     count = jnp.array([model.num_layers], jnp.int32)

@@ -13,7 +13,7 @@ from svd2_jax.models import dit
 from svd2_jax.models.dit import DiTParams
 from svd2_jax.stream import state as state_lib
 from svd2_jax.stream import step
-from svd2_jax.stream.state import Entry
+from svd2_jax.stream.state import StageInput
 from svd2_jax.training import denoiser, fit
 
 MODEL = ModelConfig(
@@ -55,7 +55,7 @@ def test_a_training_sequence_gives_what_a_stream_computes_tick_by_tick(later):
     for chunk in (latents[:2], *(latents[i : i + 1] for i in range(2, 9))):
         if chunk.shape[0] != state.message.latents.shape[1]:
             state = state_lib.open_rows(model, STREAM, state)
-        entry = Entry(chunk, jnp.array([True]), conditionings[bool(streamed)], ())
+        entry = StageInput(chunk, jnp.array([True]), conditionings[bool(streamed)], ())
         (state,), ((clean,),) = tick(model, STREAM, ring, of_tick, [prompt], count, [state], [entry])
         streamed.append(clean)
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from svd2_jax.hardware import Work
+from svd2_jax.hardware import Cost
 
 # Of its operand a device sends so many times the bytes, by the number of devices; sums of scalars are left out.
 _SENT: Mapping[str, Callable[[int], float]] = {
@@ -26,12 +26,12 @@ _SENT: Mapping[str, Callable[[int], float]] = {
 }
 
 
-def count_work(
+def count_cost(
     function: Callable[..., Any],
     *args: Any,
     fused_attention: bool = False,
     axes: Sequence[tuple[str, int]] = (),
-) -> Work:
+) -> Cost:
     """Returns what one call costs; under `shard_map`, on each device.
 
     A loop with a known number of passes counts that often, one that runs while a condition holds counts once, and
@@ -48,8 +48,8 @@ def count_work(
     return _count(jax.make_jaxpr(function, axis_env=list(axes))(*args).jaxpr, fused_attention)
 
 
-def _count(jaxpr: Jaxpr, fused: bool) -> Work:
-    work, stored = Work(), {}  # bytes of widened arrays where they come from
+def _count(jaxpr: Jaxpr, fused: bool) -> Cost:
+    work, stored = Cost(), {}  # bytes of widened arrays where they come from
     for equation in jaxpr.eqns:
         operands = [
             _nbytes(x.aval) if isinstance(x, Literal) else stored.get(x, _nbytes(x.aval))
@@ -61,7 +61,7 @@ def _count(jaxpr: Jaxpr, fused: bool) -> Work:
     return work
 
 
-def _count_equation(equation: Any, fused: bool, operands: Sequence[int]) -> Work:
+def _count_equation(equation: Any, fused: bool, operands: Sequence[int]) -> Cost:
     name, params = equation.primitive.name, equation.params
     inputs, outputs = [x.aval for x in equation.invars], [x.aval for x in equation.outvars]
     if name == "dot_general":
@@ -69,19 +69,19 @@ def _count_equation(equation: Any, fused: bool, operands: Sequence[int]) -> Work
         depth = math.prod(inputs[0].shape[axis] for axis in contracted)
         sizes = [*operands, *map(_nbytes, outputs)]
         skipped = max(sizes) if fused and batch else 0
-        return Work(2 * depth * math.prod(outputs[0].shape), sum(sizes) - skipped)
+        return Cost(2 * depth * math.prod(outputs[0].shape), sum(sizes) - skipped)
     if name == "conv_general_dilated":
         flops = _conv_flops(inputs[0], inputs[1], outputs[0], params)
-        return Work(flops, sum((*operands, *map(_nbytes, outputs))))
+        return Cost(flops, sum((*operands, *map(_nbytes, outputs))))
     if name == "dynamic_update_slice":
-        return Work(0, 2 * _nbytes(inputs[1]))  # read the new values, write them; the rest stays in place
+        return Cost(0, 2 * _nbytes(inputs[1]))  # read the new values, write them; the rest stays in place
     if name in _SENT:
-        return Work(sent=int(sum(map(_nbytes, inputs)) * _SENT[name](params.get("axis_size", 1))))
+        return Cost(sent=int(sum(map(_nbytes, inputs)) * _SENT[name](params.get("axis_size", 1))))
     if name == "scan":
         return _count(params["jaxpr"].jaxpr, fused) * params["length"]
     if name == "cond":
         return max(_count(branch.jaxpr, fused) for branch in params["branches"])
-    return sum((_count(inner, fused) for inner in _inner_jaxprs(params)), Work())
+    return sum((_count(inner, fused) for inner in _inner_jaxprs(params)), Cost())
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:

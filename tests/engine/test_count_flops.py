@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from svd2_jax.config import StreamConfig, preset
-from svd2_jax.engine.work import count_work
-from svd2_jax.hardware import Work
+from svd2_jax.engine.count_flops import count_cost
+from svd2_jax.hardware import Cost
 from svd2_jax.models import dit
 from svd2_jax.nn import kv_cache
 from svd2_jax.nn.attention import attend
@@ -24,27 +24,27 @@ def array(*shape, dtype=jnp.float32):
 
 
 SQUARE = array(4, 4)
-SQUARED = Work(2 * 4 * 4 * 4, 3 * 4 * 4 * 4)  # one product of 4x4 float32 matrices
+SQUARED = Cost(2 * 4 * 4 * 4, 3 * 4 * 4 * 4)  # one product of 4x4 float32 matrices
 
 
 def test_a_product_counts_two_for_a_multiply_add_and_reads_and_writes_once():
-    work = count_work(jnp.matmul, array(2, 3), array(3, 5))
-    assert work == Work(flops=2 * 2 * 3 * 5, bytes=4 * (2 * 3 + 3 * 5 + 2 * 5))
+    work = count_cost(jnp.matmul, array(2, 3), array(3, 5))
+    assert work == Cost(flops=2 * 2 * 3 * 5, bytes=4 * (2 * 3 + 3 * 5 + 2 * 5))
 
 
 def test_a_batched_product_counts_every_batch_and_the_width_of_its_numbers():
     x, y = array(7, 2, 3, dtype=jnp.bfloat16), array(7, 3, 5, dtype=jnp.bfloat16)
     product = functools.partial(jnp.einsum, "bij,bjk->bik", preferred_element_type=jnp.float32)
-    assert count_work(product, x, y) == Work(2 * 7 * 2 * 3 * 5, 7 * (2 * 2 * 3 + 2 * 3 * 5 + 4 * 2 * 5))
+    assert count_cost(product, x, y) == Cost(2 * 7 * 2 * 3 * 5, 7 * (2 * 2 * 3 + 2 * 3 * 5 + 4 * 2 * 5))
 
 
 def test_elementwise_work_is_free():
-    assert count_work(lambda x: jnp.tanh(x) * 2 + x.sum(), SQUARE) == Work()
+    assert count_cost(lambda x: jnp.tanh(x) * 2 + x.sum(), SQUARE) == Cost()
 
 
 def test_a_write_into_a_cache_moves_the_slice_only():
     update = functools.partial(lax.dynamic_update_slice, start_indices=(3, 0))
-    assert count_work(update, array(1000, 8), array(2, 8)) == Work(0, 2 * 4 * 2 * 8)
+    assert count_cost(update, array(1000, 8), array(2, 8)) == Cost(0, 2 * 4 * 2 * 8)
 
 
 def square_if_positive(x):
@@ -83,14 +83,14 @@ with_own_gradient.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x,))
     ids=["scan", "fori", "map", "while", "cond", "switch", "remat", "custom_jvp", "custom_vjp"],
 )
 def test_products_are_found_wherever_they_are_nested(function, products):
-    assert count_work(function, SQUARE) == products * SQUARED
+    assert count_cost(function, SQUARE) == products * SQUARED
 
 
 def test_a_sharded_program_counts_for_one_device():
     mesh = Mesh(np.array(jax.devices()), ("stage",))
     spec = PartitionSpec("stage")
     sharded = jax.shard_map(lambda x: x @ x.swapaxes(1, 2), mesh=mesh, in_specs=spec, out_specs=spec)
-    assert count_work(sharded, array(8, 4, 4)) == SQUARED
+    assert count_cost(sharded, array(8, 4, 4)) == SQUARED
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_a_sharded_program_counts_for_one_device():
     ids=["permute", "gather", "scatter", "sum"],
 )
 def test_what_is_sent_to_other_devices_is_counted(communicate, sent):
-    work = count_work(communicate, SQUARE, axes=[("stage", 4)])
-    assert work == Work(sent=sent)
+    work = count_cost(communicate, SQUARE, axes=[("stage", 4)])
+    assert work == Cost(sent=sent)
 
 
 def convolution(**settings):
@@ -118,7 +118,7 @@ def convolution(**settings):
 
 
 def test_a_convolution_counts_its_windows():
-    work = count_work(convolution(), array(2, 6, 7, 3), array(3, 3, 3, 5))
+    work = count_cost(convolution(), array(2, 6, 7, 3), array(3, 3, 3, 5))
     assert work.flops == 2 * (2 * 4 * 5) * 5 * (3 * 3 * 3)
     assert work.bytes == 4 * (2 * 6 * 7 * 3 + 3 * 3 * 3 * 5 + 2 * 4 * 5 * 5)
 
@@ -138,7 +138,7 @@ def test_a_convolution_counts_its_windows():
 )
 def test_convolutions_count_what_they_multiply(settings, kernel, flops):
     function, x, k = convolution(**settings), array(1, 6, 8, 4), array(*kernel)
-    assert count_work(function, x, k).flops == flops
+    assert count_cost(function, x, k).flops == flops
     # XLA, which counts the same way (one operation more or less where it simplifies), agrees.
     compiled = jax.jit(function).lower(x, k).compile()
     assert compiled.cost_analysis()["flops"] == pytest.approx(flops, rel=0.02)
@@ -147,18 +147,18 @@ def test_convolutions_count_what_they_multiply(settings, kernel, flops):
 def test_a_one_dimensional_convolution_of_flax_counts_too():
     conv = nn.Conv(6, (3,), padding="VALID")
     params = jax.eval_shape(conv.init, jax.random.key(0), array(1, 10, 4))
-    assert count_work(conv.apply, params, array(1, 10, 4)).flops == 2 * 8 * 6 * 3 * 4
+    assert count_cost(conv.apply, params, array(1, 10, 4)).flops == 2 * 8 * 6 * 3 * 4
 
 
 def test_all_forms_of_attention_cost_the_same_arithmetic_and_a_fused_one_keeps_its_logits():
     q, k = array(1, 96, 2, 32, dtype=jnp.bfloat16), array(1, 4096, 2, 32, dtype=jnp.bfloat16)
     plain, blocked = (functools.partial(attend, implementation=i) for i in ("xla", "blocked"))
     arithmetic = 4 * 2 * 96 * 4096 * 32
-    assert count_work(plain, q, k, k).flops == count_work(blocked, q, k, k).flops == arithmetic
+    assert count_cost(plain, q, k, k).flops == count_cost(blocked, q, k, k).flops == arithmetic
     logits = 2 * 96 * 4096
     inputs_and_result = 2 * 2 * 32 * (96 + 4096) * 2
-    assert count_work(plain, q, k, k).bytes == inputs_and_result + logits * (4 + 2)
-    assert count_work(plain, q, k, k, fused_attention=True).bytes == inputs_and_result
+    assert count_cost(plain, q, k, k).bytes == inputs_and_result + logits * (4 + 2)
+    assert count_cost(plain, q, k, k, fused_attention=True).bytes == inputs_and_result
 
 
 def test_a_block_of_the_large_model_costs_what_its_formula_says():
@@ -184,7 +184,7 @@ def test_a_block_of_the_large_model_costs_what_its_formula_says():
 
     args = (params, half(rows, Q, E), cache, plan, number, prompt, array(rows, 6, E), (table, table))
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms mix bfloat16 with float32
-        work = count_work(block, *args, fused_attention=True)
+        work = count_cost(block, *args, fused_attention=True)
     # Without keys and values of the prompt, which are worked out once per prompt.
     matrices = 4 * E * E + 2 * E * E + 2 * E * M
     flops = rows * Q * (2 * matrices + 4 * K * E + 4 * P * E)

@@ -29,32 +29,32 @@ class StreamSettings:
       rate_hz: frames per second that the source promises, above 0.
       budget_ms: longest time from a frame's arrival until it is shown.
       steps: denoising steps when there is time enough.
-      floor_steps: steps that overload may bring it down to, 1 to `steps`.
+      min_steps: steps that overload may bring it down to, 1 to `steps`.
       first_frames: frames of the first group.
       chunk_frames: frames of every later chunk.
       stages: devices of its pipeline; a chunk is finished by the (steps * stages)-th tick that the stream takes
         part in, counting the one that it enters with.
-      shape: streams whose shapes are equal may share a tick.
+      batch_key: streams whose shapes are equal may share a tick.
     """
 
     rate_hz: float
     budget_ms: float
     steps: int = 2
-    floor_steps: int = 1
+    min_steps: int = 1
     first_frames: int = 5
     chunk_frames: int = 4
     stages: int = 1
-    shape: Hashable = None
+    batch_key: Hashable = None
 
     def __post_init__(self):
         for name in ("rate_hz", "budget_ms"):
             value = getattr(self, name)
             if not (is_number(value) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a number above 0, got {value!r}")
-        for name in ("steps", "floor_steps", "first_frames", "chunk_frames", "stages"):
+        for name in ("steps", "min_steps", "first_frames", "chunk_frames", "stages"):
             check_whole(name, getattr(self, name), 1)
-        if self.floor_steps > self.steps:
-            raise ConfigError(f"floor_steps must be 1 to steps={self.steps}, got {self.floor_steps}")
+        if self.min_steps > self.steps:
+            raise ConfigError(f"min_steps must be 1 to steps={self.steps}, got {self.min_steps}")
 
     @property
     def interval_ns(self) -> int:
@@ -67,7 +67,7 @@ class StreamSettings:
 
 
 @dataclass(frozen=True)
-class Part:
+class TickEntry:
     """One stream's part of a tick.
 
     Attributes:
@@ -76,7 +76,7 @@ class Part:
         pushed on.
       fill: how often the last of them is repeated to make a whole chunk; what comes out for these is not shown.
       steps: denoising steps of the stream from this tick on.
-      first: whether the frames are the stream's first group. Such a part has its tick for itself, in which all
+      first: whether the frames are the stream's first group. Such an entry has its tick for itself, in which all
         steps are taken one after another, and its frames are finished with it.
     """
 
@@ -89,27 +89,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Tick:
-    """What the device is to do next. All parts have the same shape and the same number of steps.
+    """What the device is to do next. All entries have the same batch key and the same number of steps.
 
     Attributes:
       number: counts ticks from 0.
-      parts: at least one, each of another stream.
+      entries: at least one, each of another stream.
       predicted_ns: how long it is expected to take, from when it is handed over until its frames are finished.
       lone: whether no stage has chunks in several rows of a stream, so that one row of each is computed.
     """
 
     number: int
-    parts: tuple[Part, ...]
+    entries: tuple[TickEntry, ...]
     predicted_ns: int
     lone: bool = False
 
     @property
     def steps(self) -> int:
-        return self.parts[0].steps
+        return self.entries[0].steps
 
     @property
     def first(self) -> bool:
-        return self.parts[0].first
+        return self.entries[0].first
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Reason(Enum):
     """Why a frame was dropped."""
 
     OVERLOAD = "overload"  # the device is too slow for all frames; newer ones were kept
-    HOPELESS = "hopeless"  # it could not have been shown in time
+    EXPIRED = "expired"  # it could not have been shown in time
     DUPLICATE = "duplicate"  # its timestamp was there already
     DISORDER = "disorder"  # its timestamp is older than one that was taken
     STALE = "stale"  # it came longer behind its timestamp than the budget

@@ -18,8 +18,8 @@ from svd2_jax.api import SessionSpec
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig
 from svd2_jax.engine.costs import costs
 from svd2_jax.engine.engine import DeviceEngine
-from svd2_jax.engine.pipeline import Arrival, Pipeline
-from svd2_jax.hardware import Work
+from svd2_jax.engine.pipeline import Pipeline, PipelineInput
+from svd2_jax.hardware import Cost
 from svd2_jax.text import counted
 
 Decoder = Literal["wan", "taehv"]
@@ -31,11 +31,11 @@ NARROW_PICTURE = 16  # pixels: one token per latent frame
 
 
 @dataclass(frozen=True)
-class Part:
+class Benchmark:
     """Something to time.
 
     Attributes:
-      name: see `PARTS`.
+      name: see `BENCHMARKS`.
       run: hands the work to the device and returns what to wait for.
       work: what it costs, counted from its trace; None where that says nothing.
       program: its compiled executable, where it is one.
@@ -49,7 +49,7 @@ class Part:
 
     name: str
     run: Callable[[], Any]
-    work: Work | None = None
+    work: Cost | None = None
     program: Any = None
     times: int = 1
     frames: int = 0
@@ -117,7 +117,7 @@ class Bench:
         """Returns the parts of a stream on an engine."""
         return cls(engine, cfg, SessionSpec(PROMPT, cfg), Inputs.draw(engine.model, cfg))
 
-    def text(self) -> Part:
+    def text(self) -> Benchmark:
         """Encoding a prompt: as `set_prompt` does it for one that was not encoded before."""
         prompts, text, count = self.engine.prompts, self.engine.model.text, 0
 
@@ -127,9 +127,9 @@ class Bench:
             return prompts.encode(f"{PROMPT}, {count}")
 
         blocks = f"{counted(text.num_layers, 'block')}, on the host unless told otherwise"
-        return Part("text", run, self._costs.text, note=blocks)
+        return Benchmark("text", run, self._costs.text, note=blocks)
 
-    def encode(self) -> Part:
+    def encode(self) -> Benchmark:
         """Frames of a chunk to noisy latents."""
         ends, params = self.engine.ends(self.cfg), self.engine.params(self.cfg).encoder
         assert ends.encode_first is not None
@@ -144,17 +144,17 @@ class Bench:
             state, noisy, _ = ends.encode(params, state, frames, noise[1], scale)
             return noisy
 
-        return Part(
+        return Benchmark(
             "encode", run, self._costs.chunk.encode, ends.encode, frames=self.cfg.chunk_frames,
             results=lambda: noisy,
         )  # fmt: skip
 
-    def tick(self) -> Part:
+    def tick(self) -> Benchmark:
         """A pass of the transformer over all rows, embeddings of the timesteps included; the cache is full."""
         cfg, pipeline = self.cfg, self._pipeline()
         chunk, layers = self._costs.chunk, self.engine.model.dit.num_layers
         once = chunk.condition + layers * chunk.block + chunk.ends
-        return Part(
+        return Benchmark(
             "tick",
             self._tick(pipeline),
             once * (1 if cfg.mode == "stream" else cfg.steps),
@@ -165,7 +165,7 @@ class Bench:
             close=pipeline.close,
         )
 
-    def decode(self, decoder: Decoder) -> Part:
+    def decode(self, decoder: Decoder) -> Benchmark:
         """Clean latents of a chunk to frames, with either decoder.
 
         Raises:
@@ -184,11 +184,11 @@ class Bench:
             return pixels
 
         work = costs(self.engine.model, cfg, self.engine.dtype).chunk.decode
-        return Part(
+        return Benchmark(
             f"decode-{decoder}", run, work, ends.decode, frames=cfg.chunk_frames, results=lambda: pixels
         )
 
-    def stream(self) -> Part:
+    def stream(self) -> Benchmark:
         """A chunk through a session, end to end: frames in, frames out.
 
         A run is several chunks, each read when the next one is under way, as `DeviceSession.run` does it. It ends
@@ -211,12 +211,12 @@ class Bench:
         tick = chunk.condition + layers * chunk.block + chunk.ends
         work = chunk.encode + tick * (1 if cfg.mode == "stream" else cfg.steps) + chunk.decode
         full = cfg.cache_frames // cfg.frames_per_block + session.pipeline.depth
-        return Part(
+        return Benchmark(
             "stream", run, work, times=CHUNKS_AT_ONCE, frames=cfg.chunk_frames,
             warm_up=-(-full // CHUNKS_AT_ONCE), close=session.close,
         )  # fmt: skip
 
-    def dispatch(self) -> Part:
+    def dispatch(self) -> Benchmark:
         """A tick of the same structure with next to no arithmetic: what is left is handing it over."""
         model = self.engine.model
         dit = DiTConfig(
@@ -249,7 +249,7 @@ class Bench:
         noisy, again = self._put(self.inputs.latents), self._again(self.inputs.latents)
 
         def run() -> Any:
-            pipeline.tick(Arrival(noisy, pipeline.first_timestep, again))
+            pipeline.tick(PipelineInput(noisy, pipeline.first_timestep, again))
             return pipeline.came_back
 
         return run
@@ -261,7 +261,7 @@ class Bench:
         return jax.device_put(x, self.engine.mesh.home)
 
 
-PARTS: dict[str, Callable[[Bench], Part]] = {
+BENCHMARKS: dict[str, Callable[[Bench], Benchmark]] = {
     "text": Bench.text,
     "encode": Bench.encode,
     "tick": Bench.tick,
