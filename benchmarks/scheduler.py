@@ -61,7 +61,7 @@ def run(settings: StreamSettings, fixed_ms: float, row_ms: float) -> tuple[list[
             scheduler.done(done, now)
             running = None
         work = None if running else scheduler.next(now)
-        _, again = scheduler.shows(now)
+        again = scheduler.show(now)
         spent += time.thread_time() - begin
 
         if isinstance(work, Tick):
@@ -86,7 +86,7 @@ def run(settings: StreamSettings, fixed_ms: float, row_ms: float) -> tuple[list[
 
 def main() -> None:
     """Prints a line for each case."""
-    print(f"{STREAMS} streams, batches of {SIZES}; CPU time in arrive + next + done + shows, ms per tick")
+    print(f"{STREAMS} streams, batches of {SIZES}; CPU time in arrive + next + done + show, ms per tick")
     cases = {
         "16 FPS, 2 steps": (StreamSettings(16, 900), 4, 1),
         "16 FPS, 4 steps": (StreamSettings(16, 1800, steps=4, min_steps=4), 4, 0.5),

@@ -26,7 +26,8 @@ from svd2_jax.config import check_seconds, check_several
 from svd2_jax.errors import ConfigError, EngineError
 from svd2_jax.runtime.clock import Clock, MonotonicClock
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig, exit_on_hang
+from svd2_jax.runtime.loop import LiveLoop
+from svd2_jax.runtime.loop_config import HangReport, LoopConfig, exit_on_hang
 from svd2_jax.runtime.measure import measure
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
@@ -129,12 +130,12 @@ class LiveService:
     @property
     def lost_events(self) -> int:
         """Events that the observers were too slow for."""
-        return sum(loop.lost_events for loop in self.loops)
+        return sum(loop.observers.lost for loop in self.loops)
 
     @property
     def observer_errors(self) -> list[BaseException]:
         """What observers raised; one that did is given nothing more."""
-        return [error for loop in self.loops for error in loop.observer_errors]
+        return [error for loop in self.loops for error in loop.observers.errors]
 
     def warm_up(self, spec: SessionSpec, steps: Iterable[int] | None = None) -> list[LatencySample]:
         """Compiles what streams like this need, measures what their ticks take, and tells the schedulers.
@@ -158,6 +159,10 @@ class LiveService:
             loop.warm_up(taken)
             samples += taken
         return samples
+
+    def least_budget_ms(self, spec: SessionSpec, settings: StreamSettings) -> float:
+        """Returns the shortest latency budget, in ms, that a stream like this can be promised after `warm_up`."""
+        return min(loop.least_budget_ms(spec, settings) for loop in self.loops)
 
     def prepare_prompts(self, prompts: Iterable[str]) -> None:
         """Encodes prompts, so that no stream waits for them when it opens."""

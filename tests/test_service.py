@@ -10,7 +10,7 @@ from fakes import SMALL, FakeClock, FakeEngine, camera, expected, picture, spec
 
 import svd2_jax
 from svd2_jax.errors import ConfigError, SessionError, Svd2Error
-from svd2_jax.runtime.loop import LoopConfig
+from svd2_jax.runtime.loop_config import LoopConfig
 from svd2_jax.runtime.scheduler import PolicyConfig, Refused
 from svd2_jax.runtime.stream import Life
 from svd2_jax.runtime.types import Fate, StreamSettings

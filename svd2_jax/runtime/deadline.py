@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,9 +57,9 @@ class PolicyConfig:
     stall_intervals: float = 2.0
 
     def __post_init__(self):
-        low, high = self.restore_below, self.degrade_above
-        if not 0 < low <= high:
-            raise ConfigError(f"expected 0 < restore_below <= degrade_above, got {low} and {high}")
+        if not 0 < self.restore_below <= self.degrade_above:
+            given = f"{self.restore_below} and {self.degrade_above}"
+            raise ConfigError(f"expected 0 < restore_below <= degrade_above, got {given}")
         for name in ("guard_ms", "restore_after_ms", "push_below", "stall_intervals"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
@@ -70,7 +70,7 @@ class PolicyConfig:
 
 
 Group = tuple[Hashable, int]
-"""Shape and steps: streams of the same group may share a tick."""
+"""Batch key and steps: streams of the same group may share a tick."""
 
 
 @dataclass(slots=True)
@@ -149,10 +149,10 @@ class Job(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """How the chunks under way would be finished if nothing more entered.
+    """How the chunks in flight would be finished if nothing more entered: the most urgent first.
 
     Attributes:
-      slack_ns: least time between a chunk's end and its deadline; below 0 if one is lost; NEVER_NS without chunks.
+      slack_ns: least time between a chunk's end and its deadline; below 0 if one is late; NEVER_NS without chunks.
       first: streams of the first tick.
     """
 
@@ -160,35 +160,37 @@ class Schedule(NamedTuple):
     first: tuple[StreamId, ...]
 
 
-def edf_schedule(jobs: Mapping[StreamId, Job], start_ns: int, times_of: TickTimesOf) -> Schedule:
-    """Plays through the ticks that finish all chunks under way, from `start_ns` on, at bound times.
+def edf_schedule(
+    jobs: Mapping[StreamId, Job], start_ns: int, times_of: TickTimesOf, begin: Collection[StreamId] = ()
+) -> Schedule:
+    """Plays through the ticks that finish all chunks in flight, from `start_ns` on, at bound times.
 
     The group with the most urgent chunk goes first, in the largest batch worth its latency, its most urgent streams
-    in it. The order does not depend on the start, so starting later by d leaves d less to spare; and what remains
-    after the first tick is played through as here.
+    in it. The order does not depend on the start, so starting later by d leaves d less slack. With `begin`, the first
+    tick is that of these streams, which are of one group.
     """
     heaps: dict[Group, list[tuple[int, StreamId, int, tuple[ChunkDue, ...]]]] = {}
     for stream, (group, flight) in jobs.items():
-        entry = _latest_ns(flight, times_of(*group)), stream, 0, flight
-        heapq.heappush(heaps.setdefault(group, []), entry)
-    spare, first, now = NEVER_NS, (), start_ns
-    while heaps and spare >= 0:
+        latest = -NEVER_NS if stream in begin else _latest_ns(flight, times_of(*group))
+        heapq.heappush(heaps.setdefault(group, []), (latest, stream, 0, flight))
+    slack, first, now = NEVER_NS, (), start_ns
+    while heaps and slack >= 0:
         group = min(heaps, key=lambda group: heaps[group][0])
         heap, cost = heaps[group], times_of(*group)
-        size = cost.size(len(heap), cost.knee)
+        size = len(begin) if begin and not first else cost.size(len(heap), cost.knee)
         taken = [heapq.heappop(heap) for _ in range(size)]
         now += _tick_of([entry[3] for entry in taken], cost).bound_ns[size]
         first = first or tuple(entry[1] for entry in taken)
         for _, stream, ticks, flight in taken:
             ticks += 1
             while flight and flight[0][1] <= ticks:
-                spare, flight = min(spare, flight[0][0] - now), flight[1:]
+                slack, flight = min(slack, flight[0][0] - now), flight[1:]
             if flight:
                 latest = _latest_ns(flight, cost) + ticks * cost.bound_ns[1]
                 heapq.heappush(heap, (latest, stream, ticks, flight))
         if not heap:
             del heaps[group]
-    return Schedule(spare, first)
+    return Schedule(slack, first)
 
 
 def _tick_of(flights: Sequence[Sequence[ChunkDue]], cost: TickTimes) -> TickTimes:
@@ -238,28 +240,17 @@ class Offer(NamedTuple):
     frames: Sequence[FrameRecord]
 
 
-def decide(
-    now_ns: int,
-    streams: Sequence[ScheduledStream],
-    times_of: TickTimesOf,
-    config: PolicyConfig,
-    overloaded: bool,
-) -> Decision:
-    """Returns what a free device does at `now_ns`.
+@dataclass
+class Moment:
+    """All that a decision depends on.
 
-    Args:
+    Attributes:
       now_ns: the time.
       streams: all of them.
       times_of: what ticks take.
       config: the policy's settings.
       overloaded: whether there is no time for all frames.
     """
-    return _Moment(now_ns, streams, times_of, config, overloaded).decide()
-
-
-@dataclass
-class _Moment:
-    """All that a decision depends on."""
 
     now_ns: int
     streams: Sequence[ScheduledStream]
@@ -268,10 +259,11 @@ class _Moment:
     overloaded: bool
 
     def __post_init__(self):
-        self.costs = {s.id: self.times_of(*s.group) for s in self.streams}
+        self.times = {s.id: self.times_of(*s.group) for s in self.streams}
         self.jobs = jobs_of(self.streams, self.times_of)
 
     def decide(self) -> Decision:
+        """Returns what a free device does."""
         guard, now_ns = self.config.guard_ns, self.now_ns
         expired, offers, wakes = self._offers()
         if chosen := self._choose(offers):
@@ -280,7 +272,7 @@ class _Moment:
         push = tuple([_entry(s) for s in self.streams if s.id in saved.first])
         if push:
             flights = [self.jobs[entry.stream].flight for entry in push]
-            tick_ns = _tick_of(flights, self.costs[push[0].stream]).bound_ns[len(push)]
+            tick_ns = _tick_of(flights, self.times[push[0].stream]).bound_ns[len(push)]
             until = now_ns if offers or saved.slack_ns <= guard else self._push_ns(tick_ns)
             if until <= now_ns:
                 return Decision(expired, push)
@@ -299,7 +291,7 @@ class _Moment:
 
     def _pushing(self, batch: int) -> float:
         """Returns the share of time that it takes to push every chunk on to its end, so many streams at once."""
-        ones = [(s, self.costs[s.id].of_one_row.share_ns(batch)) for s in self.streams]
+        ones = [(s, self.times[s.id].of_one_row.share_ns(batch)) for s in self.streams]
         return sum(s.ticks * share_ns / s.period_ns for s, share_ns in ones)
 
     def _offers(self) -> tuple[dict[StreamId, int], list[Offer], list[int]]:
@@ -307,10 +299,10 @@ class _Moment:
         expired, offers, wakes = {}, [], []
         # The device may be busy when a stream's time has come.
         several = len(self.streams) > 1 or self.jobs
-        busy = max((cost.bound_ns[cost.knee] for cost in self.costs.values()), default=0) if several else 0
+        busy = max((cost.bound_ns[cost.knee] for cost in self.times.values()), default=0) if several else 0
         for s in self.streams:
             # How long before its deadline a frame must enter, if its stream has the device alone.
-            cost = self.costs[s.id]
+            cost = self.times[s.id]
             takes_ns = s.ticks * cost.of_one_row.bound_ns[1] if s.started else cost.first_bound_ns
             takes_ns += cost.tail_bound_ns + self.config.guard_ns
             frames = [frame for frame in s.queue if frame.deadline_ns - takes_ns >= self.now_ns]
@@ -339,19 +331,15 @@ class _Moment:
         head, alike = offers[0].stream, offers[:1]
         if head.started:
             alike = [o for o in offers if o.stream.started and o.stream.group == head.group]
-        cost = self.costs[head.id]
+        cost = self.times[head.id]
         most = cost.size(len(alike), cost.best if self.overloaded else cost.knee)
         round_ns = max(cost.bound_ns[most], len(offers) * cost.share_ns(len(offers)))
         members = [o._replace(frames=self._entering(o, round_ns)) for o in alike[:most]]
-        if (
-            head.started and self._pushing(len(self.streams)) <= RIDE_BELOW
-        ):  # a larger batch pushes on what has a row for itself
-            taken = {o.stream.id for o in members}
-            others = [
-                s for s in self.streams if s.group == head.group and s.id not in taken and len(s.rows) == 1
-            ]
-            most = cost.size(len(members) + len(others), cost.knee)
-            members += [Offer(NEVER_NS, s, ()) for s in others]
+        if head.started and self._pushing(len(self.streams)) <= RIDE_BELOW:
+            # A larger batch takes less time than two ticks: chunks that are alone on the device are pushed with it.
+            taken, group = {o.stream.id for o in members}, [s for s in self.streams if s.group == head.group]
+            members += [Offer(NEVER_NS, s, ()) for s in group if s.id not in taken and len(s.rows) == 1]
+            most = cost.size(len(members), cost.knee)
         sizes = reversed([size for size in cost.sizes if size <= most])
         return next((members[:size] for size in sizes if self._in_time(members[:size])), [])
 
@@ -370,23 +358,19 @@ class _Moment:
 
     def _in_time(self, members: Sequence[Offer]) -> bool:
         """Whether all chunks, those that would enter included, can be finished in time if this tick is run."""
-        lead = members[0].stream
-        cost, after, flights = self.costs[lead.id], dict(self.jobs), {}
+        lead, jobs, start_ns = members[0].stream, dict(self.jobs), self.now_ns + self.config.guard_ns
+        times = self.times[lead.id]
+        if not lead.started:  # a first group has its tick for itself, and is finished by it
+            start_ns += times.first_bound_ns
+            in_time = start_ns <= members[0].frames[0].deadline_ns - times.tail_bound_ns
+            return in_time and edf_schedule(jobs, start_ns, self.times_of).slack_ns >= 0
         for _, s, frames in members:
-            before = after.pop(s.id).flight if s.id in after else ()
-            new = (
-                [(frames[0].deadline_ns - cost.tail_bound_ns, s.ticks if s.started else 1)] if frames else []
-            )
-            flights[s.id] = *before, *new
-        tick = _tick_of(list(flights.values()), cost)
-        end = self.now_ns + self.config.guard_ns
-        end += tick.bound_ns[len(members)] if lead.started else cost.first_bound_ns
-        for stream, flight in flights.items():
-            if any(left <= 1 and deadline_ns < end for deadline_ns, left in flight):
-                return False
-            if going := tuple([(deadline_ns, left - 1) for deadline_ns, left in flight if left > 1]):
-                after[stream] = Job(lead.group, going)
-        return edf_schedule(after, end, self.times_of).slack_ns >= 0
+            if frames:
+                before = jobs[s.id].flight if s.id in jobs else ()
+                entering = frames[0].deadline_ns - times.tail_bound_ns, s.ticks
+                jobs[s.id] = Job(s.group, (*before, entering))
+        begin = [o.stream.id for o in members]
+        return edf_schedule(jobs, start_ns, self.times_of, begin).slack_ns >= 0
 
 
 def evenly(frames: Sequence[FrameRecord], count: int) -> Sequence[FrameRecord]:

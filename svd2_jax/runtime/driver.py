@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from svd2_jax.runtime.mailbox import Message
-from svd2_jax.runtime.types import Show, Tick, Wait
+from svd2_jax.runtime.types import Tick, Wait
 
 
 class Policy(Protocol):
@@ -17,8 +17,8 @@ class Policy(Protocol):
         """Returns what the device does next; a Wait while it is not free."""
         ...
 
-    def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
-        """Returns the frames to show now, and when to ask again."""
+    def show(self, now_ns: int) -> int | None:
+        """Reports the frames that are shown now; returns when to ask again."""
         ...
 
 
@@ -34,7 +34,7 @@ class Driver(ABC):
     """Handles messages in order of time; after each batch of them, starts what can start and shows what is due.
 
     It has no thread and no clock of its own: live, messages come from threads; in a simulation, from a heap of events.
-    A subclass says what starting and showing is.
+    A subclass says what starting a tick is.
 
     Attributes:
       now_ns: the time of the messages at hand; never goes back.
@@ -60,20 +60,15 @@ class Driver(ABC):
         decision = self._policy.next(self.now_ns)
         if isinstance(decision, Tick):
             self._start(decision)
-        shows, again_ns = self._policy.shows(self.now_ns)
-        self._show(shows)
+        again_ns = self._policy.show(self.now_ns)
         until_ns = decision.until_ns if isinstance(decision, Wait) else None
-        wakes = (until_ns, again_ns, self._check())
+        wakes = (until_ns, again_ns, self._after_step())
         return min((wake for wake in wakes if wake is not None), default=None)
 
     @abstractmethod
     def _start(self, tick: Tick) -> None:
         """Hands a tick to the device, to call `free` when its stages are through, and `done` with its frames."""
 
-    @abstractmethod
-    def _show(self, shows: Sequence[Show]) -> None:
-        """Takes the frames that are due."""
-
-    def _check(self) -> int | None:
+    def _after_step(self) -> int | None:
         """Is called after each step; returns when it wants the next one, if nothing happens before."""
         return None

@@ -79,7 +79,7 @@ class LatencyConfig:
 
 @dataclass(frozen=True)
 class TickTimes:
-    """What ticks of one shape and number of steps take, as believed at one moment.
+    """What ticks of one batch key and number of steps take, as believed at one moment.
 
     Attributes:
       sizes: allowed batch sizes, ascending, beginning with 1.
@@ -109,8 +109,15 @@ class TickTimes:
 
     @property
     def of_one_row(self) -> TickTimes:
-        """The costs of ticks that compute one row of each stream only."""
+        """The times of ticks that compute one row of each stream only."""
         return self.lone or self
+
+    def of_tick(self, size: int, first: bool, lone: bool) -> tuple[int, int, int]:
+        """Returns a tick's expected time, its bound, and the tail behind it."""
+        if first:
+            return self.first_expected_ns, self.first_bound_ns, self.first_tail_ns
+        times = self.of_one_row if lone else self
+        return times.expected_ns[size], times.bound_ns[size], times.tails_ns[size]
 
     def size(self, ready: int, most: int) -> int:
         """Returns the largest allowed batch of at most `most` out of `ready` streams; both at least 1."""

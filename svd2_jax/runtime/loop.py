@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
-import sys
 import threading
 import time
 import traceback
@@ -33,81 +31,37 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from svd2_jax.api import Chunk, Engine, Session, SessionSpec, Ticket, TickInput
+from svd2_jax.api import Engine, Session, SessionSpec
 from svd2_jax.errors import EngineError, SessionError
+from svd2_jax.runtime import overload
 from svd2_jax.runtime.clock import Clock, MonotonicClock
+from svd2_jax.runtime.device_calls import hand_over, see_through
 from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
+from svd2_jax.runtime.loop_config import HangReport, LoopConfig, exit_on_hang
 from svd2_jax.runtime.mailbox import Mailbox, Message, Worker, attempt
 from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
+from svd2_jax.runtime.observers import Observers
 from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
 from svd2_jax.runtime.stream import Life, Sink, Stream, WhenSlow
 from svd2_jax.runtime.types import (
+    MS,
     SECOND,
     Event,
     Fate,
     FrameRecord,
     PromptRecord,
     Reason,
-    Show,
     StreamId,
     StreamSettings,
     Tick,
-    TickEntry,
     shown_fate,
 )
 
 T = TypeVar("T")
 
-HANG_EXIT_CODE = 3
 GRACE_S = 0.2  # how long `stop` waits at least for the loop to give up what is stuck, and for the observers
-
-
-@dataclass(frozen=True)
-class HangReport:
-    """A call of the device that does not come back.
-
-    Attributes:
-      what: "tick 17 (stream 0, 2)", or another call.
-      seconds: since it began.
-      limit_s: what it was allowed.
-    """
-
-    what: str
-    seconds: float
-    limit_s: float
-
-    def __str__(self) -> str:
-        return f"the device hangs: {self.what} takes {self.seconds:.1f} s already, allowed are {self.limit_s:.1f} s"
-
-
-def exit_on_hang(report: HangReport) -> None:
-    """Says so on stderr and ends the process with code 3: nothing can interrupt a call of the device."""
-    sys.stderr.write(f"error: {report}; giving up\n")
-    sys.stderr.flush()
-    os._exit(HANG_EXIT_CODE)
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How the loop behaves around the policy.
-
-    Attributes:
-      hang_s: a call of the device that takes longer than this, and than `hang_factor` times what was predicted, hangs.
-      hang_factor: see `hang_s`.
-      sink_frames: due frames that may wait for a stream's sink; for more, see `WhenSlow`.
-      waiting_events: events that may wait for the observers; beyond, they are lost to them (and counted).
-      failed_ticks: so many ticks that fail one after another end the loop, not only their streams.
-      stop_s: how long `stop` waits for the threads.
-    """
-
-    hang_s: float = 10.0
-    hang_factor: float = 20.0
-    sink_frames: int = 48
-    waiting_events: int = 100_000
-    failed_ticks: int = 3
-    stop_s: float = 10.0
 
 
 @dataclass(eq=False)
@@ -163,7 +117,7 @@ class LiveLoop(Driver):
           config: settings of the loop.
           metrics: is given every event as it happens; None makes one.
           observers: are given every event too, one after another, in a thread of their own. One that raises is
-            given nothing more; see `observer_errors`.
+            given nothing more; see `Observers.errors`.
           on_hang: is called once when the device hangs. Should it return, the loop ends with an EngineError.
           clock: where time comes from.
           ids: gives the numbers of streams, ascending; None counts from 0. Loops that share metrics share one.
@@ -171,20 +125,19 @@ class LiveLoop(Driver):
         self.metrics = metrics or Metrics()
         self.error: BaseException | None = None
         """What ended the loop itself, if anything did."""
-        self.observer_errors: list[BaseException] = []
-        self.lost_events = 0
-        self._engine, self._on_hang, self._observers = engine, on_hang, list(observers)
+        self._engine, self._on_hang = engine, on_hang
         self._config, self._clock = config or LoopConfig(), clock or MonotonicClock()
         self.inbox: Mailbox[Message] = Mailbox(self._clock)
+        self.observers = Observers(observers, self._config.waiting_events, self.inbox, self._clock)
         self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event, ids)
         super().__init__(self._scheduler, self.inbox, self._clock.now_ns)
         self._states: dict[StreamId, _StreamState] = {}
         self._failed_ticks = 0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="svd2-loop", daemon=True)
-        names = ("device", "reader", "encoder", "report")
-        self._workers = [Worker(name, self.inbox, self._clock) for name in names]
-        self._device, self._reader, self._encoder, self._reporter = self._workers
+        names = ("device", "reader", "encoder")
+        self._device, self._reader, self._encoder = (Worker(name, self.inbox, self._clock) for name in names)
+        self._workers = [self._device, self._reader, self._encoder, self.observers.thread]
 
     # --- for any thread
 
@@ -208,7 +161,7 @@ class LiveLoop(Driver):
         self._thread.join(GRACE_S)
         for worker in self._workers:
             worker.jobs.close()
-        self._reporter.join(max(GRACE_S, deadline - time.monotonic()))
+        self.observers.thread.join(max(GRACE_S, deadline - time.monotonic()))
         for worker in self._workers:
             worker.join(max(0.0, deadline - time.monotonic()))
         return tuple(thread.name for thread in (self._thread, *self._workers) if thread.is_alive())
@@ -282,6 +235,14 @@ class LiveLoop(Driver):
             stream.close(e)
             raise
         return stream
+
+    def least_budget_ms(self, spec: SessionSpec, settings: StreamSettings) -> float:
+        """Returns the shortest latency budget that can be promised to such a stream alone, by the times known now."""
+        settings = settings_for(self._engine.resolved(spec), settings)
+        scheduler = self._scheduler
+        return self._ask(
+            lambda: overload.least_budget_ns(settings, scheduler.model.times, scheduler.config) / MS
+        )
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until every stream is over; returns whether that is so.
@@ -452,33 +413,12 @@ class LiveLoop(Driver):
                 state.next_frame = entry.frames[-1] + 1
             inputs.append((state.session, entry, [state.pixels.pop(number) for number in entry.frames]))
         name = f"tick {tick.number} (stream {', '.join(str(entry.stream) for entry in tick.entries)})"
-        handed = self._device.do(functools.partial(self._hand_over, inputs))
-        see_through = functools.partial(self._see_through, handed)
-        self._reader.do(see_through, functools.partial(self._finished, states), name, tick.predicted_ns)
+        handed = self._device.do(functools.partial(hand_over, self._engine, inputs))
+        see = functools.partial(see_through, handed, lambda: self.inbox.put(self._free))
+        self._reader.do(see, functools.partial(self._finished, states), name, tick.predicted_ns)
 
-    def _hand_over(
-        self, inputs: Sequence[tuple[Session, TickEntry, list[np.ndarray]]]
-    ) -> tuple[Ticket | None, list[Future[TickInput]]]:
-        """Device thread: hands a tick to the engine; returns also each stream's input, or why there is none."""
-        prepared = [attempt(functools.partial(_prepared, *one)) for one in inputs]
-        work = [part.result() for part in prepared if part.exception() is None]
-        return self._engine.tick(work) if work else None, prepared
-
-    def _see_through(
-        self, handed: Future[tuple[Ticket | None, list[Future[TickInput]]]]
-    ) -> list[Future[Any]]:
-        """Reader: waits for a tick; returns the frames of each part's finished chunks, or why there are none."""
-        ticket, parts = handed.result()
-        if ticket is None:
-            return parts
-        ticket.wait_stages()
-        self.inbox.put(lambda: self._scheduler.free(self.now_ns))
-        ticket.wait()
-        done = iter(ticket.chunks)
-        return [
-            attempt(functools.partial(_read, next(done))) if part.exception() is None else part
-            for part in parts
-        ]
+    def _free(self) -> None:
+        self._scheduler.free(self.now_ns)
 
     def _finished(self, states: Sequence[_StreamState], outcome: Future[list[Future[Any]]]) -> None:
         """Takes the frames of the oldest tick. Streams whose part failed end."""
@@ -503,7 +443,17 @@ class LiveLoop(Driver):
         if self._failed_ticks >= self._config.failed_ticks:
             raise EngineError(f"{self._failed_ticks} ticks failed one after another: {error}") from error
 
-    def _check(self) -> int | None:
+    def _after_step(self) -> int | None:
+        """Passes on what is due, winds up streams that are over, and watches the device; returns when to look again."""
+        for state in tuple(self._states.values()):
+            self._pass_on(state)
+            if self._scheduler.is_over(state.stream.id):
+                self._wind_up(state)
+        if self._is_stopping and not self._states:
+            self.inbox.close()
+        return self._check_device()
+
+    def _check_device(self) -> int | None:
         """Looks for a call of the device that does not come back; returns when to look again."""
         if not self._reader.calls:
             return None
@@ -517,15 +467,6 @@ class LiveLoop(Driver):
         raise EngineError(str(report))
 
     # --- frames and events on their way out
-
-    def _show(self, shows: Sequence[Show]) -> None:
-        """Passes on what is due, and winds up the streams that the scheduler is through with."""
-        for state in tuple(self._states.values()):
-            self._pass_on(state)
-            if self._scheduler.is_over(state.stream.id):
-                self._wind_up(state)
-        if self._is_stopping and not self._states:
-            self.inbox.close()
 
     def _pass_on(self, state: _StreamState) -> None:
         """Gives the sink its next frame, if it has none; deals with a sink that is slow."""
@@ -571,27 +512,4 @@ class LiveLoop(Driver):
 
     def _report(self, event: Event) -> None:
         self.metrics(event)
-        observe = functools.partial(self._observe, event)
-        if self._observers and not self._reporter.jobs.put(observe, self._config.waiting_events):
-            self.lost_events += 1
-
-    def _observe(self, event: Event) -> None:
-        """Report thread: hands an event to the observers."""
-        for observer in tuple(self._observers):
-            try:
-                observer(event)
-            except Exception as e:
-                self._observers.remove(observer)
-                self.observer_errors.append(e)
-
-
-def _prepared(session: Session, entry: TickEntry, frames: Sequence[np.ndarray]) -> TickInput:
-    """Gives a session its steps, and returns its part of a tick, the last frame repeated to make a whole chunk."""
-    if session.steps != entry.steps:
-        session.set_steps(entry.steps)
-    return TickInput(session, np.stack([*frames, *[frames[-1]] * entry.fill]) if frames else None)
-
-
-def _read(chunks: Sequence[Chunk]) -> list[list[np.ndarray]]:
-    """Returns the frames of finished chunks, each of which can be freed by itself."""
-    return [[frame.copy() for frame in chunk.frames()] for chunk in chunks]
+        self.observers(event)

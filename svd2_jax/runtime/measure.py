@@ -7,8 +7,9 @@ import itertools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,12 @@ def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
     if stream.task != "v2v" or stream.mode != "stream":
         raise ConfigError(
             f"live streams need task 'v2v' and mode 'stream', got {stream.task!r} and {stream.mode!r}"
+        )
+    fill_ms = 1000 * (stream.chunk_frames - 1) / settings.rate_hz
+    if settings.budget_ms <= fill_ms:
+        raise ConfigError(
+            f"a latency budget of {settings.budget_ms:g} ms is too short: {stream.chunk_frames} frames are drawn together, "
+            f"and take {fill_ms:.0f} ms to come at {settings.rate_hz:g} FPS; give milliseconds, for example 1500"
         )
     return dataclasses.replace(
         settings,
@@ -77,60 +84,72 @@ def measure(
     spec = engine.resolved(spec)
     engine.prepare(spec, steps)
     sizes = sorted(batch_sizes or engine.batch_sizes)
-    cfg, samples = spec.config, []
-    batch_key = batch_key_of(cfg)
-    first, chunk = (
-        np.zeros((count, cfg.height, cfg.width, 3), np.uint8)
-        for count in (cfg.first_frames, cfg.chunk_frames)
-    )
-    sessions: list[Session] = []
+    batch_key, samples = batch_key_of(spec.config), []
+    for count in steps:
+        with working(f"measuring ticks of {counted(count, 'step')}"):
+            kinds = _measure_kinds(engine, with_steps(spec, count), sizes, rounds, now_ns)
+        for kind in kinds:
+            times = kind.in_a_row or kind.alone
+            tail = max(0, round(statistics.median(kind.alone) - statistics.median(times)))
+            samples += [
+                LatencySample(batch_key, kind.batch, count, max(1, took), kind.first, tail, kind.lone)
+                for took in times
+            ]
+    return samples
 
-    def reopen(steps: int, most: int) -> None:
-        """Opens new sessions, as many as fit."""
-        close()
-        for _ in range(most):
+
+class _Kind(NamedTuple):
+    """One kind of tick, and its times in ns: alone, and so that the device always has the next one."""
+
+    batch: int
+    first: bool
+    lone: bool
+    alone: Sequence[int]
+    in_a_row: Sequence[int]
+
+
+def _measure_kinds(
+    engine: Engine, spec: SessionSpec, sizes: Sequence[int], rounds: int, now_ns: Callable[[], int]
+) -> list[_Kind]:
+    """Runs ticks of every kind at the spec's steps. Whatever runs for the first time takes longer and is left out."""
+    cfg, kinds = spec.config, []
+    first, chunk = (
+        np.zeros((n, cfg.height, cfg.width, 3), np.uint8) for n in (cfg.first_frames, cfg.chunk_frames)
+    )
+    with _opened(engine, spec, sizes[-1]) as sessions:
+        firsts = [_alone(engine, [TickInput(session, first)], now_ns) for session in sessions]
+        inputs = [
+            [TickInput(session, chunk) for session in sessions[:n]] for n in sizes if n <= len(sessions)
+        ]
+        for work in inputs if cfg.steps > 1 else ():
+            pushes = [TickInput(entry.session) for entry in work]
+            alone = _pushed(engine, work, pushes, now_ns)
+            in_a_row = _in_a_row(engine, [work, *[pushes] * (len(alone) - 1)] * 2, now_ns)
+            kinds.append(_Kind(len(work), False, True, alone, in_a_row))
+        for work in inputs:
+            alone = [_alone(engine, work, now_ns) for _ in range(rounds + 1)]
+            in_a_row = _in_a_row(engine, [work] * (rounds + 1), now_ns)
+            kinds.append(_Kind(len(work), False, False, alone[1:], in_a_row))
+    with _opened(engine, spec, min(rounds + 2, sizes[-1])) as sessions:
+        firsts.append(_alone(engine, [TickInput(sessions[0], first)], now_ns))
+        in_a_row = _in_a_row(engine, [[TickInput(session, first)] for session in sessions[1:]], now_ns)
+    return [_Kind(1, True, False, firsts[1:], in_a_row), *kinds]
+
+
+@contextmanager
+def _opened(engine: Engine, spec: SessionSpec, most: int) -> Iterator[list[Session]]:
+    """Opens temporary sessions, as many as fit, at least one."""
+    with ExitStack() as at_end:
+        sessions: list[Session] = []
+        while len(sessions) < most:
             try:
-                sessions.append(engine.open(with_steps(spec, steps)))
+                sessions.append(engine.open(spec))
             except ConfigError:
                 if not sessions:
                     raise
                 break
-
-    def close() -> None:
-        while sessions:
-            sessions.pop().close()
-
-    for count in steps:
-        with working(f"measuring ticks of {counted(count, 'step')}"), ExitStack() as at_end:
-            at_end.callback(close)
-            reopen(count, sizes[-1])
-            firsts = [_alone(engine, [TickInput(session, first)], now_ns) for session in sessions]
-            kinds = []
-            works = [
-                [TickInput(session, chunk) for session in sessions[:n]] for n in sizes if n <= len(sessions)
-            ]
-            for work in works if count > 1 else ():
-                pushes = [TickInput(part.session) for part in work]
-                alone = _pushed(engine, work, pushes, now_ns)
-                in_a_row = _in_a_row(engine, [work, *[pushes] * (len(alone) - 1)] * 2, now_ns)
-                kinds.append((len(work), False, True, alone, in_a_row))
-            for work in works:
-                alone = [_alone(engine, work, now_ns) for _ in range(rounds + 1)]
-                in_a_row = _in_a_row(engine, [work] * (rounds + 1), now_ns)
-                kinds.append((len(work), False, False, alone[1:], in_a_row))
-            reopen(count, min(rounds + 2, sizes[-1]))
-            firsts.append(_alone(engine, [TickInput(sessions[0], first)], now_ns))
-            in_a_row = _in_a_row(engine, [[TickInput(session, first)] for session in sessions[1:]], now_ns)
-            kinds.insert(
-                0, (1, True, False, firsts[1:], in_a_row)
-            )  # whatever runs for the first time takes longer
-        for size, is_first, is_lone, alone, in_a_row in kinds:
-            times = in_a_row or alone
-            tail = max(0, round(statistics.median(alone) - statistics.median(times)))
-            samples += [
-                LatencySample(batch_key, size, count, max(1, took), is_first, tail, is_lone) for took in times
-            ]
-    return samples
+            at_end.callback(sessions[-1].close)
+        yield sessions
 
 
 def _alone(engine: Engine, work: Sequence[TickInput], now_ns: Callable[[], int]) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from svd2_jax.runtime.deadline import PolicyConfig, TickTimesOf
 from svd2_jax.runtime.types import MS, StreamSettings
+from svd2_jax.text import counted
 
 GAIN = 0.02  # share of the utilisation that must be gained by a step less of all streams; times wobble by as much
 NEVER_IN_TIME = 1_000_000  # ticks per chunk of a stream whose budget is too short
@@ -104,38 +105,37 @@ def control(
         return next((level for level in used if used[level] <= limit), min(used))
 
     lower, higher = within(config.degrade_above), within(config.restore_below)
-    level, since = state.level, None
-    if lower < level:
-        level = lower
-    elif higher > level:
+    level, since = min(state.level, lower), None
+    if higher > level:
         since = now_ns if state.raisable_ns is None else state.raisable_ns
         if now_ns - since >= round(config.restore_after_ms * MS):
             level, since = higher, None
     return Control(level, since, utilisation(asked, level, times_of, config.guard_ns))
 
 
+def least_budget_ns(settings: StreamSettings, times_of: TickTimesOf, config: PolicyConfig) -> int:
+    """Returns the shortest latency budget that can be promised to a stream that has the device for itself."""
+    times = times_of(settings.batch_key, settings.min_steps)
+    ticks_ns = settings.min_steps * settings.stages * times.of_one_row.bound_ns[1]
+    return max(fill_ns(settings) + ticks_ns, times.first_bound_ns) + times.tail_bound_ns + config.guard_ns
+
+
 def refusal(
     settings: StreamSettings, others: Sequence[StreamSettings], times_of: TickTimesOf, config: PolicyConfig
 ) -> str | None:
     """Returns why a stream is not let in, in one line with numbers; None if it is."""
-    costs, floor = times_of(settings.batch_key, settings.min_steps), settings.min_steps
-    tail = costs.tail_bound_ns
-    alone = floor * settings.stages * costs.of_one_row.bound_ns[1] + tail
-    least = max(fill_ns(settings) + alone, costs.first_bound_ns + tail) + config.guard_ns
-    if least > settings.budget_ns:
+    least_ns = least_budget_ns(settings, times_of, config)
+    if least_ns > settings.budget_ns:
         return (
             f"a latency budget of {settings.budget_ms:g} ms cannot be met: {settings.chunk_frames} frames at "
-            f"{settings.rate_hz:g} FPS take {fill_ns(settings) / MS:.0f} ms to come and {floor} denoising "
-            f"step{'s take' if floor > 1 else ' takes'} {alone / MS:.0f} ms; "
-            f"ask for at least {math.ceil(least / MS)} ms"
+            f"{settings.rate_hz:g} FPS and {counted(settings.min_steps, 'denoising step')} take up to "
+            f"{math.ceil(least_ns / MS)} ms on this device; ask for at least that"
         )
     now, then = (utilisation(s, 1, times_of, config.guard_ns) for s in (others, [*others, settings]))
     if others and config.admit_below is not None and then > config.admit_below:
-        running = "1 stream needs" if len(others) == 1 else f"{len(others)} streams need"
         return (
-            f"the device is full: at minimum steps, {running} {100 * now:.0f} % of the device's time and this one "
-            f"{100 * (then - now):.0f} % more, and at most {100 * config.admit_below:.0f} % can be promised (predicted "
-            "from tick times; 'busy' in the table is the share of time that was used); "
-            "close a stream, or ask for fewer frames per second or a longer latency budget"
+            f"the device is full: at minimum steps, {counted(len(others), 'running stream')} would use {100 * now:.0f} "
+            f"% of its time and this one {100 * (then - now):.0f} % more, and {100 * config.admit_below:.0f} % can be "
+            "promised; close a stream, or ask for fewer frames per second or a longer latency budget"
         )
     return None

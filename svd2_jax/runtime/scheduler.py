@@ -7,9 +7,9 @@ and the time never goes back. One driver's cycle:
     work = scheduler.next(now)             when the device is free: a Tick to run, or a Wait
     scheduler.free(now)                    when the tick's stages can take the next one
     scheduler.done(finished, now)          when its frames are finished, too
-    shows, again = scheduler.shows(now)    to show what is due
+    again = scheduler.show(now)            reports what is shown now, and says when to ask again
 
-and after any of these, `next` and `shows` may have something new. Between `free` and `done` of a tick the next one
+and after any of these, `next` and `show` may have something new. Between `free` and `done` of a tick the next one
 may start, so at most two are in flight: one whose frames are being finished, and one in the stages. A driver that has
 no use for that leaves `free` out. What to do is decided in deadline.py (the next tick), overload.py (denoising steps,
 admission), pacing.py (when to show) and ingest.py (what input to take).
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from svd2_jax.errors import SessionError
 from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime import ingest, overload, pacing
-from svd2_jax.runtime.deadline import PolicyConfig, ScheduledStream, decide, edf_schedule, jobs_of
+from svd2_jax.runtime.deadline import Moment, PolicyConfig, ScheduledStream, edf_schedule, jobs_of
 from svd2_jax.runtime.latency import LatencyModel, LatencySample
 from svd2_jax.runtime.types import (
     MS,
@@ -35,7 +35,6 @@ from svd2_jax.runtime.types import (
     Fate,
     FrameRecord,
     Reason,
-    Show,
     StepChange,
     StreamId,
     StreamSettings,
@@ -220,7 +219,7 @@ class Scheduler:
         self._set_steps(now_ns, start_ns)
         streams = list(self._streams.values())
         overloaded = self._control.utilisation > 1 or now_ns < self._expired_ns + LOSSY_NS
-        decision = decide(start_ns, streams, self.model.times, self.config, overloaded)
+        decision = Moment(start_ns, streams, self.model.times, self.config, overloaded).decide()
         if decision.expired and now_ns < start_ns:
             return Wait(start_ns)  # these may still be in time, should the stages be free before
         queued = sum(len(s.queue) for s in streams)
@@ -233,11 +232,8 @@ class Scheduler:
             return Wait(decision.until_ns)
         is_lone = all([self._enter(entry, now_ns) for entry in decision.entries])
         batch_key, size = self._streams[decision.entries[0].stream].settings.batch_key, len(decision.entries)
-        cost = self.model.times(batch_key, decision.entries[0].steps)
-        cost = cost.of_one_row if is_lone else cost
-        took, bound, tail = cost.expected_ns[size], cost.bound_ns[size], cost.tails_ns[size]
-        if decision.entries[0].first:
-            took, bound, tail = cost.first_expected_ns, cost.first_bound_ns, cost.first_tail_ns
+        times = self.model.times(batch_key, decision.entries[0].steps)
+        took, bound, tail = times.of_tick(size, decision.entries[0].first, is_lone)
         tick = Tick(self._ticks, decision.entries, begins_ns - now_ns + took + tail, is_lone)
         self._ticks += 1
         self._running.append(_Running(tick, batch_key, now_ns, queued, begins_ns, took, bound, tail))
@@ -281,17 +277,15 @@ class Scheduler:
                     self._finish(s, s.leaving.popleft(), now_ns)
                 self._forget_if_over(s)
 
-    def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
-        """Returns the frames to show now, and when to ask again (None: not before something else happens)."""
-        shows = []
+    def show(self, now_ns: int) -> int | None:
+        """Reports the frames that are shown now; returns when to ask again (None: when something happens)."""
         while self._due and (self._due[0][0] <= now_ns or self._due[0][1] not in self._streams):
-            due, stream, number = heapq.heappop(self._due)
+            _, stream, number = heapq.heappop(self._due)
             if s := self._streams.get(stream):
                 frame = s.finished.pop(number)
                 self._report(replace(frame, fate=shown_fate(now_ns, frame.deadline_ns), shown_ns=now_ns))
-                shows.append(Show(stream, number, due))
                 self._forget_if_over(s)
-        return shows, self._due[0][0] if self._due else None
+        return self._due[0][0] if self._due else None
 
     def is_over(self, stream: StreamId) -> bool:
         """Whether a stream has ended or was closed, and nothing of it is left to show or report."""
@@ -305,8 +299,7 @@ class Scheduler:
 
     def _doubt_if_stuck(self, now_ns: int) -> None:
         """Takes the device to be as fast as ever where all frames expire, so that nothing could show that it is."""
-        stuck = not self._running and self._expired_ns >= self._ran_ns
-        if stuck and now_ns - self._ran_ns >= PROBE_NS:
+        if not self._running and self._ran_ns <= min(self._expired_ns, now_ns - PROBE_NS):
             self.model.doubt()
 
     def _set_steps(self, now_ns: int, start_ns: int) -> None:

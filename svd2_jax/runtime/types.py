@@ -205,21 +205,6 @@ class StepChange:
 
 
 @dataclass(frozen=True)
-class Show:
-    """A finished frame that is to be handed to the viewer now.
-
-    Attributes:
-      stream: whose.
-      number: of the input frame that it shows.
-      at_ns: when it was to be shown.
-    """
-
-    stream: StreamId
-    number: int
-    at_ns: int
-
-
-@dataclass(frozen=True)
 class PromptRecord:
     """A stream was given another prompt.
 

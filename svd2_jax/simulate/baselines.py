@@ -26,7 +26,6 @@ from svd2_jax.runtime.types import (
     Fate,
     FrameRecord,
     Reason,
-    Show,
     StreamId,
     StreamSettings,
     Tick,
@@ -153,14 +152,14 @@ class Fifo:
                         )
                     )
 
-    def shows(self, now_ns: int) -> tuple[list[Show], int | None]:
-        """Returns what was finished just now."""
+    def show(self, now_ns: int) -> int | None:
+        """Reports what was finished just now as shown."""
         frames, self._shows = self._shows, []
         for frame in frames:
             self._report(replace(frame, fate=shown_fate(now_ns, frame.deadline_ns)))
         for stream in {frame.stream for frame in frames}:
             self._settle(self._streams[stream])
-        return [Show(frame.stream, frame.number, now_ns) for frame in frames], None
+        return None
 
     def is_over(self, stream: StreamId) -> bool:
         """Returns whether nothing of a stream is left."""

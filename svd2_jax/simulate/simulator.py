@@ -18,8 +18,8 @@ from svd2_jax.runtime.types import (
     MS,
     SECOND,
     Event,
+    Fate,
     FrameRecord,
-    Show,
     StepChange,
     StreamId,
     StreamSettings,
@@ -268,20 +268,18 @@ class _Run(Driver):
                 self.streams[stream].finished.update(n for chunk in chunks for n in chunk)
         self.policy.done({stream: len(chunks) for stream, chunks in finished.items()}, self.now_ns)
 
-    def _show(self, shows: Sequence[Show]) -> None:
-        for show in shows:
-            stream = self.streams[show.stream]
-            self._require(show.number in stream.finished, f"shows frame {show.number}, which is not finished")
-            self._require(show.number > stream.shown, f"shows frame {show.number} behind {stream.shown}")
-            stream.finished.remove(show.number)
-            stream.shown = show.number
-
     def _report(self, event: Event) -> None:
         self.outcome.events.append(event)
         if isinstance(event, FrameRecord):
             stream = self.streams[event.stream]
             self._require(event.number not in stream.reported, f"reports frame {event.number} twice")
             stream.reported.add(event.number)
+            if event.fate is not Fate.DROPPED:
+                number = event.number
+                self._require(number in stream.finished, f"shows frame {number}, which is not finished")
+                self._require(number > stream.shown, f"shows frame {number} behind {stream.shown}")
+                stream.finished.remove(number)
+                stream.shown = number
 
     def _check_tick(self, tick: Tick) -> None:
         sizes, entries = self.trace.device.batch_sizes, tick.entries

@@ -16,9 +16,9 @@ from svd2_jax.rows import InFlight, Rows
 from svd2_jax.runtime.deadline import (
     Decision,
     Job,
+    Moment,
     PolicyConfig,
     ScheduledStream,
-    decide,
     edf_schedule,
     evenly,
 )
@@ -73,7 +73,7 @@ def decided(
 ) -> Decision:
     config = PolicyConfig(guard_ms=0, push_below=push_below)
     costs = functools.partial(times_of, sizes=sizes)
-    return decide(round(now * MS), streams, costs, config, overloaded)
+    return Moment(round(now * MS), streams, costs, config, overloaded).decide()
 
 
 def entering(decision: Decision) -> list[tuple[int, tuple[int, ...]]]:
@@ -225,14 +225,14 @@ def test_nothing_to_do_is_nothing_to_wait_for():
     assert decided() == Decision({}, (), None)
 
 
-def test_rescue_takes_the_most_urgent_first_and_tells_the_time_to_spare():
+def test_the_most_urgent_goes_first_and_the_slack_is_told():
     saved = edf_schedule({i: Job(("s", 2), ((300 * MS - i, 1),)) for i in range(3)}, 0, times_of)
     assert saved.first == (2, 1)
     assert saved.slack_ns == 300 * MS - (120 + 80) * MS
     assert edf_schedule({}, 0, times_of).slack_ns == NEVER_NS
 
 
-def test_rescue_has_less_than_nothing_to_spare_when_a_chunk_is_late():
+def test_the_slack_is_negative_when_a_chunk_is_late():
     saved = edf_schedule({7: Job(("s", 2), ((70 * MS, 1), (500 * MS, 2)))}, 0, times_of)
     assert saved.slack_ns == -10 * MS
 
@@ -263,7 +263,7 @@ JOBS = st.lists(
 
 
 @given(JOBS, st.integers(0, 500))
-def test_rescue_later_leaves_so_much_less_to_spare(jobs, later):
+def test_a_later_start_leaves_so_much_less_slack(jobs, later):
     now, then = edf_schedule(jobs, 0, times_of), edf_schedule(jobs, later * MS, times_of)
     assert then.first == now.first
     if jobs and now.slack_ns >= later * MS:
@@ -273,7 +273,7 @@ def test_rescue_later_leaves_so_much_less_to_spare(jobs, later):
 
 
 @given(JOBS)
-def test_rescue_goes_on_as_it_began(jobs):
+def test_a_schedule_goes_on_as_it_began(jobs):
     """After its first tick the rest has the same time to spare: whoever follows it keeps its promise."""
     saved = edf_schedule(jobs, 0, times_of)
     if not jobs:

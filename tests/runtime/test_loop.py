@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
+from svd2_jax.runtime.hang import HangReport
 
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.loop import HangReport, LiveLoop, LoopConfig
+from svd2_jax.runtime.loop import LiveLoop
+from svd2_jax.runtime.loop_config import LoopConfig
 from svd2_jax.runtime.measure import batch_key_of, measure, settings_for
 from svd2_jax.runtime.scheduler import Refused
 from svd2_jax.runtime.stream import feed
@@ -93,7 +95,7 @@ def bench(**loop):
     summary = made.loop.metrics.summary()
     assert summary.is_balanced
     assert summary.inside == 0
-    assert not made.loop.observer_errors
+    assert not made.loop.observers.errors
 
 
 def test_every_frame_of_a_camera_is_shown_once_in_order_and_in_time():
@@ -793,7 +795,8 @@ def test_a_hanging_device_ends_the_process_with_a_line_and_code_3():
 import itertools, time
 from fakes import FakeEngine, picture, spec
 from svd2_jax.runtime.stream import feed
-from svd2_jax.runtime.loop import LiveLoop, LoopConfig
+from svd2_jax.runtime.loop import LiveLoop
+from svd2_jax.runtime.loop_config import LoopConfig
 from svd2_jax.runtime.types import StreamSettings
 
 def source():
@@ -829,7 +832,7 @@ def test_a_thread_of_the_loop_that_dies_ends_the_loop_with_the_reason():
         def broken(now_ns):
             raise ZeroDivisionError("a bug")
 
-        b.loop._scheduler.shows = broken
+        b.loop._scheduler.show = broken
         b.clock.run_until(lambda: b.loop.error)
         assert "the loop's thread failed: ZeroDivisionError: a bug" in str(b.loop.error)
         b.clock.run_until(b.over(stream))
@@ -874,7 +877,7 @@ def test_an_observer_that_raises_is_left_out_and_told_of():
     clock.run_until(stream.ended.done)
     feeder.join()
     loop.stop()
-    assert [str(e) for e in loop.observer_errors] == ["no disk"]
+    assert [str(e) for e in loop.observers.errors] == ["no disk"]
     assert sum(isinstance(event, FrameRecord) for event in seen) == 9
     assert any(isinstance(event, TickRecord) for event in seen)
 

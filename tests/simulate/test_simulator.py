@@ -262,7 +262,7 @@ class Wide(Fifo):
 
     def next(self, now_ns):
         made = super().next(now_ns)
-        return dataclasses.replace(made, parts=made.entries * 3) if isinstance(made, Tick) else made
+        return dataclasses.replace(made, entries=made.entries * 3) if isinstance(made, Tick) else made
 
 
 class Eager(Fifo):
