@@ -41,8 +41,8 @@ def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
     fill_ms = 1000 * (stream.chunk_frames - 1) / settings.rate_hz
     if settings.budget_ms <= fill_ms:
         raise ConfigError(
-            f"a latency budget of {settings.budget_ms:g} ms is too short: {stream.chunk_frames} frames are drawn together, "
-            f"and take {fill_ms:.0f} ms to come at {settings.rate_hz:g} FPS; give milliseconds, for example 1500"
+            f"a latency budget of {settings.budget_ms:g} ms is too short: {stream.chunk_frames} frames are "
+            f"drawn together and take {fill_ms:.0f} ms at {settings.rate_hz:g} FPS; give milliseconds, for example 1500"
         )
     return dataclasses.replace(
         settings,
