@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from svd2_jax.errors import MediaError, Svd2Error
+from svd2_jax.media.av_common import URL_TIMEOUT_S
 from svd2_jax.media.urls import masked
-from svd2_jax.media.video import URL_TIMEOUT_S, UrlWriter, VideoWriter
+from svd2_jax.media.writer import UrlWriter, VideoWriter
 from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.types import MS, SECOND, FrameRecord
 from svd2_jax.text import counted

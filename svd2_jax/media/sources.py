@@ -14,7 +14,8 @@ from typing import Self
 import numpy as np
 
 from svd2_jax.errors import ConfigError
-from svd2_jax.media.video import URL_TIMEOUT_S, VideoReader
+from svd2_jax.media.av_common import URL_TIMEOUT_S
+from svd2_jax.media.reader import VideoReader
 from svd2_jax.runtime.stream import Source
 from svd2_jax.runtime.types import SECOND
 

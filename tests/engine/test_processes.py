@@ -82,7 +82,7 @@ def test_the_example_of_two_hosts_draws_the_video_of_one_process(tmp_path, svd2,
         writer.write(np.stack(list(synthetic_clip(13, 32, 48))))
     command = [
         "-c",
-        "from svd2_jax.media import video; video._H264['crf'] = '0';"
+        "from svd2_jax.media import writer; writer._H264['crf'] = '0';"
         "from svd2_jax.cli import entry_point; entry_point()",
         *("run", "--checkpoint", "tiny", "--input", clip, "--prompt", "a film noir"),
         *("--height", 32, "--width", 48, "--steps", 1),  # less to compile

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import FakeClock, FakeEngine, camera, expected, picture, spec
-from svd2_jax.runtime.hang import HangReport
 
 from svd2_jax.errors import ConfigError, EngineError, SessionError
 from svd2_jax.runtime.deadline import PolicyConfig
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.loop import LiveLoop
-from svd2_jax.runtime.loop_config import LoopConfig
+from svd2_jax.runtime.loop_config import HangReport, LoopConfig
 from svd2_jax.runtime.measure import batch_key_of, measure, settings_for
 from svd2_jax.runtime.scheduler import Refused
 from svd2_jax.runtime.stream import feed
@@ -796,7 +795,7 @@ import itertools, time
 from fakes import FakeEngine, picture, spec
 from svd2_jax.runtime.stream import feed
 from svd2_jax.runtime.loop import LiveLoop
-from svd2_jax.runtime.loop_config import LoopConfig
+from svd2_jax.runtime.loop_config import HangReport, LoopConfig
 from svd2_jax.runtime.types import StreamSettings
 
 def source():
