@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from svd2_jax.engine import cluster
+from svd2_jax.engine import cluster, rendezvous
 from svd2_jax.errors import ConfigError, EngineError
 
 LIMIT_S = 45.0  # a process that runs so long is killed, and its test fails
@@ -26,7 +26,7 @@ SLACK_S = 4.0  # two cores shared with other tests
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from svd2_jax.engine import cluster
+from svd2_jax.engine import cluster, rendezvous
 from svd2_jax.errors import EngineError, Svd2Error
 
 place, me, count, mode, arrival_s, peer_timeout_s, wait_timeout_s, say_s, file = sys.argv[1:]
@@ -411,6 +411,6 @@ def test_slurm_tells_what_the_arguments_leave_out(monkeypatch: pytest.MonkeyPatc
         "LOCALID": "0",
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert cluster._place(None, None, None) == (("node007", 61441), 1, 2, 0)
-    assert cluster._place("login:5000", None, None) == (("login", 5000), 1, 2, 0)
-    assert cluster._place(None, None, 1) is None
+    assert rendezvous.place(None, None, None) == (("node007", 61441), 1, 2, 0)
+    assert rendezvous.place("login:5000", None, None) == (("login", 5000), 1, 2, 0)
+    assert rendezvous.place(None, None, 1) is None
