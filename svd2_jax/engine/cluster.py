@@ -9,24 +9,22 @@ Every process calls `join` before JAX opens its devices:
         ...  # stream, and call group.step() whenever it gets on
 
 A process that waits for a collective cannot be interrupted from Python, and gloo and NCCL wait without end for a peer
-that is gone. JAX's coordination service notices it, but aborts the process: a page of C++ text and a core dump instead
-of one line, and a half-written file stays. Its only hook, the `missed_heartbeat_callback` of a private function, fails
-with std::bad_cast for any Python function, and `jax_enable_recoverability` does not help when process 0 is gone (jax
-0.10.2 and 0.12.0.1). So:
+that is gone. JAX's own client notices it, but aborts the process: a page of C++ text and a core dump instead of one
+line, and a half-written file stays. Its hook, `missed_heartbeat_callback`, fails with std::bad_cast for any Python
+function, and `jax_enable_recoverability` does not keep it from aborting when process 0 is gone (jax 0.10.2). So:
 
-- The processes meet over a TCP connection of their own, one from each to process 0 at the coordinator's address, and
-  `jax.distributed` is started on the same port when all are there. Who is missing can then be told by name.
-- The connection stays, and one thread watches it: it closes at once when a process dies, and a process that is stopped
-  or cut off sends nothing. The watcher tells the others, runs the callbacks of `on_loss`, prints one line and ends the
-  process with `EXIT_LOST`.
-- JAX's heartbeats are made so rare that they do not speak first. But its client also aborts as soon as the connection
-  to process 0 closes; therefore it speaks through a relay inside its own process, whose near end stays open.
+- The processes meet over a TCP connection of their own, one from each to process 0 at the coordinator's address
+  (rendezvous.py). When all are there, `jax.distributed` is started on the same port.
+- A thread watches the connections: one closes at once when its process dies, and nothing comes through it while the
+  process is stopped or cut off. The watcher tells the others, runs the callbacks of `on_loss`, prints one line and ends
+  the process.
+- JAX's heartbeats are made so rare that they do not speak first, and its client speaks through a relay in its own
+  process, whose near end stays open when process 0 is gone.
 - Every process says all the time how far it is, and process 0 tells all of it to all. So a process that waits says for
   whom, and gives up after a stated time.
 - The processes meet once more before the first collective: gloo gives the last one 30 s to come there, and compiling
   may take one process longer than another.
 - A process that fails tells the others why, and leaves without JAX's shutdown, which would wait for them.
-- JAX's preemption service is off: it catches SIGTERM, and `kill` would no longer end the process.
 
 Two peers that reach process 0 but not each other are not told apart from two that are slow.
 """
@@ -35,6 +33,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib.metadata
 import os
 import socket
@@ -114,10 +113,7 @@ def join(
       ConfigError: The arguments are malformed, incomplete or contradict each other or those of a peer.
       EngineError: A peer did not start in time, or JAX could not be started.
     """
-
-    def clock(timeout_s: float) -> Clock:
-        return Clock(timeout_s, say_s, say)
-
+    clock = functools.partial(Clock, say_s, say)
     found = rendezvous.place(coordinator, process_id, num_processes)
     if found is None:
         return Cluster(0, [socket.gethostname()], {}, peer_timeout_s, wait_timeout_s, clock)
@@ -131,17 +127,14 @@ def join(
         links, hosts = rendezvous.await_peers(host, port, own, count, clock(timeout_s))
         for link in links.values():
             link.send(hosts=hosts, peer_timeout_s=peer_timeout_s)
-        port_here = port
     else:
         link, welcome = rendezvous.await_welcome(host, port, own, count, clock(timeout_s))
         links, hosts, peer_timeout_s = {0: link}, welcome["hosts"], float(welcome["peer_timeout_s"])
-        port_here = rendezvous.relay(host, port)
     cluster = Cluster(me, hosts, links, peer_timeout_s, wait_timeout_s, clock)
-    # JAX gives each SLURM or Open MPI task one device of its host. One task per host takes all of them.
-    local_devices = None if hosts.count(hosts[me]) == 1 else local_id
-    here = "[::1]" if host == "::1" and me == 0 else "127.0.0.1"
-    bind = f"{here if host in rendezvous.LOOPBACK else '[::]'}:{port}"
-    cluster._start_jax(f"{here}:{port_here}", bind, local_devices)
+    with contextlib.ExitStack() as stack:
+        stack.push(cluster)  # tells the others of an error
+        cluster._start_jax(host, port, local_id)
+        stack.pop_all()
     return cluster
 
 
@@ -181,29 +174,28 @@ class Cluster:
         if links:
             self._watcher.start()
 
-    def _start_jax(self, address: str, bind: str, local_device_ids: int | None) -> None:
-        # All that JAX sends with gRPC goes to this host. A web proxy would not find it.
+    def _start_jax(self, host: str, port: int, local_id: int | None) -> None:
+        here = "[::1]" if host == "::1" and self.process_id == 0 else "127.0.0.1"
+        port_here = rendezvous.relay(host, port) if self.process_id else port
+        # JAX gives each SLURM or Open MPI task one device of its host. One task per host takes all of them.
+        is_alone_here = self.hosts.count(self.hosts[self.process_id]) == 1
+        # All that gRPC sends goes to this host. A web proxy would not find it, and JAX would hang.
         os.environ[_NO_PROXY] = "127.0.0.1,::1"
         jax.config.update("jax_check_proxy_envs", False)
-        jax.config.update("jax_enable_preemption_service", False)
+        jax.config.update("jax_enable_preemption_service", False)  # it would ignore SIGTERM
         self._hang = self._clock(START_TIMEOUT_S)  # JAX would wait on, for 300 s, and then abort
         try:
             jax.distributed.initialize(
-                address,
+                f"{here}:{port_here}",
                 self.num_processes,
                 self.process_id,
-                local_device_ids=local_device_ids,
+                local_device_ids=None if is_alone_here else local_id,
                 cluster_detection_method="deactivate",
-                coordinator_bind_address=bind,
+                coordinator_bind_address=f"{here if host in rendezvous.LOOPBACK else '[::]'}:{port}",
                 heartbeat_timeout_seconds=_NEVER_S,
             )
         except Exception as e:
-            text = f"jax.distributed could not be started ({first_line(e)})"
-            self.fail(text)
-            raise EngineError(text) from e
-        except BaseException as e:  # Ctrl-C
-            self.fail(*_reason_and_code(e))
-            raise
+            raise EngineError(f"jax.distributed could not be started ({first_line(e)})") from e
         finally:
             self._hang = None
 
@@ -241,24 +233,21 @@ class Cluster:
         Raises:
           EngineError: One is not done within `wait_timeout_s`.
         """
-        if self._last is not None or self.num_processes == 1:
-            return
         self._hang = None
-        self._arrive(_DONE, "at work")
-        jax.distributed.shutdown()
-        self._end_watch(bye=True)
+        if self._last is None and self.num_processes > 1:
+            self._arrive(_DONE, "at work")
+            jax.distributed.shutdown()
+            self._end_watch(bye=True)
 
-    def fail(self, reason: str, exit_code: int = EXIT_LOST) -> None:
-        """Tells the others that this process stops because of `reason`, one line; they end with it.
+    def fail(self, error: BaseException) -> None:
+        """Tells the others that this process stops because of `error`; they end with its first line.
 
-        When this process ends, it does so with `exit_code` and without JAX's shutdown, which would wait for
-        them.
+        This process then ends, when it does, without JAX's shutdown, which would wait for them.
         """
         global _exit_code
-        if self._last is not None or self.num_processes == 1:
-            return
-        _exit_code = exit_code
-        self._end_watch(end=self._stopped(reason))
+        if self._last is None and self.num_processes > 1:
+            reason, _exit_code = _reason_and_code(error)
+            self._end_watch(end=self._stopped(reason))
 
     def __enter__(self) -> Self:
         return self
@@ -270,23 +259,22 @@ class Cluster:
             try:
                 self.leave()
             except BaseException as e:  # also Ctrl-C while it waits
-                self.fail(*_reason_and_code(e))
+                self.fail(e)
                 raise
             return
         # A collective fails in the moment a peer dies. Then the watcher ends this process, with the reason.
         is_own = isinstance(error, Svd2Error) and not isinstance(error, EngineError)
         if self.num_processes > 1 and isinstance(error, Exception) and not is_own:
             time.sleep(VERDICT_S)
-        self.fail(*_reason_and_code(error))
+        self.fail(error)
 
     def _arrive(self, point: int, doing: str) -> None:
         """Notes that this process is at a point, and waits for those who are still `doing` what comes before it."""
         self._at[self.process_id] = point
         clock = self._clock(self._wait_timeout_s)
         while behind := [p for p, at in self._at.items() if at < point]:
-            what = f"{self._names(behind)}: still {doing}"
-            if clock.is_over(what):
-                raise EngineError(f"{_gave_up(clock, what)}; look at its output")
+            if text := clock.over(f"{self._names(behind)}: still {doing}"):
+                raise EngineError(f"{text}; look at its output")
             time.sleep(TICK_S)
 
     def _names(self, processes: Iterable[int]) -> str:
@@ -346,8 +334,8 @@ class Cluster:
             what = f"the next step of this process: behind {ahead} in the stream"
         else:
             what = "the next step of the stream: no process is behind"
-        if clock.is_over(what) and (behind or not ahead):  # those ahead will say when it is enough
-            text = _gave_up(clock, what)
+        text = clock.over(what)
+        if text and (behind or not ahead):  # those ahead will say when it is enough
             self._lost(text, self._stopped(text))
 
     def _end_watch(self, **last: object) -> None:
@@ -373,10 +361,6 @@ class Cluster:
                 callback()
 
 
-def _gave_up(clock: Clock, what: str) -> str:
-    return f"gave up after {clock.timeout_s:g} s waiting for {what}"
-
-
 @atexit.register  # after `import jax`: runs before JAX's own handler
 def _end_without_jax() -> None:
     if _exit_code is None:
@@ -393,9 +377,7 @@ def _reason_and_code(error: BaseException) -> tuple[str, int]:
             return "it was interrupted", EXIT_INTERRUPTED
         case Svd2Error():
             return first_line(error), EXIT_LOST
-        case SystemExit(code=code):
-            return f"SystemExit: {first_line(error)}", code if isinstance(code, int) else int(
-                code is not None
-            )
+        case SystemExit(code=int() | None as code):
+            return f"SystemExit: {code}", code or 0
         case _:
             return f"{type(error).__name__}: {first_line(error)}", EXIT_FAILED

@@ -21,9 +21,9 @@ TICK_S = 0.1
 """How often a wait looks whether it is over, and a process tells the others how far it is."""
 IO_TIMEOUT_S = 2.0
 """How long one connection attempt may take, and a message until the other side's buffer has it."""
-MAX_LINE = 1 << 16
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
+_MAX_LINE = 1 << 16
 _GREETING = "svd2 cluster 3"  # the version of these messages
 _START_ALL = "start the command on every host, and look for errors there"
 
@@ -31,7 +31,7 @@ _START_ALL = "start the command on every host, and look for errors there"
 class Clock:
     """A wait that begins now. It is told of after `say_s` and then whenever it has lasted twice as long."""
 
-    def __init__(self, timeout_s: float, say_s: float, say: Callable[[str], object]) -> None:
+    def __init__(self, say_s: float, say: Callable[[str], object], timeout_s: float) -> None:
         self.timeout_s, self._say_s, self._say = timeout_s, say_s, say
         self.restart()
 
@@ -39,13 +39,15 @@ class Clock:
         """Lets another wait begin now."""
         self._began, self._say_at_s = time.monotonic(), self._say_s
 
-    def is_over(self, what: str) -> bool:
-        """Returns whether the wait for `what` has lasted `timeout_s`; tells of it when that is due."""
+    def over(self, what: str) -> str | None:
+        """Tells of the wait for `what` when that is due; returns what to say when it has lasted `timeout_s`."""
         waited_s = time.monotonic() - self._began
-        if waited_s < self.timeout_s and waited_s >= self._say_at_s:
+        if waited_s >= self.timeout_s:
+            return f"gave up after {self.timeout_s:g} s waiting for {what}"
+        if waited_s >= self._say_at_s:
             self._say(f"waiting for {what} ({self._say_at_s:g} s; gives up after {self.timeout_s:g} s)")
             self._say_at_s *= 2
-        return waited_s >= self.timeout_s
+        return None
 
 
 class Link:
@@ -67,7 +69,7 @@ class Link:
         """Returns the messages that have come since, without waiting; None when the connection has ended."""
         self._sock.settimeout(0)
         try:
-            data = self._sock.recv(MAX_LINE)
+            data = self._sock.recv(_MAX_LINE)
             *lines, self._rest = (self._rest + data).split(b"\n")
             messages = [json.loads(line) for line in lines]
         except BlockingIOError:
@@ -75,7 +77,7 @@ class Link:
         except (OSError, ValueError):
             return None
         self.heard_at = time.monotonic()
-        is_ours = data and len(self._rest) < MAX_LINE and all(isinstance(m, dict) for m in messages)
+        is_ours = data and len(self._rest) < _MAX_LINE and all(isinstance(m, dict) for m in messages)
         return messages if is_ours else None
 
     def close(self) -> None:
@@ -181,7 +183,7 @@ def await_peers(
       ConfigError: The settings of one differ, or two have the same number; all hear of it.
       EngineError: The port is taken, or one did not start in time; all that did hear of it.
     """
-    hellos, links, callers = {0: own}, dict[int, Link](), list[Link]()
+    callers: dict[Link, dict[str, Any]] = {}  # each with how it has introduced itself, as soon as it has
 
     def refuse(error: type[Svd2Error], text: str) -> NoReturn:
         for link in callers:
@@ -189,42 +191,43 @@ def await_peers(
             link.close()
         raise error(text)
 
-    def greet(link: Link, hello: dict[str, Any]) -> None:
-        process = hello["process"]
+    def check(hello: dict[str, Any]) -> None:
         for name, value in own["same"].items():
             if (theirs := hello["same"].get(name)) != value:
                 there, here = (f"process {h['process']} ({h['host']})" for h in (hello, own))
                 text = f"{there} was started with {name} {theirs}, {here} with {value}"
                 refuse(ConfigError, f"{text}; start the same on every host")
-        if process in hellos or not 0 < process < count:
-            both = " and ".join(f"{h['host']} pid {h['pid']}" for h in (hellos.get(process, own), hello))
-            refuse(ConfigError, f"two processes have --process-id {process}: {both}; each needs its own")
-        links[process], hellos[process] = link, hello
+        for other in (own, *filter(None, callers.values())):
+            if other["process"] == hello["process"]:
+                both = " and ".join(f"{h['host']} pid {h['pid']}" for h in (other, hello))
+                text = f"two processes have --process-id {hello['process']}: {both}; each needs its own"
+                refuse(ConfigError, text)
 
     with _listen(host, port) as listener:
         listener.settimeout(TICK_S)
-        while len(hellos) < count:
-            missing = [i for i in range(count) if i not in hellos]
-            who = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))} (of {count})"
-            if clock.is_over(f"{who} to start"):
+        while missing := set(range(count)) - {h["process"] for h in (own, *callers.values()) if h}:
+            who = f"process{'es' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))} (of {count})"
+            if clock.over(f"{who} to start"):
                 refuse(EngineError, f"{who} did not start within {clock.timeout_s:g} s; {_START_ALL}")
             with contextlib.suppress(TimeoutError):
-                callers.append(Link(listener.accept()[0]))
-            for link in list(callers):
+                callers[Link(listener.accept()[0])] = {}
+            for link, known in list(callers.items()):
                 match link.receive():
                     case []:  # nothing yet
                         pass
-                    case [hello] if _is_hello(hello) and link not in links.values():
-                        greet(link, hello)
+                    case [hello] if _is_hello(hello) and not known:
+                        check(hello)
+                        callers[link] = hello
                     case _:  # a port scanner, or a process that is gone again
-                        for process in [p for p, of_process in links.items() if of_process is link]:
-                            del links[process], hellos[process]
-                        callers.remove(link)
+                        del callers[link]
                         link.close()
-    for link in callers:
-        if link not in links.values():
+    links, hosts = {}, [own["host"]] * count
+    for link, hello in callers.items():
+        if hello:
+            links[hello["process"]], hosts[hello["process"]] = link, hello["host"]
+        else:
             link.close()
-    return links, [hellos[i]["host"] for i in range(count)]
+    return links, hosts
 
 
 def await_welcome(
@@ -236,21 +239,15 @@ def await_welcome(
       ConfigError: Process 0 refuses a setting.
       EngineError: Process 0 is not there in time, or ends.
     """
-    while True:
-        try:
-            link = Link(socket.create_connection((host, port), IO_TIMEOUT_S))
-            break
-        except OSError as e:
-            if clock.is_over(f"process 0 at {host}:{port}"):
-                raise EngineError(
-                    f"process 0 at {host}:{port} was not there within {clock.timeout_s:g} s "
-                    f"({e.strerror or e}); {_START_ALL}"
-                ) from None
-        time.sleep(TICK_S)
+    link = Link(_connected(host, port, clock))
     link.send(**own)
-    clock.restart()  # process 0 may have been started at the last moment, and should be the one that gives up
+    clock.restart()
     while (messages := link.receive()) == []:
-        if clock.is_over("the others to start; process 0 says which"):
+        if clock.over("the others to start; process 0 says which"):
+            time.sleep(
+                IO_TIMEOUT_S
+            )  # process 0 may have been started at the last moment, and has the last word
+            messages = link.receive()
             break
         time.sleep(TICK_S)
     match messages:
@@ -264,6 +261,19 @@ def await_welcome(
         f"process 0 at {host}:{port} ended, or is no svd2 process, before all {count} had started; "
         "look for errors there"
     )
+
+
+def _connected(host: str, port: int, clock: Clock | None = None) -> socket.socket:
+    while True:
+        try:
+            return socket.create_connection((host, port), IO_TIMEOUT_S)
+        except OSError as e:
+            if clock and clock.over(f"process 0 at {host}:{port}"):
+                raise EngineError(
+                    f"process 0 at {host}:{port} was not there within {clock.timeout_s:g} s "
+                    f"({e.strerror or e}); {_START_ALL}"
+                ) from None
+        time.sleep(TICK_S)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -290,21 +300,15 @@ def relay(host: str, port: int) -> int:
             while data := source.recv(1 << 16):
                 sink.sendall(data)
 
-    def lead_on(near: socket.socket) -> None:
-        while True:
-            try:
-                far = socket.create_connection((host, port))
-                break
-            except OSError:
-                time.sleep(TICK_S)  # the service is not up yet, or gone, which the watcher notices
-        kept.extend((near, far))
-        for source, sink in ((near, far), (far, near)):
-            sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=copy, args=(source, sink), daemon=True).start()
-
     def serve() -> None:
         while True:
-            lead_on(listener.accept()[0])
+            near = listener.accept()[0]
+            far = _connected(host, port)  # waits where the service is not up yet
+            far.settimeout(None)
+            kept.extend((near, far))
+            for source, sink in ((near, far), (far, near)):
+                sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=copy, args=(source, sink), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     return listener.getsockname()[1]
