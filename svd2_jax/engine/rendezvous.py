@@ -7,6 +7,7 @@ coordinator's port belongs on a network that is trusted.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -293,22 +294,27 @@ def _listen(host: str, port: int) -> socket.socket:
 def relay(host: str, port: int) -> int:
     """Returns a port of this host that leads to another one's, and stays open when the other end closes."""
     listener = socket.create_server(("127.0.0.1", 0))
-    kept: list[socket.socket] = []  # else they close when no thread holds them any more
+    near_ends: list[socket.socket] = []  # held here, as they close when nobody holds them
 
-    def copy(source: socket.socket, sink: socket.socket) -> None:
+    def copy(source: socket.socket, sink: socket.socket, then: Callable[[], object]) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 sink.sendall(data)
+        with contextlib.suppress(OSError):
+            then()
 
     def serve() -> None:
         while True:
             near = listener.accept()[0]
             far = _connected(host, port)  # waits where the service is not up yet
             far.settimeout(None)
-            kept.extend((near, far))
-            for source, sink in ((near, far), (far, near)):
+            near_ends.append(near)
+            pass_end_on = functools.partial(
+                far.shutdown, socket.SHUT_WR
+            )  # else the service waits for this process
+            for source, sink, then in ((near, far, pass_end_on), (far, near, far.close)):
                 sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=copy, args=(source, sink), daemon=True).start()
+                threading.Thread(target=copy, args=(source, sink, then), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     return listener.getsockname()[1]

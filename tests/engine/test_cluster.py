@@ -290,6 +290,29 @@ def test_strangers_at_the_port_are_ignored() -> None:
     stranger.join()
 
 
+# --- what JAX sees of a lost peer
+
+
+def test_a_relay_passes_on_that_its_near_end_closes_and_not_that_its_far_end_does() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        port = rendezvous.relay("127.0.0.1", service.getsockname()[1])
+        for text in (b"lost", b"done"):
+            with socket.create_connection(("127.0.0.1", port)) as near:
+                near.settimeout(0.5)
+                far = service.accept()[0]
+                far.settimeout(LIMIT_S)
+                near.sendall(text)
+                assert far.recv(16) == text
+                far.sendall(text)
+                assert near.recv(16) == text
+                if text == b"lost":
+                    far.close()
+                    with pytest.raises(TimeoutError):  # and not b"", its end
+                        near.recv(16)
+        assert far.recv(16) == b""
+        far.close()
+
+
 # --- a peer that is lost in mid-stream
 
 
