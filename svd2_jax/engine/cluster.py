@@ -8,52 +8,47 @@ Every process calls `join` before JAX opens its devices:
         group.meet()
         ...  # stream, and call group.step() whenever it gets on
 
-A process that waits for a collective cannot be interrupted from Python, and gloo and NCCL wait without end
-for a peer that is gone. JAX's own coordination service does notice it, but its answer is to abort the
-process: a page of C++ text and a core dump instead of one line, and no chance to remove a half-written file.
-Its only hook, the `missed_heartbeat_callback` of a private function, fails with std::bad_cast for any Python
-function, and `jax_enable_recoverability` turns the abort into an endless wait (jax 0.10.2 and 0.12.0.1). So:
+A process that waits for a collective cannot be interrupted from Python, and gloo and NCCL wait without end for a peer
+that is gone. JAX's own client notices it, but aborts the process: a page of C++ text and a core dump instead of one
+line, and a half-written file stays. Its hook, `missed_heartbeat_callback`, fails with std::bad_cast for any Python
+function, and `jax_enable_recoverability` does not keep it from aborting when process 0 is gone (jax 0.10.2). So:
 
-- The processes meet over a TCP connection of their own, one from each to process 0 at the coordinator's
-  address, and `jax.distributed` is started when all are there. Who is missing can then be told by name.
-- The connection stays, and a thread watches it: it closes at once when a process dies, and a process that is
-  stopped or cut off sends no heartbeat. The watcher tells the others, runs the callbacks of `on_loss`, prints
-  one line and ends the process with `EXIT_LOST`.
-- JAX's heartbeats are made so rare that they do not speak first. But its client also aborts as soon as the
-  connection to process 0 closes; therefore it speaks through a relay inside its own process, which keeps
-  JAX's end open when the other one is gone.
-- Every heartbeat says how far its process is, and process 0 tells all of it to all. So a process that waits says for
+- The processes meet over a TCP connection of their own, one from each to process 0 at the coordinator's address
+  (rendezvous.py). When all are there, `jax.distributed` is started on the same port.
+- A thread watches the connections: one closes at once when its process dies, and nothing comes through it while the
+  process is stopped or cut off. The watcher tells the others, runs the callbacks of `on_loss`, prints one line and ends
+  the process.
+- JAX's heartbeats are made so rare that they do not speak first, and its client speaks through a relay in its own
+  process, whose near end stays open when process 0 is gone.
+- Every process says all the time how far it is, and process 0 tells all of it to all. So a process that waits says for
   whom, and gives up after a stated time.
 - The processes meet once more before the first collective: gloo gives the last one 30 s to come there, and compiling
   may take one process longer than another.
-- gRPC is told to use no web proxy for that relay; where `http_proxy` is set JAX would else hang.
 - A process that fails tells the others why, and leaves without JAX's shutdown, which would wait for them.
-- JAX's preemption service is off: it catches SIGTERM, and `kill` would no longer end the process.
 
-Messages are lines of JSON and carry no secrets; like JAX's own service they are neither signed nor encrypted,
-so the coordinator's port belongs on a network that is trusted. Two peers that reach process 0 but not each
-other are not told apart from two that are slow.
+Two peers that reach process 0 but not each other are not told apart from two that are slow.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib.metadata
-import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Self
 
 import jax
 
-from svd2_jax.errors import EXIT_INTERRUPTED, ConfigError, EngineError, Svd2Error
+from svd2_jax.engine import rendezvous
+from svd2_jax.engine.rendezvous import TICK_S, Clock, Link, first_line
+from svd2_jax.errors import EXIT_INTERRUPTED, EngineError, Svd2Error
 
 ARRIVAL_TIMEOUT_S = 60.0
 """How long a process waits for the others; hosts of one job may start that far apart."""
@@ -66,21 +61,14 @@ WAIT_TIMEOUT_S = 1800.0
 to load 14B, and compiling takes minutes too."""
 SAY_S = 10.0
 """After how long a wait is told of for the first time; then whenever it has lasted twice as long."""
-BEATS_PER_TIMEOUT = 6
 VERDICT_S = 2.0
 """How long an error that a lost peer may have caused waits for the watcher, who knows the reason."""
 CLEANUP_S = 5.0
-"""How long the callbacks of `on_loss` may take together."""
-HELLO_TIMEOUT_S = 2.0
-RETRY_S = 0.1
+"""How long the callbacks of `on_loss` may take together, and the last message."""
 EXIT_LOST = 2
 EXIT_FAILED = 1
 
-_GREETING = "svd2 cluster 2"  # the version of these messages
-_MAX_LINE = 1 << 16
-_START_ALL = "start the command on every host, and look for errors there"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_NO_PROXY = "no_grpc_proxy"  # gRPC reads it in this spelling, and `no_proxy` where it is not set
+_NO_PROXY = "no_grpc_proxy"  # gRPC reads it in this spelling
 _NEVER_S = 10**6  # for JAX's own heartbeats: 11 days
 
 # How far a process is. Each meeting counts one more than the one before, and each step of its stream likewise.
@@ -91,35 +79,6 @@ _exit_code: int | None = None  # set by `Cluster.fail`
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class _Wait:
-    """A wait for other processes: how long it may take, after how long it is told of, and how."""
-
-    timeout_s: float
-    say_s: float
-    say: Callable[[str], object]
-
-    def tell(self, what: str, seconds: float) -> None:
-        self.say(f"waiting for {what} ({round(seconds, 1):g} s; gives up after {self.timeout_s:g} s)")
-
-    @contextlib.contextmanager
-    def told(self, what: Callable[[], str]) -> Iterator[None]:
-        """Tells of the wait that the body is, from another thread; `what` is asked each time what it is for."""
-        over = threading.Event()
-
-        def speak() -> None:
-            waited_s, next_s = 0.0, self.say_s
-            while not over.wait(next_s - waited_s):
-                self.tell(what(), next_s)
-                waited_s, next_s = next_s, 2 * next_s
-
-        threading.Thread(target=speak, daemon=True).start()
-        try:
-            yield
-        finally:
-            over.set()
 
 
 def join(
@@ -154,75 +113,28 @@ def join(
       ConfigError: The arguments are malformed, incomplete or contradict each other or those of a peer.
       EngineError: A peer did not start in time, or JAX could not be started.
     """
-    place = _place(coordinator, process_id, num_processes)
-    wait = _Wait(wait_timeout_s, say_s, say)
-    if place is None:
-        return Cluster(0, 1, (socket.gethostname(),), {}, peer_timeout_s, wait)
-    (host, port), me, count, local_id = place
+    clock = functools.partial(Clock, say_s, say)
+    found = rendezvous.place(coordinator, process_id, num_processes)
+    if found is None:
+        return Cluster(0, [socket.gethostname()], {}, peer_timeout_s, wait_timeout_s, clock)
+    (host, port), me, count, local_id = found
     if jax.distributed.is_initialized():
         raise EngineError("this process is in a cluster already; expected one join per process")
-    hello = {
-        "greeting": _GREETING,
-        "process": me,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "same": {
-            "--num-processes": str(count),
-            "svd2-jax": importlib.metadata.version("svd2-jax"),
-            "jax": jax.__version__,
-            **(same or {}),
-        },
-    }
-    arrival = _Wait(timeout_s, say_s, say)
-    say(f"waiting for {_others(count)} at {host}:{port}")
+    versions = {"svd2-jax": importlib.metadata.version("svd2-jax"), "jax": jax.__version__}
+    own = rendezvous.introduction(me, {"--num-processes": str(count), **versions, **(same or {})})
+    say(f"waiting for {count - 1} other process{'es' * (count > 2)} at {host}:{port}")
     if me == 0:
-        links, hosts = _await_peers(host, port, hello, count, arrival)
-        reserved = _reserve_port()
-        service_port = reserved.getsockname()[1]
+        links, hosts = rendezvous.await_peers(host, port, own, count, clock(timeout_s))
         for link in links.values():
-            link.send(kind="welcome", hosts=hosts, port=service_port, peer_timeout_s=peer_timeout_s)
-        relay = None
-        address = f"[::1]:{service_port}" if host == "::1" else f"127.0.0.1:{service_port}"
-        bind = address if host in _LOOPBACK else f"[::]:{service_port}"
+            link.send(hosts=hosts, peer_timeout_s=peer_timeout_s)
     else:
-        link, welcome = _await_welcome(host, port, hello, arrival)
+        link, welcome = rendezvous.await_welcome(host, port, own, count, clock(timeout_s))
         links, hosts, peer_timeout_s = {0: link}, welcome["hosts"], float(welcome["peer_timeout_s"])
-        reserved, bind = None, None
-        relay = _Relay(host, int(welcome["port"]))
-        address = f"127.0.0.1:{relay.port}"
-
-    cluster = Cluster(me, count, tuple(hosts), links, peer_timeout_s, wait, relay)
-    cluster._start()
-    # JAX would wait on, for 300 s, and then abort.
-    late = threading.Timer(START_TIMEOUT_S, cluster._lost, (_late_text(host),))
-    late.daemon = True
-    late.start()
-    try:
-        jax.config.update("jax_enable_preemption_service", False)
-        _let_loopback_pass_proxies()
-        # JAX gives each SLURM or Open MPI task one device of its host. One task per host takes all of them.
-        alone_here = list(hosts).count(hosts[me]) == 1
-        with _Wait(START_TIMEOUT_S, say_s, say).told(lambda: "jax.distributed to start"):
-            jax.distributed.initialize(
-                address,
-                count,
-                me,
-                local_device_ids=None if local_id is None or alone_here else local_id,
-                cluster_detection_method="deactivate",
-                coordinator_bind_address=bind,
-                heartbeat_timeout_seconds=_NEVER_S,
-            )
-    except Exception as e:
-        text = f"jax.distributed could not be started ({_first_line(e)})"
-        cluster.fail(text)
-        raise EngineError(text) from e
-    except BaseException as e:  # Ctrl-C
-        cluster.fail(_reason(e), _code(e))
-        raise
-    finally:
-        late.cancel()
-        if reserved is not None:
-            reserved.close()
+    cluster = Cluster(me, hosts, links, peer_timeout_s, wait_timeout_s, clock)
+    with contextlib.ExitStack() as stack:
+        stack.push(cluster)  # tells the others of an error
+        cluster._start_jax(host, port, local_id)
+        stack.pop_all()
     return cluster
 
 
@@ -240,28 +152,52 @@ class Cluster:
     def __init__(
         self,
         process_id: int,
-        num_processes: int,
-        hosts: tuple[str, ...],
-        links: dict[int, _Link],
+        hosts: Iterable[str],
+        links: dict[int, Link],
         peer_timeout_s: float,
-        wait: _Wait,
-        relay: _Relay | None = None,
+        wait_timeout_s: float,
+        clock: Callable[[float], Clock],
     ) -> None:
         self.process_id = process_id
-        self.num_processes = num_processes
-        self.hosts = hosts
+        self.hosts = tuple(hosts)
+        self.num_processes = len(self.hosts)
         self._links = links  # to all others at process 0, to process 0 elsewhere
         self._peer_timeout_s = peer_timeout_s
-        self._wait = wait
-        self._relay = relay
+        self._wait_timeout_s = wait_timeout_s
+        self._clock = clock
         self._callbacks: list[Callable[[], object]] = []
-        self._lock = threading.Lock()
-        self._over = False  # left, failed or ending: nothing that a peer does matters any more
-        self._gone: set[int] = set()
-        self._at = dict.fromkeys(range(num_processes), _STARTED)  # how far each is known to be
-        self._moved = threading.Condition()  # of the line above
-        self._stepped_at = time.monotonic()
-        self._say_stream_at_s = wait.say_s
+        self._at = dict.fromkeys(range(self.num_processes), _STARTED)  # how far each is known to be
+        self._hang: Clock | None = None  # of a wait in which the main thread cannot look at a clock
+        self._last: dict[str, object] | None = None  # message, when nothing that a peer does matters any more
+        # The watcher alone sends and receives.
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        if links:
+            self._watcher.start()
+
+    def _start_jax(self, host: str, port: int, local_id: int | None) -> None:
+        here = "[::1]" if host == "::1" and self.process_id == 0 else "127.0.0.1"
+        port_here = rendezvous.relay(host, port) if self.process_id else port
+        # JAX gives each SLURM or Open MPI task one device of its host. One task per host takes all of them.
+        is_alone_here = self.hosts.count(self.hosts[self.process_id]) == 1
+        # All that gRPC sends goes to this host. A web proxy would not find it, and JAX would hang.
+        os.environ[_NO_PROXY] = "127.0.0.1,::1"
+        jax.config.update("jax_check_proxy_envs", False)
+        jax.config.update("jax_enable_preemption_service", False)  # it would ignore SIGTERM
+        self._hang = self._clock(START_TIMEOUT_S)  # JAX would wait on, for 300 s, and then abort
+        try:
+            jax.distributed.initialize(
+                f"{here}:{port_here}",
+                self.num_processes,
+                self.process_id,
+                local_device_ids=None if is_alone_here else local_id,
+                cluster_detection_method="deactivate",
+                coordinator_bind_address=f"{here if host in rendezvous.LOOPBACK else '[::]'}:{port}",
+                heartbeat_timeout_seconds=_NEVER_S,
+            )
+        except Exception as e:
+            raise EngineError(f"jax.distributed could not be started ({first_line(e)})") from e
+        finally:
+            self._hang = None
 
     def on_loss(self, callback: Callable[[], object]) -> None:
         """Has `callback` run, on the watcher's thread, before a lost peer ends this process; the latest first.
@@ -277,18 +213,17 @@ class Cluster:
         Raises:
           EngineError: One has not within `wait_timeout_s`.
         """
-        with self._moved:
-            point = self._at[self.process_id] + 1
-        self._arrive(point, "loading or compiling")
+        self._arrive(self._at[self.process_id] + 1, "loading or compiling")
 
     def step(self) -> None:
         """Notes that this process's stream got on; after `wait_timeout_s` without the next step all processes end.
 
         Until the first call, and from `leave` on, there is no such limit.
         """
-        with self._moved:
-            self._at[self.process_id] = max(self._at[self.process_id], _STREAMING) + 1
-            self._stepped_at, self._say_stream_at_s = time.monotonic(), self._wait.say_s
+        self._at[self.process_id] = max(self._at[self.process_id], _STREAMING) + 1
+        if self._hang is None:
+            self._hang = self._clock(self._wait_timeout_s)
+        self._hang.restart()
 
     def leave(self) -> None:
         """Ends this process's part: waits until all are done; shuts JAX's side down.
@@ -298,35 +233,21 @@ class Cluster:
         Raises:
           EngineError: One is not done within `wait_timeout_s`.
         """
-        if self._over:
-            return
-        self._arrive(_DONE, "at work")
-        if self._links:
+        self._hang = None
+        if self._last is None and self.num_processes > 1:
+            self._arrive(_DONE, "at work")
             jax.distributed.shutdown()
-        with self._lock:
-            self._over = True
-        for link in self._links.values():
-            link.send(kind="bye")
-            link.finish()
-        if self._relay:
-            self._relay.close()
+            self._end_watch(bye=True)
 
-    def fail(self, reason: str, exit_code: int = EXIT_LOST) -> None:
-        """Tells the others that this process stops because of `reason`, one line; they end with it.
+    def fail(self, error: BaseException) -> None:
+        """Tells the others that this process stops because of `error`; they end with its first line.
 
-        When this process ends, it does so with `exit_code` and without JAX's shutdown, which would wait for
-        them.
+        This process then ends, when it does, without JAX's shutdown, which would wait for them.
         """
         global _exit_code
-        with self._lock:
-            if self._over:
-                return
-            self._over = True
-        if self._links:
-            _exit_code = exit_code
-        for link in self._links.values():
-            link.send(kind="failed", text=reason)
-            link.finish()
+        if self._last is None and self.num_processes > 1:
+            reason, _exit_code = _reason_and_code(error)
+            self._end_watch(end=self._stopped(reason))
 
     def __enter__(self) -> Self:
         return self
@@ -338,134 +259,106 @@ class Cluster:
             try:
                 self.leave()
             except BaseException as e:  # also Ctrl-C while it waits
-                self.fail(_reason(e), _code(e))
+                self.fail(e)
                 raise
             return
         # A collective fails in the moment a peer dies. Then the watcher ends this process, with the reason.
-        if self._links and isinstance(error, Exception) and _may_come_from_a_peer(error):
+        is_own = isinstance(error, Svd2Error) and not isinstance(error, EngineError)
+        if self.num_processes > 1 and isinstance(error, Exception) and not is_own:
             time.sleep(VERDICT_S)
-        self.fail(_reason(error), _code(error))
-
-    # --- the watcher
-
-    def _start(self) -> None:
-        for process, link in self._links.items():
-            threading.Thread(target=self._watch, args=(process, link), daemon=True).start()
-        threading.Thread(target=self._beat, daemon=True).start()
-
-    def _beat(self) -> None:
-        while not self._over:
-            self._report()
-            self._check_stream()
-            time.sleep(self._peer_timeout_s / BEATS_PER_TIMEOUT)
-
-    def _report(self) -> None:
-        """Tells the others how far this process is, and process 0, whom alone all hear, how far every process is."""
-        with self._moved:
-            at = [(p, n) for p, n in self._at.items() if p == self.process_id or not self.process_id]
-        for link in self._links.values():
-            link.send(kind="beat", at=at)
-
-    def _note(self, at: Iterable[tuple[int, int]]) -> None:
-        """Takes in how far others are; process 0 passes it on."""
-        with self._moved:
-            for process, n in at:  # two threads may have sent theirs in either order
-                self._at[process] = max(self._at[process], n)
-            self._moved.notify_all()
-        if self.process_id == 0:
-            self._report()
+        self.fail(error)
 
     def _arrive(self, point: int, doing: str) -> None:
         """Notes that this process is at a point, and waits for those who are still `doing` what comes before it."""
-        with self._moved:
-            self._at[self.process_id] = point
-        self._report()
-        if not self._links:
+        self._at[self.process_id] = point
+        clock = self._clock(self._wait_timeout_s)
+        while behind := [p for p, at in self._at.items() if at < point]:
+            if text := clock.over(f"{self._names(behind)}: still {doing}"):
+                raise EngineError(f"{text}; look at its output")
+            time.sleep(TICK_S)
+
+    def _names(self, processes: Iterable[int]) -> str:
+        return ", ".join(f"process {p} ({self.hosts[p]})" for p in processes)
+
+    def _stopped(self, reason: str) -> str:
+        return f"{self._names([self.process_id])} stopped: {reason}"
+
+    # --- the watcher
+
+    def _watch(self) -> None:
+        for link in self._links.values():
+            link.heard_at = time.monotonic()  # not when it arrived, which may be long ago
+        while self._last is None:
+            for process, link in list(self._links.items()):
+                self._hear(process, link)
+            # Process 0, whom alone all hear, tells how far every process is.
+            self._tell(at=[(p, n) for p, n in self._at.items() if self.process_id in (0, p)])
+            self._check_hang()
+            time.sleep(TICK_S)
+        self._tell(**self._last)
+        for link in self._links.values():
+            link.close()
+
+    def _hear(self, process: int, link: Link) -> None:
+        who, messages = self._names([process]), link.receive()
+        if messages is None:
+            self._lost(f"{who} has died; its own output, or its host's log, says why")
+        elif time.monotonic() - link.heard_at > self._peer_timeout_s:
+            silence = f"has not answered for {self._peer_timeout_s:g} s"
+            self._lost(f"{who} {silence}: it is stopped, or the network is down")
+        for message in messages or ():
+            match message:
+                case {"end": str(text)}:
+                    self._lost(text)
+                case {"at": [*at]}:
+                    self._at.update((p, n) for p, n in at if p != self.process_id)
+                case {"bye": True}:
+                    del self._links[process]
+
+    def _tell(self, **message: object) -> None:
+        for link in self._links.values():
+            link.send(**message)
+
+    def _check_hang(self) -> None:
+        """Tells of a start of JAX or a stream that does not get on, and ends it when it has taken too long."""
+        clock, own = self._hang, self._at[self.process_id]
+        if clock is None:
             return
-
-        def behind() -> str:
-            with self._moved:
-                return self._names(p for p, at in self._at.items() if at < point)
-
-        with self._wait.told(lambda: f"{behind()}: still {doing}"), self._moved:
-            all_here = self._moved.wait_for(lambda: min(self._at.values()) >= point, self._wait.timeout_s)
-        if not all_here:
-            raise EngineError(
-                f"gave up after {self._wait.timeout_s:g} s waiting for {behind()}: still {doing}; look at its output"
-            )
-
-    def _check_stream(self) -> None:
-        """Tells of a stream that does not get on, and ends it after `wait_timeout_s`."""
-        with self._moved:
-            own, idle_s = self._at[self.process_id], time.monotonic() - self._stepped_at
-            if not _STREAMING < own < _DONE or idle_s < min(self._say_stream_at_s, self._wait.timeout_s):
-                return
-            self._say_stream_at_s = 2 * max(idle_s, self._say_stream_at_s)
-            behind = self._names(p for p, at in self._at.items() if at < own)
-            ahead = self._names(p for p, at in self._at.items() if at > own)
-        if behind:
+        behind = self._names(p for p, at in self._at.items() if at < own)
+        ahead = self._names(p for p, at in self._at.items() if at > own)
+        if own == _STARTED:
+            what, ahead = "jax.distributed to start", ""
+        elif behind:
             what = f"{behind}: behind in the stream"
         elif ahead:
             what = f"the next step of this process: behind {ahead} in the stream"
         else:
             what = "the next step of the stream: no process is behind"
-        if idle_s < self._wait.timeout_s or (ahead and not behind):  # those ahead will say when it is enough
-            self._wait.tell(what, idle_s)
-            return
-        text = f"gave up after {self._wait.timeout_s:g} s waiting for {what}"
-        self._lost(text, is_own=True)
+        text = clock.over(what)
+        if text and (behind or not ahead):  # those ahead will say when it is enough
+            self._lost(text, self._stopped(text))
 
-    def _names(self, processes: Iterable[int]) -> str:
-        return ", ".join(f"process {p} ({self.hosts[p]})" for p in processes)
+    def _end_watch(self, **last: object) -> None:
+        self._last = last
+        self._watcher.join(CLEANUP_S)
 
-    def _watch(self, process: int, link: _Link) -> None:
-        who = self._names([process])
-        while True:
-            try:
-                message = link.receive(self._peer_timeout_s)
-            except TimeoutError:
-                seconds = f"{self._peer_timeout_s:g} s"
-                self._lost(f"{who} has not answered for {seconds}: it is stopped, or the network is down")
-                return
-            match message:
-                case None:
-                    if process not in self._gone:
-                        self._lost(f"{who} has died; its own output, or its host's log, says why")
-                    return
-                case {"kind": "failed", "text": str(text)}:
-                    self._lost(f"{who} stopped: {text}")
-                case {"kind": "lost", "text": str(text)}:
-                    self._lost(text)
-                case {"kind": "beat", "at": [*at]}:
-                    self._note((p, n) for p, n in at)
-                case {"kind": "bye"}:
-                    self._gone.add(process)
+    def _lost(self, text: str, told: str | None = None) -> None:
+        """Ends this process with a line, and the others with it or with what they are `told`."""
+        if self._last is not None:
+            return  # it ends by itself
+        self._tell(end=told or text)
+        clean_up = threading.Thread(target=self._clean_up, daemon=True)
+        clean_up.start()
+        clean_up.join(CLEANUP_S)
+        # Not through sys.stderr: the main thread may hold its lock while it hangs.
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {text}\n".encode())
+        os._exit(EXIT_LOST)
 
-    def _lost(self, text: str, is_own: bool = False) -> None:
-        """Ends this process; `is_own` says that the reason is its own, and not what another process told it."""
-        with self._lock:
-            if self._over:
-                return
-            self._over = True  # before the others hear of it, as they tell everybody
-        for link in self._links.values():
-            if self.process_id == 0:
-                link.send(kind="lost", text=text)
-            elif is_own:
-                link.send(kind="failed", text=text)
-        guard = threading.Timer(CLEANUP_S, _end, (text,))
-        guard.daemon = True
-        guard.start()
+    def _clean_up(self) -> None:
         for callback in reversed(self._callbacks):
             with contextlib.suppress(Exception):
                 callback()
-        _end(text)
-
-
-def _end(text: str) -> NoReturn:
-    # Not through sys.stderr: the main thread may hold its lock while it hangs.
-    with contextlib.suppress(OSError):
-        os.write(2, f"error: {text}\n".encode())
-    os._exit(EXIT_LOST)
 
 
 @atexit.register  # after `import jax`: runs before JAX's own handler
@@ -478,358 +371,13 @@ def _end_without_jax() -> None:
     os._exit(_exit_code)
 
 
-def _may_come_from_a_peer(error: Exception) -> bool:
-    return isinstance(error, EngineError) or not isinstance(error, Svd2Error)
-
-
-def _reason(error: BaseException) -> str:
+def _reason_and_code(error: BaseException) -> tuple[str, int]:
     match error:
         case KeyboardInterrupt():
-            return "it was interrupted"
+            return "it was interrupted", EXIT_INTERRUPTED
         case Svd2Error():
-            return _first_line(error)
+            return first_line(error), EXIT_LOST
+        case SystemExit(code=int() | None as code):
+            return f"SystemExit: {code}", code or 0
         case _:
-            return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _code(error: BaseException) -> int:
-    match error:
-        case Svd2Error():
-            return EXIT_LOST
-        case KeyboardInterrupt():
-            return EXIT_INTERRUPTED
-        case SystemExit(code=None):
-            return 0
-        case SystemExit(code=int(code)):
-            return code
-        case _:
-            return EXIT_FAILED
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- who and where
-
-
-def _place(
-    coordinator: str | None, process_id: int | None, num_processes: int | None
-) -> tuple[tuple[str, int], int, int, int | None] | None:
-    """Returns ((host, port), process, processes, local id or None), or None for a process alone."""
-    if num_processes is not None and num_processes < 1:
-        raise ConfigError(f"--num-processes must be at least 1, got {num_processes}")
-    if num_processes == 1 and process_id in (None, 0):
-        return None
-    local_id = None
-    if None in (coordinator, process_id, num_processes):
-        found = _scheduler()
-        if found is not None:
-            coordinator = found[0] if coordinator is None else coordinator
-            process_id = found[1] if process_id is None else process_id
-            num_processes = found[2] if num_processes is None else num_processes
-            local_id = found[3]
-    if coordinator is None and process_id is None and num_processes is None:
-        return None
-    values = {
-        "--coordinator HOST:PORT": coordinator,
-        "--process-id I": process_id,
-        "--num-processes N": num_processes,
-    }
-    missing = [name for name, value in values.items() if value is None]
-    if coordinator is None or process_id is None or num_processes is None:
-        verb = "is" if len(missing) == 1 else "are"
-        raise ConfigError(
-            f"several processes need {', '.join(values)}; {' and '.join(missing)} {verb} missing, "
-            "and no SLURM or Open MPI is there to tell it"
-        )
-    if not 0 <= process_id < num_processes:
-        raise ConfigError(
-            f"--process-id must be 0 to {num_processes - 1} with --num-processes {num_processes}, got {process_id}"
-        )
-    if num_processes == 1:
-        return None
-    return _address(coordinator), process_id, num_processes, local_id
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 1 << 16:
-        raise ConfigError(f"--coordinator: expected HOST:PORT with a port of 1 to 65535, got {text!r}")
-    return host, int(port)
-
-
-def _scheduler() -> tuple[str, int, int, int | None] | None:
-    """Returns (coordinator, process, processes, local id) as JAX reads them from SLURM or Open MPI, or None.
-
-    These two are told by environment variables alone. JAX also asks Kubernetes and cloud services, where a
-    single process would wait, warn or fail.
-    """
-    from jax._src.clusters.ompi_cluster import OmpiCluster
-    from jax._src.clusters.slurm_cluster import SlurmCluster
-
-    for kind in (SlurmCluster, OmpiCluster):
-        try:
-            if kind.is_env_present():
-                return (
-                    kind.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT")),
-                    kind.get_process_id(),
-                    kind.get_process_count(),
-                    kind.get_local_process_id(),
-                )
-        except (RuntimeError, ValueError, KeyError) as e:
-            raise ConfigError(
-                f"the environment of {kind.name} cannot be used ({_first_line(e)}); give --coordinator, "
-                "--process-id and --num-processes, or --num-processes 1 to run alone"
-            ) from e
-    return None
-
-
-# --- how they meet
-
-
-def _await_peers(
-    host: str, port: int, own: dict[str, Any], count: int, wait: _Wait
-) -> tuple[dict[int, _Link], list[str]]:
-    """Returns, at process 0, the connections to all others and the hosts of all."""
-    deadline = time.monotonic() + wait.timeout_s
-    links: dict[int, _Link] = {}
-    hellos: dict[int, dict[str, Any]] = {0: own}
-
-    def refuse(text: str, error: type[Svd2Error], *more: _Link) -> NoReturn:
-        for link in (*links.values(), *more):
-            link.send(kind="refused", text=text, config=error is ConfigError)
-            link.finish()
-        raise error(text)
-
-    def missing() -> str:
-        return _missing_text(set(range(count)) - set(hellos), count)
-
-    with _listen(host, port) as listener, wait.told(lambda: f"{missing()} to start"):
-        while len(hellos) < count:
-            listener.settimeout(max(deadline - time.monotonic(), 1e-3))
-            try:
-                link = _Link(listener.accept()[0])
-            except TimeoutError:
-                text = f"{missing()} did not start within {wait.timeout_s:g} s; {_START_ALL}"
-                refuse(text, EngineError)
-            hello = link.greeted()
-            if hello is None:
-                link.close()  # a port scanner, or a process that is gone again
-                continue
-            process = hello["process"]
-            for name, value in own["same"].items():
-                if (theirs := hello["same"].get(name)) != value:
-                    here, there = _name(hellos[0]), _name(hello)
-                    text = f"{there} was started with {name} {theirs}, {here} with {value}"
-                    refuse(f"{text}; start the same on every host", ConfigError, link)
-            if process in links and links[process].ended():
-                links.pop(process).close()
-            elif process in hellos or not 0 < process < count:
-                text = f"two processes have --process-id {process}: "
-                text += " and ".join(f"{h['host']} pid {h['pid']}" for h in (hellos.get(process, own), hello))
-                refuse(f"{text}; each needs its own", ConfigError, link)
-            links[process], hellos[process] = link, hello
-    return links, [hellos[i]["host"] for i in range(count)]
-
-
-def _missing_text(missing: set[int], count: int) -> str:
-    names = ", ".join(map(str, sorted(missing)))
-    noun = "process" if len(missing) == 1 else "processes"
-    return f"{noun} {names} (of {count})"
-
-
-def _others(count: int) -> str:
-    return "1 other process" if count == 2 else f"{count - 1} other processes"
-
-
-def _name(hello: Mapping[str, Any]) -> str:
-    return f"process {hello['process']} ({hello['host']})"
-
-
-def _await_welcome(host: str, port: int, own: dict[str, Any], wait: _Wait) -> tuple[_Link, dict[str, Any]]:
-    """Returns the connection to process 0 and what it says when all have arrived."""
-    deadline = time.monotonic() + wait.timeout_s
-    why = "no answer"
-    with wait.told(lambda: f"process 0 at {host}:{port}"):
-        while True:
-            try:
-                sock = socket.create_connection((host, port), max(deadline - time.monotonic(), 1e-3))
-                break
-            except OSError as e:
-                why = e.strerror or str(e) or why
-            if time.monotonic() + RETRY_S >= deadline:
-                raise EngineError(
-                    f"process 0 at {host}:{port} was not there within {wait.timeout_s:g} s ({why}); {_START_ALL}"
-                )
-            time.sleep(RETRY_S)
-    link = _Link(sock)
-    link.send(**own)
-    with wait.told(lambda: "the others to start; process 0 says which"):
-        try:  # process 0 may have been started at the last moment; then its clock says when to give up
-            message = link.receive(
-                wait.timeout_s + HELLO_TIMEOUT_S * (int(own["same"]["--num-processes"]) + 1)
-            )
-        except TimeoutError:
-            message = None
-    match message:
-        case {"kind": "welcome"}:
-            return link, message
-        case {"kind": "refused", "text": str(text), "config": bool(config)}:
-            raise (ConfigError if config else EngineError)(text)
-        case _:
-            raise EngineError(
-                f"process 0 at {host}:{port} ended, or is no svd2 process, before all {own['same']['--num-processes']} "
-                "had started; look for errors there"
-            )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    # The name may stand for another address here than elsewhere (Debian: 127.0.1.1), so all are listened on.
-    try:
-        if host in _LOOPBACK:
-            family = socket.AF_INET6 if host == "::1" else socket.AF_INET
-            return socket.create_server(("::1" if host == "::1" else "127.0.0.1", port), family=family)
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as e:
-        why = e.strerror or str(e)
-        raise EngineError(
-            f"port {port} cannot be used on this host ({why}); choose another --coordinator, unless another process "
-            "was given --process-id 0 as well"
-        ) from e
-
-
-def _late_text(host: str) -> str:
-    return (
-        f"jax.distributed did not start within {START_TIMEOUT_S:g} s; is there a firewall before {host}? JAX uses free "
-        "ports besides the coordinator's"
-    )
-
-
-def _let_loopback_pass_proxies() -> None:
-    """Keeps gRPC from sending JAX's messages, all to this host, to a web proxy, where they would be lost."""
-    excepted = os.environ.get(_NO_PROXY) or os.environ.get("no_proxy") or ""
-    os.environ[_NO_PROXY] = ",".join(filter(None, (excepted, "127.0.0.1", "::1")))
-    jax.config.update("jax_check_proxy_envs", False)
-
-
-def _reserve_port() -> socket.socket:
-    """Returns a bound socket whose port nobody else gets, and that gRPC can share as it does not listen."""
-    sock = socket.socket()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind(("", 0))
-    return sock
-
-
-class _Link:
-    """One connection that carries lines of JSON."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock = sock
-        self._lines = sock.makefile("rb")
-        self._sending = threading.Lock()
-
-    def send(self, **message: Any) -> None:
-        """Sends a message; that the other side is gone is left to `receive` to notice."""
-        with self._sending, contextlib.suppress(OSError):
-            self._sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """Returns the next message, or None when the connection has ended; raises TimeoutError."""
-        try:
-            self._sock.settimeout(timeout_s)
-            line = self._lines.readline(_MAX_LINE)
-            message = json.loads(line) if line.endswith(b"\n") else None
-        except TimeoutError:
-            raise
-        except (OSError, ValueError):
-            return None
-        return message if isinstance(message, dict) else None
-
-    def greeted(self) -> dict[str, Any] | None:
-        """Returns the first message if it is from a process of ours."""
-        with contextlib.suppress(TimeoutError):
-            match self.receive(HELLO_TIMEOUT_S):
-                case {
-                    "greeting": str(greeting),
-                    "process": int(),
-                    "host": str(),
-                    "pid": int(),
-                    "same": dict(),
-                } as m:
-                    return m if greeting == _GREETING else None
-        return None
-
-    def ended(self) -> bool:
-        """Whether the other side has closed the connection."""
-        try:
-            return self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def finish(self) -> None:
-        """Nothing more will be sent; what was sent still arrives."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-
-    def close(self) -> None:
-        self._lines.close()
-        self._sock.close()
-
-
-class _Relay:
-    """Joins a port of this host to process 0's JAX service; JAX's side stays open when the other one ends."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._target = (host, port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open = True
-        self._kept: list[socket.socket] = []
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._open = False
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for sock in self._kept:
-            sock.close()
-
-    def _accept(self) -> None:
-        while self._open:
-            try:
-                near = self._listener.accept()[0]
-            except OSError:
-                return
-            self._kept.append(near)
-            threading.Thread(target=self._join, args=(near,), daemon=True).start()
-
-    def _join(self, near: socket.socket) -> None:
-        while self._open:
-            try:
-                far = socket.create_connection(self._target, PEER_TIMEOUT_S)
-                break
-            except OSError:
-                time.sleep(RETRY_S)  # the service is not up yet, or gone; the watcher knows
-        else:
-            return
-        self._kept.append(far)
-        far.settimeout(None)
-        for sock in (near, far):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=self._copy, args=(near, far, True), daemon=True).start()
-        self._copy(far, near, False)
-
-    def _copy(self, source: socket.socket, sink: socket.socket, pass_end_on: bool) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-            if pass_end_on:
-                sink.shutdown(socket.SHUT_WR)
+            return f"{type(error).__name__}: {first_line(error)}", EXIT_FAILED
