@@ -22,8 +22,9 @@ from svd2_jax.cli.terminal import LOOK_S, Interrupts, TypedLines, heard
 from svd2_jax.errors import ConfigError, MediaError, Svd2Error
 from svd2_jax.media.sinks import UrlSink, VideoSink
 from svd2_jax.runtime import picture
+from svd2_jax.runtime.event_log import JsonLines
 from svd2_jax.runtime.loop_config import HANG_EXIT_CODE, HangReport, LoopConfig
-from svd2_jax.runtime.metrics import JsonLines, Metrics
+from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.stream import Source, Stream
 from svd2_jax.runtime.table import LiveTable

@@ -119,7 +119,7 @@ def summarise(outcome: SimulationResult) -> Row:
     """Returns the row of a run."""
     trace = outcome.admitted
     overloads = trace.overloads
-    metrics = Metrics(kept_streams=len(trace.sources))
+    metrics = Metrics(stored_streams=len(trace.sources))
     impossible: list[FrameRecord] = []
     for event in outcome.events:
         if isinstance(event, FrameRecord) and not outcome.is_possible(event):
