@@ -29,7 +29,7 @@ STYLE = {
     "legend.frameon": False, "legend.fontsize": 9,
 }  # fmt: skip
 MARKS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # between marks of time
-MOST_MARKS = 12
+MOST_MARKS = 8
 
 
 @contextmanager
