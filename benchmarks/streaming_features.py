@@ -708,7 +708,7 @@ def figure(
     tall = len(film) * share * WIDTH / count * height / width  # inches
     above = 0.55 + 0.2 * title.count("\n") + 0.15 * heads[0].count("\n")
     total = above + tall + below * PANEL
-    with chart(path, WIDTH, total, layout="none") as drawn:
+    with chart(path, WIDTH, total, layout=None) as drawn:
         drawn.suptitle(title, fontsize=12, x=0.02, y=1 - 0.1 / total, ha="left", va="top")
         strip = drawn.add_axes((ROW_LABEL / WIDTH, 1 - (above + tall) / total, share, tall / total))
         strip.imshow(_canvas(film), aspect="auto")

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -19,7 +19,7 @@ from svd2_jax import files
 
 BLUE, GREEN, ORANGE, RED, PURPLE = "#2a6fb0", "#2b7a5b", "#d9730d", "#b3261e", "#5b3f8c"
 AMBER, GREY, INK, EDGE = "#d9a02b", "#8a949e", "#27313b", "#b8c0c8"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100, "savefig.dpi": "figure",
     "font.size": 9, "text.color": INK, "text.parse_math": False,  # a prompt may hold dollar signs
     "axes.titlelocation": "left", "axes.titlesize": 10, "axes.labelsize": 9, "axes.labelcolor": INK,
@@ -34,7 +34,7 @@ MOST_MARKS = 8
 
 @contextmanager
 def chart(
-    path: Path, width: float, height: float, layout: Literal["constrained", "none"] = "constrained"
+    path: Path, width: float, height: float, layout: Literal["constrained"] | None = "constrained"
 ) -> Iterator[Figure]:
     """Writes a PNG of the figure that is filled inside the `with`, whole or not at all.
 
@@ -42,7 +42,7 @@ def chart(
       path: the file.
       width: in inches of 100 pixels.
       height: likewise.
-      layout: what places the panels: matplotlib, or the caller.
+      layout: what places the panels: matplotlib, which takes seconds where they are many, or None: the caller.
 
     Raises:
       MediaError: the file cannot be written.

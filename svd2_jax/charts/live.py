@@ -66,9 +66,7 @@ def draw(path: Path, metrics: Metrics) -> None:
     strip_ns = width_ns * max(1, -(-STRIP_BIN_NS // width_ns))
     heights = [LATENCY_HEIGHT, STRIP_HEIGHT] * len(drawn) + [STRIP_HEIGHT] * 3
     height = sum(heights) + SPACE * (2 * len(drawn) + 5)
-    with chart(
-        path, WIDTH, height, layout="none"
-    ) as figure:  # constrained layout takes seconds for so many panels
+    with chart(path, WIDTH, height, layout=None) as figure:
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         figure.subplots_adjust(0.05, 0.35 / height, 0.985, 1 - 0.65 / height, hspace=0.42)
         time_axis(panels[-1], span_s)

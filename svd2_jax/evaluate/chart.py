@@ -42,7 +42,8 @@ def draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
     heights = [rows * (WIDTH / SAMPLES_IN_A_ROW * tall / wide + CAPTION_HEIGHT) + 0.5, below * PANEL_HEIGHT]
     settings, stream = report.settings, report.settings.stream
     with chart(path, WIDTH, sum(heights)) as figure:
-        strip, numbers = figure.subfigures(2, 1, height_ratios=heights)
+        parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+        strip, numbers = parts
         strip.suptitle(
             f"{settings.checkpoint} on {settings.clips}: {stream['width']}x{stream['height']}, "
             f"{counted(len(stream['timesteps']), 'step')}, noise scale {settings.noise_scale:g}, "

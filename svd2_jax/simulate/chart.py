@@ -51,12 +51,13 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     columns = min(2, len(traces))
     rows = -(-len(traces) // columns)
     width, height = columns * WIDTH, rows * HEIGHT + 0.8
-    with chart(path, width, height, layout="none") as figure:  # constrained layout takes seconds
+    with chart(path, width, height, layout=None) as figure:
         grid = figure.add_gridspec(
             rows, columns, left=0.75 / width, right=1 - 0.5 / width, bottom=0.35 / height, top=1 - 1 / height,
             hspace=0.24, wspace=0.2,
         )  # fmt: skip
-        for cell, group in zip(grid, traces, strict=False):
+        for index, group in enumerate(traces):
+            cell = grid[divmod(index, columns)]
             group.sort(key=lambda run: list(COLOURS).index(run.policy))
             latencies, drops = (
                 figure.add_subplot(part) for part in cell.subgridspec(2, 1, height_ratios=(4, 1), hspace=0.1)
