@@ -45,7 +45,7 @@ def main() -> None:
             "--input", clip, "--loop", "--height", SIZE, "--width", SIZE, "--fps", args.fps,
             "--seconds", args.seconds, "--streams", args.streams, "--prompt", "a watercolour painting",
             "--output", Path(folder) / "out.mp4", "--metrics", Path(folder) / "out.jsonl",
-            "--picture", args.out.with_suffix(".png"),
+            "--chart", args.out.with_suffix(".png"),
         ]  # fmt: skip
         watch([str(word) for word in command], args.seconds)
         last = (Path(folder) / "out.jsonl").read_text().splitlines()[-1]

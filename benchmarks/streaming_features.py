@@ -4,7 +4,7 @@ python benchmarks/streaming_features.py                                     # al
 python benchmarks/streaming_features.py --only prompt --look sepia --look neon_night
 python benchmarks/streaming_features.py --minutes 1 --fps 1 --frames 25 --scene 2 --scene 3 --out out/features
 
-Writes OUT.json, OUT.md and for each part a picture OUT_PART.png. Parts: sinks (anchors, adaptive or not), cache (its
+Writes OUT.json, OUT.md and for each part a chart OUT_PART.png. Parts: sinks (anchors, adaptive or not), cache (its
 length), steps (1, 2 and 4, stream batch or sequential), noise (motion-aware or not, slow and fast scenes), prompt
 (blend or hard switch), refresh (of the rotary embedding's time index, over --minutes). A part that OUT.json holds of
 the same weights and options is kept, so an interrupted run goes on; --only measures parts again. docs/evaluation.md
@@ -29,24 +29,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from svd2_jax import files, shipped
 from svd2_jax.api import Engine, SessionSpec
+from svd2_jax.charts.axes import chart
 from svd2_jax.config import LATENT_STRIDE, SINK_THRESHOLD_OFF, V2V_TIMESTEPS, StreamConfig
 from svd2_jax.dataset import phrasings, scenes
 from svd2_jax.dataset.looks import LOOKS, apply_look
 from svd2_jax.errors import ConfigError, exit_code
 from svd2_jax.evaluate import measures, run
+from svd2_jax.evaluate.chart import INPUT, OUTPUT, TARGET, VAE
 from svd2_jax.evaluate.measures import Motion
-from svd2_jax.evaluate.picture import INPUT, OUTPUT, TARGET, VAE, finish
 from svd2_jax.evaluate.report import LongStream, plain
 
 T = TypeVar("T")
@@ -64,7 +60,6 @@ MOST_DRIFT = 0.1  # between the second and the last minute
 COLOURS = (OUTPUT, "#c0392b", TARGET, VAE, "#7b5ea7", "#d16ba5")
 COLUMNS, LEAST_COLUMNS = 7, 5  # of a film; with fewer a part of the width is left free
 WIDTH, ROW_LABEL, MARGIN, PANEL = 13.5, 1.9, 0.2, 3.0  # inches
-DPI = 100
 LEAST_DB = 0.5  # height of a panel: less is nothing to look at
 GAP = 3  # white pixels between the pictures of a film
 
@@ -77,7 +72,7 @@ class Setting:
     """What a row of a table is about; the first of a part's settings is the one the others are compared with.
 
     Attributes:
-      name: as tables and pictures call it.
+      name: as tables and charts call it.
       stream: what differs from the default stream.
       noise_scale: see `SessionSpec`.
     """
@@ -227,8 +222,8 @@ class Comparison:
     clips: Callable[[Bench], list[Clip]]
     timed: bool = False
 
-    def measure(self, bench: Bench, picture: Path, progress: Progress) -> dict[str, Any]:
-        """Returns the numbers of all streams, and draws a picture."""
+    def measure(self, bench: Bench, chart_path: Path, progress: Progress) -> dict[str, Any]:
+        """Returns the numbers of all streams, and draws a chart."""
         clips, streams, outputs = self.clips(bench), [], {}
         with progress(len(self.settings) * sum(len(clip.frames) for clip in clips)) as bar:
             for clip in clips:
@@ -237,7 +232,7 @@ class Comparison:
                     values, outputs[clip, setting.name] = bench.redraw(clip, setting)
                     streams.append(values)
                     bar.update(len(clip.frames))
-        files.write_whole(picture, lambda path: self._draw(path, clips, streams, outputs))
+        self._draw(chart_path, clips, streams, outputs)
         return {"streams": streams}
 
     def table(self, found: Mapping[str, Any]) -> list[str]:
@@ -290,7 +285,7 @@ class Comparison:
                     axes.axvline(own[0].start, color=INPUT, linewidth=0.8, linestyle=":")
                 axes.set_xlabel("frame", fontsize=8)
                 axes.legend(fontsize=7, frameon=False)
-                finish(axes, f"{group}: PSNR to the target, dB, all clips")
+                axes.set_title(f"{group}: PSNR to the target, dB, all clips")
             if self.timed:
                 self._draw_speed(panels[-1], streams)
 
@@ -307,10 +302,10 @@ class Comparison:
         spare = max(0.0, LEAST_DB - (high - low)) / 2
         axes.set_ylim(low - spare, high + spare)
         axes.set_xlabel("ms a chunk of four frames", fontsize=8)
-        finish(axes, "likeness and time: PSNR, dB")
+        axes.set_title("likeness and time: PSNR, dB")
 
     def _columns(self, clips: Sequence[Clip]) -> Iterable[tuple[Clip, int]]:
-        """Yields what a picture shows: a moment of each clip, all groups alike."""
+        """Yields what a chart shows: a moment of each clip, all groups alike."""
         kinds = [
             [clip for clip in clips if clip.group == group] for group in dict.fromkeys(c.group for c in clips)
         ]
@@ -334,8 +329,8 @@ class ChangeOfPrompt:
         "next to it the same of streams whose prompt does not change."
     )
 
-    def measure(self, bench: Bench, picture: Path, progress: Progress) -> dict[str, Any]:
-        """Returns how each change went, and draws a picture."""
+    def measure(self, bench: Bench, chart_path: Path, progress: Progress) -> dict[str, Any]:
+        """Returns how each change went, and draws a chart."""
         looks, default = bench.options.looks, Setting("")
         count, numbers = 2 * bench.options.frames, bench.options.scenes
         at = run.change_frame(bench.spec("x", default), count)
@@ -370,7 +365,7 @@ class ChangeOfPrompt:
                             }
                         )  # fmt: skip
                         kept.append((output, jumps))
-        files.write_whole(picture, lambda path: self._draw(path, at, changes, kept))
+        self._draw(chart_path, at, changes, kept)
         return {"at_frame": at, "changes": changes}
 
     def table(self, found: Mapping[str, Any]) -> list[str]:
@@ -409,7 +404,7 @@ class ChangeOfPrompt:
                 axes.axvline(0, color=INPUT, linewidth=0.8, linestyle=":")
                 axes.set_xlim(-12, last - at)
                 axes.set_xlabel("frame, from the first one that the new prompt is for", fontsize=8)
-                finish(axes, title)
+                axes.set_title(title)
 
 
 def blend_name(chunks: int) -> str:
@@ -431,8 +426,8 @@ class LongStreams:
         f"**bold** above {100 * MOST_DRIFT:.0f} %. Warp error, flicker and distance are in 1/1000."
     )
 
-    def measure(self, bench: Bench, picture: Path, progress: Progress) -> dict[str, Any]:
-        """Returns the measures of each minute of both streams, and draws a picture."""
+    def measure(self, bench: Bench, chart_path: Path, progress: Progress) -> dict[str, Any]:
+        """Returns the measures of each minute of both streams, and draws a chart."""
         scene, look = bench.options.scenes[0], bench.options.looks[0]
         frames, prompt = bench.frames(scene, 1.0), bench.prompt(scene, look)
         target, motion = apply_look(look, frames), bench.motion(scene, 1.0)
@@ -455,9 +450,7 @@ class LongStreams:
                 streams[setting.name] = {**dataclasses.asdict(stream), "drift": stream.drift()}
                 seen[setting.name] = middles
         middle = len(frames) // 2
-        files.write_whole(
-            picture, lambda path: self._draw(path, streams, seen, (frames[middle], target[middle]))
-        )
+        self._draw(chart_path, streams, seen, (frames[middle], target[middle]))
         return {"rate_hz": bench.rate_hz, "streams": streams}
 
     def table(self, found: Mapping[str, Any]) -> list[str]:
@@ -515,7 +508,7 @@ class LongStreams:
                         axes.axhspan(
                             *numbers[1] * np.array([1 - MOST_DRIFT, 1 + MOST_DRIFT]), color=colour, alpha=0.08
                         )
-                finish(axes, f"{words(key)}{', 1/1000' if scale > 1 else ''}")
+                axes.set_title(f"{words(key)}{', 1/1000' if scale > 1 else ''}")
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.set_xlabel("minute", fontsize=8)
             panels[0].legend(fontsize=8, frameon=False)
@@ -667,7 +660,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def document(results: Mapping[str, Any], name: str) -> str:
-    """Returns all results as Markdown; pictures stand beside it under `name`_PART.png."""
+    """Returns all results as Markdown; charts stand beside it under `name`_PART.png."""
     lines = [
         "# What streaming features are worth",
         "",
@@ -691,14 +684,14 @@ def document(results: Mapping[str, Any], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- pictures
+# --- charts
 
 
 @contextlib.contextmanager
 def figure(
     path: Path, title: str, film: Film, heads: Sequence[str], panels: int, columns: int | None = None
 ) -> Iterator[list[Any]]:
-    """Writes a picture: a film above, below it panels that are filled inside the `with`.
+    """Writes a chart: a film above, below it panels that are filled inside the `with`.
 
     Args:
       path: the PNG.
@@ -715,26 +708,25 @@ def figure(
     tall = len(film) * share * WIDTH / count * height / width  # inches
     above = 0.55 + 0.2 * title.count("\n") + 0.15 * heads[0].count("\n")
     total = above + tall + below * PANEL
-    drawn = pyplot.figure(figsize=(WIDTH, total), dpi=DPI)
-    drawn.suptitle(title, fontsize=12, x=0.02, y=1 - 0.1 / total, ha="left", va="top")
-    strip = drawn.add_axes((ROW_LABEL / WIDTH, 1 - (above + tall) / total, share, tall / total))
-    strip.imshow(_canvas(film), aspect="auto")
-    strip.set_yticks([(height + GAP) * (i + 0.5) for i in range(len(film))], [n for n, _ in film], fontsize=8)
-    strip.set_xticks([(width + GAP) * (i + 0.5) for i in range(count)], heads, fontsize=7)
-    strip.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-    strip.spines[:].set_visible(False)
-    grid = drawn.add_gridspec(
-        below, columns, left=0.6 / WIDTH, right=1 - MARGIN / WIDTH, top=1 - (above + tall + 0.5) / total,
-        bottom=0.5 / total, wspace=0.14 if columns < 4 else 0.24, hspace=0.35,
-    )  # fmt: skip
-    axes = [drawn.add_subplot(grid[divmod(i, columns)]) for i in range(panels)]
-    for one in axes:
-        one.tick_params(axis="x", labelsize=8)
-    try:
+    with chart(path, WIDTH, total, layout=None) as drawn:
+        drawn.suptitle(title, fontsize=12, x=0.02, y=1 - 0.1 / total, ha="left", va="top")
+        strip = drawn.add_axes((ROW_LABEL / WIDTH, 1 - (above + tall) / total, share, tall / total))
+        strip.imshow(_canvas(film), aspect="auto")
+        strip.set_yticks(
+            [(height + GAP) * (i + 0.5) for i in range(len(film))], [n for n, _ in film], fontsize=8
+        )
+        strip.set_xticks([(width + GAP) * (i + 0.5) for i in range(count)], heads, fontsize=7)
+        strip.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+        strip.spines[:].set_visible(False)
+        strip.grid(visible=False)
+        grid = drawn.add_gridspec(
+            below, columns, left=0.6 / WIDTH, right=1 - MARGIN / WIDTH, top=1 - (above + tall + 0.5) / total,
+            bottom=0.5 / total, wspace=0.14 if columns < 4 else 0.24, hspace=0.35,
+        )  # fmt: skip
+        axes = [drawn.add_subplot(grid[divmod(i, columns)]) for i in range(panels)]
+        for one in axes:
+            one.tick_params(axis="x", labelsize=8)
         yield axes
-        drawn.savefig(path, format="png")
-    finally:
-        pyplot.close(drawn)
 
 
 def _canvas(film: Film) -> np.ndarray:

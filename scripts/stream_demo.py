@@ -1,7 +1,7 @@
 """Plays a file or a camera as a live source through the scheduler, several streams if asked for: `svd2 live`.
 
 python scripts/stream_demo.py --input in.mp4 --loop --fps 8 \
-    --prompt "a watercolour painting" --output out.mp4 --metrics out.jsonl --picture out.png
+    --prompt "a watercolour painting" --output out.mp4 --metrics out.jsonl --chart out.png
 python scripts/stream_demo.py --help
 """
 

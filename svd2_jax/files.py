@@ -22,11 +22,11 @@ def check_target(path: Path) -> None:
         raise MediaError(f"{path}: the folder {path.parent} cannot be written to")
 
 
-def check_picture(path: Path) -> None:
-    """Raises MediaError for a file that a picture could not be written to, before the work for it is done."""
+def check_chart(path: Path) -> None:
+    """Raises MediaError for a file that a chart could not be written to, before the work for it is done."""
     check_target(path)
     if path.suffix.lower() != ".png":
-        raise MediaError(f"{path}: a picture's name ends in .png")
+        raise MediaError(f"{path}: a chart's name ends in .png")
 
 
 def check_apart(

@@ -1,4 +1,4 @@
-"""Text for terminals and pictures: aligned tables, rates with their prefix, what has to fit into a width."""
+"""Text for terminals and charts: aligned tables, rates with their prefix, what has to fit into a width."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def held_in(weight_dtype: str, cache_dtype: str) -> str:
 def measured_blocks(split: Sequence[int]) -> str:
     """Returns what people are told of a split that was measured."""
     return f"blocks per stage, by measured times: {'+'.join(map(str, split))}"
+
+
+def percent(share: float) -> str:
+    """Returns a share from 0 to 1 in percent, small ones to two digits."""
+    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
 
 
 def shortened(text: str, width: float, measured: Callable[[str], float]) -> str:

@@ -399,9 +399,9 @@ def test_no_report_takes_the_place_of_the_input_or_of_another_output(svd2, tmp_p
     with unchanged(tmp_path):
         for args, message in (
             ([*live, "--metrics", video], f"--metrics {video}: is the same file as --input {video}"),
-            ([*live, "--metrics", sheet, "--picture", sheet], f"--picture {sheet}: is the same file as --metrics"),
+            ([*live, "--metrics", sheet, "--chart", sheet], f"--chart {sheet}: is the same file as --metrics"),
             (["demo", "--input", video, "--out", tmp_path], f"--out {video}: is the same file as --input"),
-            (["bench", "--json", sheet, "--picture", sheet], f"--picture {sheet}: is the same file as --json"),
+            (["bench", "--json", sheet, "--chart", sheet], f"--chart {sheet}: is the same file as --json"),
             (["simulate", video, "--json", video], f"--json {video}: is the same file as the trace"),
             (["plan", "--config", settings, "--json", settings], "is the same file as --config"),
         ):  # fmt: skip

@@ -39,7 +39,7 @@ def live(clip, *options):
         (["--config", "configs/v2v_low_latency.yaml"], "use --budget instead"),
         (["--config", "configs/t2v.yaml"], "settings for the task 't2v'"),
         (["--metrics", "nowhere/out.jsonl"], "the folder nowhere does not exist"),
-        (["--picture", "."], "is a folder"),
+        (["--chart", "."], "is a folder"),
         (["--output", "out.gif"], "cannot write the format '.gif'"),
         (["--stages", "99"], "99 stages need 99 devices"),
         (["--replicas", "0"], "--replicas must be at least 1"),

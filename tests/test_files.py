@@ -74,10 +74,10 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     assert path.is_fifo()
 
 
-def test_a_picture_is_a_png(tmp_path):
-    files.check_picture(tmp_path / "a.PNG")
-    with pytest.raises(MediaError, match=r"a picture's name ends in \.png"):
-        files.check_picture(tmp_path / "a.jpg")
+def test_a_chart_is_a_png(tmp_path):
+    files.check_chart(tmp_path / "a.PNG")
+    with pytest.raises(MediaError, match=r"a chart's name ends in \.png"):
+        files.check_chart(tmp_path / "a.jpg")
 
 
 def test_values_that_are_no_numbers_are_refused_where_they_may_not_be(tmp_path):
@@ -96,8 +96,8 @@ def test_an_output_is_no_input_and_no_other_output_however_it_is_written(tmp_pat
     for path in (source, link, Path("a.mp4"), Path("none/../a.mp4")):
         with pytest.raises(MediaError, match=r"--output .*: is the same file as --input .*a\.mp4"):
             files.check_apart([("--output", path)], [("--input", source)])
-    with pytest.raises(MediaError, match=r"--picture new\.png: is the same file as --json new\.png"):
-        files.check_apart([("--json", Path("new.png")), ("--picture", Path("new.png"))])
+    with pytest.raises(MediaError, match=r"--chart new\.png: is the same file as --json new\.png"):
+        files.check_apart([("--json", Path("new.png")), ("--chart", Path("new.png"))])
     files.check_apart(
         [("--output", Path("b.mp4")), ("--json", None)], [("--input", source), ("--config", None)]
     )

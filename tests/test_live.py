@@ -74,7 +74,7 @@ def record(number, arrived=None, stamped=None):
 
 def test_a_file_is_played_to_its_end_and_every_frame_is_accounted_for(clip, tmp_path, capsys):
     live_run = plan(
-        clip, output=tmp_path / "out.mp4", metrics=tmp_path / "out.jsonl", picture=tmp_path / "out.png"
+        clip, output=tmp_path / "out.mp4", metrics=tmp_path / "out.jsonl", chart=tmp_path / "out.png"
     )
     ended_well, _ = run(live_run)
     assert ended_well

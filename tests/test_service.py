@@ -327,7 +327,7 @@ def sink(frame, record):
         (lambda s: s.prepare_prompts([5]), "the prompt must be text, got int"),
         (lambda s: s.wait("a"), "timeout_s must be a number of seconds, or None; got 'a'"),
         (lambda s: s.drain("x"), "timeout_s must be a number of seconds, or None; got 'x'"),
-        (lambda s: s.metrics.summary(99), r"no numbers of stream 99 are kept; those kept are of \[\]"),
+        (lambda s: s.metrics.summary(99), r"no numbers of stream 99 are stored; those stored are of \[\]"),
         (lambda s: StreamSettings(8, "1000"), "budget_ms must be a number above 0"),
         (lambda s: StreamSettings(8, 1000, steps="2"), "steps must be a whole number, at least 1; got '2'"),
     ],

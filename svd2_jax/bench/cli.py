@@ -26,7 +26,7 @@ FIRST_FRAME = "first-frame"
 
 EXAMPLES = """\
 examples:
-  svd2 bench --checkpoint random:wan-1.3b --dtype bfloat16 --json bench.json --picture bench.png
+  svd2 bench --checkpoint random:wan-1.3b --dtype bfloat16 --json bench.json --chart bench.png
   svd2 bench --checkpoint ckpt --height 512 --width 512 --steps 4 --part tick --part stream
 
   svd2 bench --checkpoint random:golden --part tick --trace profile
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all numbers there, each sample included"
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw there where the time goes")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw there where the time goes")
     parser.add_argument(
         "--trace", type=Path, metavar="FOLDER",
         help="also profile a few runs of each part: its costliest kernels are listed; the profiler's files stay there",
@@ -111,9 +111,9 @@ def run(
     """
     if args.json:
         files.check_target(args.json)
-    if args.picture:
-        files.check_picture(args.picture)
-    files.check_apart([("--json", args.json), ("--picture", args.picture)], [("--config", args.config)])
+    if args.chart:
+        files.check_chart(args.chart)
+    files.check_apart([("--json", args.json), ("--chart", args.chart)], [("--config", args.config)])
     if args.trace:
         try:
             args.trace.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ def run(
     print(text(report))
     if args.json:
         files.write_json(args.json, report.to_dict(), allow_nan=False)
-    if args.picture:
-        from svd2_jax.bench.picture import draw
+    if args.chart:
+        from svd2_jax.bench.chart import draw
 
-        files.write_whole(args.picture, lambda path: draw(path, report))
+        draw(args.chart, report)
     return 0
 
 

@@ -77,7 +77,7 @@ LIVE_EXAMPLES = """\
 examples:
   svd2 live --checkpoint ckpt --input in.mp4 --loop --prompt "a watercolour painting" --output out.mp4
   svd2 live --checkpoint ckpt --camera /dev/video0 --fps 16 --prompt "a sunny day" --seconds 600 \\
-      --output out.mp4 --metrics out.jsonl --picture out.png
+      --output out.mp4 --metrics out.jsonl --chart out.png
   svd2 live --checkpoint ckpt --input in.mp4 --streams 4 --prompt "a sketch" --prompt "an oil painting" \\
       --steps 4 --min-steps 1 --budget 800 --output out.mp4
 
@@ -712,7 +712,7 @@ def _add_live(parser: argparse.ArgumentParser) -> None:
         "--metrics", type=Path, metavar="JSONL", help="what became of each frame, line by line"
     )
     report.add_argument(
-        "--picture",
+        "--chart",
         type=Path,
         metavar="PNG",
         help="chart of the latency over time against the latency budget",
@@ -768,10 +768,10 @@ def _live(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} {masked(url)}: a URL is for one stream; use --streams 1, or a file")
     if args.loop and isinstance(args.input, str):
         raise ConfigError(f"--loop is for a file; {masked(args.input)} is a stream and is not started over")
-    for path in filter(None, (args.metrics, args.picture)):
+    for path in filter(None, (args.metrics, args.chart)):
         files.check_target(path)
     outputs = [("--output", path) for path in live.output_files(args.output, args.streams)]
-    files.check_apart([*outputs, ("--metrics", args.metrics), ("--picture", args.picture)], _inputs(args))
+    files.check_apart([*outputs, ("--metrics", args.metrics), ("--chart", args.chart)], _inputs(args))
     cfg = _stream_config(argparse.Namespace(**{**vars(args), "input": True}))
     if cfg.mode != "stream":
         raise ConfigError(
@@ -833,7 +833,7 @@ def _live_from(
         source,
         args.output,
         args.metrics,
-        args.picture,
+        args.chart,
         args.seconds,
         args.blend,
         remark,

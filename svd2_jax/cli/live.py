@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svd2_jax import files, progress
+from svd2_jax import progress
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.cli.terminal import LOOK_S, Interrupts, TypedLines, heard
 from svd2_jax.errors import ConfigError, MediaError, Svd2Error
 from svd2_jax.media.sinks import UrlSink, VideoSink
-from svd2_jax.runtime import picture
+from svd2_jax.runtime.event_log import JsonLines
 from svd2_jax.runtime.loop_config import HANG_EXIT_CODE, HangReport, LoopConfig
-from svd2_jax.runtime.metrics import JsonLines, Metrics
+from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.stream import Source, Stream
 from svd2_jax.runtime.table import LiveTable
@@ -47,7 +47,7 @@ class LiveRun:
       source: opens the input of stream i; its waits end when the event is set.
       output: video file to write, with several streams its name gets the stream's number; or the URL to send to.
       metrics: JSON-lines file to write, or None.
-      picture: PNG file to write, or None.
+      chart: PNG file to write, or None.
       seconds: how long to run; None: until the input ends.
       blend_chunks: chunks over which a typed prompt comes in.
       remark: what to tell the user about a typed prompt, or None.
@@ -59,7 +59,7 @@ class LiveRun:
     source: Callable[[int, threading.Event], Source]
     output: Path | str | None = None
     metrics: Path | None = None
-    picture: Path | None = None
+    chart: Path | None = None
     seconds: float | None = None
     blend_chunks: int = 4
     remark: Callable[[str], str | None] = lambda prompt: None
@@ -151,10 +151,12 @@ def run(engines: Sequence[Engine], plan: LiveRun, policy: PolicyConfig, say: Cal
             tell("no video was kept; --output FILE keeps it")
         if plan.metrics is not None and not any(p.startswith(f"{plan.metrics}: ") for p in problems):
             tell(f"{plan.metrics}: what became of every frame, line by line")
-        if plan.picture is not None:
+        if plan.chart is not None:
+            from svd2_jax.charts import live as live_chart  # matplotlib takes a second to load
+
             try:
-                files.write_whole(plan.picture, functools.partial(picture.timeline, metrics))
-                tell(f"{plan.picture}: chart of the latency against the latency budget")
+                live_chart.draw(plan.chart, metrics)
+                tell(f"{plan.chart}: chart of the latency against the latency budget")
             except MediaError as e:
                 problems.append(str(e))
     for problem in problems:

@@ -24,7 +24,7 @@ DEFAULT_RATE_HZ = 16.0  # that Wan2.1 was trained at
 EXAMPLES = """\
 examples:
   python scripts/make_eval_clips.py --out clips --split held_out --clips 8 --frames 49
-  svd2 eval --checkpoint ckpt --clips clips --height 96 --width 160 --json eval.json --picture eval.png
+  svd2 eval --checkpoint ckpt --clips clips --height 96 --width 160 --json eval.json --chart eval.png
   svd2 eval --checkpoint ckpt --clips clips --look sepia --look comic --minutes 10 --json eval.json
 
   # videos of your own, without targets
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="CLIP exported to ONNX, which judges how frames fit their prompt (default: none does)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw samples and numbers there")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw samples and numbers there")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
 
     if args.json:
         files.check_target(args.json)
-    if args.picture:
-        files.check_picture(args.picture)
+    if args.chart:
+        files.check_chart(args.chart)
     if args.frames is not None and args.frames < 2:
         raise ConfigError(f"--frames must be at least 2, got {args.frames}")
     if args.minutes < 0:
@@ -93,9 +93,7 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
         raise ConfigError(f"--fps must be above 0, got {args.fps:g}")
     folder = clips.read_folder(args.clips, args.prompt, args.look)
     read = [("the clip", path) for clip in folder.clips for path in (clip.input, *clip.targets)]
-    files.check_apart(
-        [("--json", args.json), ("--picture", args.picture)], [("--config", args.config), *read]
-    )
+    files.check_apart([("--json", args.json), ("--chart", args.chart)], [("--config", args.config), *read])
     spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
     judge = ClipModel(args.clip) if args.clip else None
     plan = EvaluationPlan(folder, spec, args.fps, args.frames, args.minutes, judge)
@@ -115,8 +113,8 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     print(table(report))
     if args.json:
         files.write_json(args.json, report.to_dict(), allow_nan=False)
-    if args.picture:
-        from svd2_jax.evaluate.picture import draw
+    if args.chart:
+        from svd2_jax.evaluate.chart import draw
 
-        files.write_whole(args.picture, lambda path: draw(path, report, found.samples))
+        draw(args.chart, report, found.samples)
     return 0

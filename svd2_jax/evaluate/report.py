@@ -104,23 +104,24 @@ class LongStream:
     prompt: str
     minutes: tuple[Minute, ...]
 
+    def measures(self) -> dict[str, list[float]]:
+        """Returns each measure of the output by its name, minute by minute; likeness only where there is a target."""
+        minutes = [(m.output, m.tone, *([m.to_target] if m.to_target else [])) for m in self.minutes]
+        return {
+            field.name: [getattr(part, field.name) for part in parts]
+            for parts in zip(*minutes, strict=True)
+            for field in dataclasses.fields(parts[0])
+        }
+
     def drift(self) -> dict[str, float | None]:
         """Returns by how much each measure of the last minute differs from the second one's, as a share of it."""
         if len(self.minutes) < 3:
             return {}
-        second, last = self.minutes[1], self.minutes[-1]
 
         def change(before: float, after: float) -> float | None:
             return None if before == 0 or math.isnan(before + after) else (after - before) / abs(before)
 
-        pairs: list[tuple[Any, Any]] = [(second.output, last.output), (second.tone, last.tone)]
-        if second.to_target and last.to_target:
-            pairs.append((second.to_target, last.to_target))
-        return {
-            field.name: change(getattr(before, field.name), getattr(after, field.name))
-            for before, after in pairs
-            for field in dataclasses.fields(before)
-        }
+        return {name: change(values[1], values[-1]) for name, values in self.measures().items()}
 
 
 @dataclass(frozen=True)

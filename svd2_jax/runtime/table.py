@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -14,56 +13,56 @@ from rich.table import Table
 from rich.text import Text
 
 from svd2_jax.runtime.metrics import Metrics, Summary
+from svd2_jax.text import percent
 
 REFRESH_HZ = 4.0
-MOST_ROWS = 12  # of streams in the live table, those that are active latest
+MOST_ROWS = 12  # of streams in the live table, the newest
 GONE = (OSError, ValueError, SystemExit)  # raised when nobody reads what is printed; the last one by rich
 GOOD, FAIR, BAD = "green", "yellow", "red"
 MISS_FAIR, MISS_BAD = 0.001, 0.01  # shares of late frames: the goals below capacity and in overload
 
 
-def summary_table(
-    streams: Sequence[Summary], overall: Summary, recent: Sequence[Summary] = (), hidden: int = 0
-) -> Table:
-    """Returns a table with a row for each stream, and one for all of them.
+def view(metrics: Metrics, live: bool = False) -> Group:
+    """Returns a table with a row for each stream, and one over all where there are several; below it, the device.
 
     Args:
-      streams: numbers of the whole run, for each stream.
-      overall: the same over all streams.
-      recent: numbers of the last seconds in the same order, which replace FPS and latency; empty at the end.
-      hidden: streams that have no row.
+      metrics: where the numbers come from.
+      live: FPS, latency, jitter, steps and the device's load are those of the last seconds, and only the newest 12
+        streams have rows; else all numbers are those of the whole run.
     """
+    streams = metrics.streams
+    shown = (*(streams[-MOST_ROWS:] if live else streams), None)
+    *rows, overall = [(metrics.summary(stream), metrics.summary(stream, recent=live)) for stream in shown]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")  # fits into 80 columns
     table.add_column("stream")  # the one that gives way where the terminal is narrow
     for name in ("in", "shown", "late", "dropped", "FPS", "p50", "p95", "p99", "of ms", "jitter", "steps"):
         table.add_column(name, justify="right", no_wrap=True)
-    for i, whole in enumerate(streams):
-        _add_row(table, whole, recent[i] if recent else whole)
-    if len(streams) + hidden != 1:
+    for row in rows:
+        _add_row(table, *row)
+    if len(streams) != 1:
         table.add_section()
-        _add_row(table, overall, recent[-1] if len(recent) > len(streams) else overall)
-    return table
+        _add_row(table, *overall)
+    return Group(table, _device_lines(*overall))
 
 
-def device_line(whole: Summary, recent: Summary | None = None) -> Text:
+def _device_lines(whole: Summary, now: Summary) -> Text:
     """Returns a line about the device (load, batches, queue), and one about what was late or dropped and why."""
-    now = recent or whole
     first = "-" if whole.time_to_first_ms is None else f"{whole.time_to_first_ms:.0f} ms"
     parts = [
-        f"device busy {_percent(now.utilisation)}",
+        f"device busy {percent(now.utilisation)}",
         f"{whole.ticks} ticks of {now.batch_mean:.2f} streams (at most {whole.batch_max})",
         f"queue {now.queue_mean:.1f} (at most {whole.queue_max})",
         f"first frame after {first}",
     ]
-    line = Text(" · ".join(parts), style="dim")
+    lines = Text(" · ".join(parts), style="dim")
     dropped = ", ".join(f"{count} {reason}" for reason, count in whole.dropped.items())
     if whole.late or dropped:
-        line.append(f"\nlate: {whole.late} · dropped: {dropped or 0}")
-    if whole.repeated or not whole.is_balanced:
-        line.append(
+        lines.append(f"\nlate: {whole.late} · dropped: {dropped or 0}")
+    if not whole.is_balanced:
+        lines.append(
             f"\n{whole.repeated} frames were reported twice: please report this as a fault", style=BAD
         )
-    return line
+    return lines
 
 
 class LiveTable:
@@ -105,22 +104,12 @@ class LiveTable:
             if self._live is not None:
                 self._live.stop()
             if self._metrics.streams:
-                self._console.print(self.final())
-
-    def final(self) -> Group:
-        """Returns the table of the whole run."""
-        metrics = self._metrics
-        streams = [metrics.summary(stream) for stream in metrics.streams]
-        return Group(summary_table(streams, metrics.summary()), device_line(metrics.summary()))
+                self._console.print(view(self._metrics))
 
     def _now(self) -> Group:
         """Returns the table of this moment."""
-        metrics, shown = self._metrics, self._metrics.streams[-MOST_ROWS:]
-        streams = [metrics.summary(stream) for stream in shown]
-        recent = [metrics.summary(stream, recent=True) for stream in (*shown, None)]
-        table = summary_table(streams, metrics.summary(), recent, len(metrics.streams) - len(shown))
-        lines = [table, device_line(metrics.summary(), recent[-1])]
-        return Group(*lines, Text(self.note, style="dim")) if self.note else Group(*lines)
+        lines = view(self._metrics, live=True)
+        return Group(lines, Text(self.note, style="dim")) if self.note else lines
 
     def _refresh(self) -> None:
         with suppress(*GONE):
@@ -149,14 +138,10 @@ def _add_row(table: Table, whole: Summary, now: Summary) -> None:
 
 def _coloured(share: float) -> Text:
     colour = "" if share == 0 else GOOD if share < MISS_FAIR else FAIR if share < MISS_BAD else BAD
-    return Text(_percent(share), style=colour)
+    return Text(percent(share), style=colour)
 
 
 def _latency(ms: float | None, budget_ms: float) -> Text:
     if ms is None:
         return Text("-")
     return Text(f"{ms:.0f}", style=BAD if ms > budget_ms else FAIR if ms > 0.9 * budget_ms else GOOD)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"

@@ -176,6 +176,11 @@ class FrameRecord:
     reason: Reason | None = None
     media_ns: int = 0
 
+    @property
+    def at_ns(self) -> int:
+        """When its fate was known."""
+        return self.shown_ns or self.done_ns or self.arrival_ns
+
 
 @dataclass(frozen=True)
 class TickRecord:
@@ -192,6 +197,11 @@ class TickRecord:
     started_ns: int
     done_ns: int
     queued: int
+
+    @property
+    def at_ns(self) -> int:
+        """When it was over."""
+        return self.done_ns
 
 
 @dataclass(frozen=True)

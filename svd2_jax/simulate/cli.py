@@ -23,7 +23,7 @@ EXIT_MISSED = 1
 EXAMPLES = """\
 examples:
   svd2 simulate traces/steady_16.json
-  svd2 simulate traces/*.json --policy all --json simulate.json --picture simulate.png
+  svd2 simulate traces/*.json --policy all --json simulate.json --chart simulate.png
   svd2 simulate traces/hour.json --policy fifo
 
 Runs the scheduler of live streams under a virtual clock: no model, no device, an hour in seconds, and the same numbers
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy", choices=(*POLICIES, "all"), default=DEADLINE, help="what schedules (default %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw latencies over time there")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw latencies over time there")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
@@ -72,31 +72,31 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json:
         files.check_target(args.json)
-    if args.picture:
-        files.check_picture(args.picture)
+    if args.chart:
+        files.check_chart(args.chart)
     files.check_apart(
-        [("--json", args.json), ("--picture", args.picture)], [("the trace", path) for path in args.traces]
+        [("--json", args.json), ("--chart", args.chart)], [("the trace", path) for path in args.traces]
     )
     traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
     names = POLICIES if args.policy == "all" else [args.policy]
     rows: list[Row] = []
-    sketches: list[Any] = []
+    drawn: list[Any] = []
     for trace in traces:
         for name in names:
             outcome = _simulate(trace, name, not args.no_progress)
             rows.append(summarise(outcome))
-            if args.picture:
-                from svd2_jax.simulate.picture import sketch
+            if args.chart:
+                from svd2_jax.simulate.chart import summed_up
 
-                sketches.append(sketch(outcome))
+                drawn.append(summed_up(outcome))
     if args.json:
         files.write_json(args.json, [row.to_dict() for row in rows])
-    if args.picture:
-        from svd2_jax.simulate.picture import draw
+    if args.chart:
+        from svd2_jax.simulate.chart import draw
 
-        files.write_whole(args.picture, lambda path: draw(path, sketches))
+        draw(args.chart, drawn)
     print(table(rows, DEADLINE))
-    for path in filter(None, (args.json, args.picture)):
+    for path in filter(None, (args.json, args.chart)):
         print(f"{path}: written")
     ours = [row for row in rows if row.policy == DEADLINE]
     return EXIT_MISSED if any(row.missed_goals for row in ours) else 0

@@ -48,7 +48,8 @@ class Row:
       latency_ms: from arrival to display of all frames shown: p50, p95, p99.
       budget_ms: (least, most) of the streams.
       jitter_ms: by how much the time between two frames shown differs from that in the source, mean.
-      worst_miss_rate: late frames as a share of those shown, of the stream where that is largest.
+      miss_rate: late frames as a share of those shown.
+      worst_miss_rate: the same of the stream where it is largest.
       fps: frames shown per second, mean of the streams.
       busy: share of the time that the device ran.
       throughput: frames finished under overload, as a share of what the device could do then; None without an overload
@@ -74,6 +75,7 @@ class Row:
     latency_ms: tuple[float, float, float]
     budget_ms: tuple[float, float]
     jitter_ms: float
+    miss_rate: float
     worst_miss_rate: float
     fps: float
     busy: float
@@ -86,11 +88,6 @@ class Row:
     bound_ms: tuple[float, float] = (0.0, 0.0)
     of_bound: tuple[float, float] = (0.0, 0.0)
     quiet: bool = False
-
-    @property
-    def miss_rate(self) -> float:
-        """Late frames as a share of those shown."""
-        return self.late / max(1, self.shown + self.late)
 
     @property
     def missed_goals(self) -> tuple[str, ...]:
@@ -111,7 +108,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all of it as plain values, for JSON; an infinite time becomes "never"."""
-        values = {**vars(self), "miss_rate": self.miss_rate, "missed_goals": self.missed_goals}
+        values = {**vars(self), "missed_goals": self.missed_goals}
         return {k: "never" if v == float("inf") else v for k, v in values.items()}
 
 
@@ -119,7 +116,7 @@ def summarise(outcome: SimulationResult) -> Row:
     """Returns the row of a run."""
     trace = outcome.admitted
     overloads = trace.overloads
-    metrics = Metrics(kept_streams=len(trace.sources))
+    metrics = Metrics(stored_streams=len(trace.sources))
     impossible: list[FrameRecord] = []
     for event in outcome.events:
         if isinstance(event, FrameRecord) and not outcome.is_possible(event):
@@ -149,6 +146,7 @@ def summarise(outcome: SimulationResult) -> Row:
         latency_ms=(total.latency_p50_ms or 0.0, total.latency_p95_ms or 0.0, total.latency_p99_ms or 0.0),
         budget_ms=(min(budgets), max(budgets)),
         jitter_ms=total.jitter_ms or 0.0,
+        miss_rate=total.miss_rate,
         worst_miss_rate=max((s.miss_rate for s in streams), default=0.0),
         fps=sum(s.fps_shown for s in streams) / max(1, len(streams)),
         busy=outcome.busy_s / max(outcome.ended_s, 1e-9),

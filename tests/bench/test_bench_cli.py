@@ -39,7 +39,7 @@ def check_refused(result: tuple[int, str, str], message: str) -> None:
 def test_parts_of_a_smaller_model_are_measured_and_written(bench, tmp_path):
     file, drawn = tmp_path / "bench.json", tmp_path / "bench.png"
     code, out, err = bench(
-        *SMALL, "--blocks", 2, "--repeats", 2, "--json", file, "--picture", drawn,
+        *SMALL, "--blocks", 2, "--repeats", 2, "--json", file, "--chart", drawn,
         *(x for part in ("text", "tick", "decode-wan", "dispatch", "first-frame") for x in ("--part", part)),
     )  # fmt: skip
     assert code == 0, err
@@ -108,7 +108,7 @@ def test_bad_input_is_one_line(bench, tmp_path):
     check_refused(bench(*SMALL, "--repeats", 0), "--repeats must be at least 1, got 0")
     check_refused(bench(*SMALL, "--blocks", 9), "golden has 1 to 4 blocks to take, got 9")
     check_refused(bench("--checkpoint", "random:huge"), "unknown preset 'huge'")
-    check_refused(bench(*SMALL, "--picture", tmp_path / "a.jpg"), "a picture's name ends in .png")
+    check_refused(bench(*SMALL, "--chart", tmp_path / "a.jpg"), "a chart's name ends in .png")
     check_refused(bench(*SMALL, "--json", tmp_path), "is a folder")
     check_refused(bench(*SMALL, "--height", 33), "height must be a positive multiple of 16")
     assert bench(*SMALL, "--part", "nothing")[0] == 2

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from svd2_jax.bench import picture
+from svd2_jax.bench import chart
 from svd2_jax.bench.report import Against, Measured, Report, Settings, text
 from svd2_jax.bench.timing import Sample
 from svd2_jax.config import StreamConfig
@@ -66,11 +66,11 @@ def test_the_report_is_plain_values():
     assert values["ceiling"] == {"flops": 100e9, "memory_bandwidth": 10e9}
 
 
-def test_a_picture_is_drawn_of_whatever_was_measured(tmp_path):
+def test_a_chart_is_drawn_of_whatever_was_measured(tmp_path):
     for name, report in (
         ("all", REPORT),
         ("one", dataclasses.replace(REPORT, parts=REPORT.parts[:1])),
         ("none", dataclasses.replace(REPORT, parts=(), first_frame={})),
     ):
-        picture.draw(tmp_path / f"{name}.png", report)
+        chart.draw(tmp_path / f"{name}.png", report)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -27,11 +27,11 @@ def videos(tmp_path):
 
 
 @pytest.mark.slow  # compiles a stream
-def test_a_folder_of_videos_becomes_numbers_and_a_picture(evaluate, videos, tmp_path):
-    numbers, picture = tmp_path / "eval.json", tmp_path / "eval.png"
+def test_a_folder_of_videos_becomes_numbers_and_a_chart(evaluate, videos, tmp_path):
+    numbers, chart = tmp_path / "eval.json", tmp_path / "eval.png"
     code, out, err = evaluate(
         "--clips", videos, *SIZE, "--prompt", "a sketch", "--prompt", "an oil painting", "--steps", 1,
-        "--minutes", 3, "--fps", 0.2, "--json", numbers, "--picture", picture,
+        "--minutes", 3, "--fps", 0.2, "--json", numbers, "--chart", chart,
     )  # fmt: skip
     assert code == 0
     assert "evaluating" in err
@@ -45,7 +45,7 @@ def test_a_folder_of_videos_becomes_numbers_and_a_picture(evaluate, videos, tmp_
     ]
     assert report["settings"]["stream"]["timesteps"] == [700]
     assert len(report["long"]["minutes"]) == 3
-    with Image.open(picture) as image:
+    with Image.open(chart) as image:
         assert image.format == "PNG"
         assert image.width > 1000
     assert {p.name for p in tmp_path.iterdir()} == {"videos", "eval.json", "eval.png"}
@@ -60,7 +60,7 @@ def test_a_folder_of_videos_becomes_numbers_and_a_picture(evaluate, videos, tmp_
         (("--prompt", "x", "--minutes", -1), "--minutes must be at least 0, got -1"),
         (("--prompt", "x", "--fps", 0), "--fps must be above 0, got 0"),
         (("--prompt", "x", "--noise-scale", 2), "noise_scale must be in (0, 1]"),
-        (("--prompt", "x", "--picture", "a.jpg"), "a.jpg: a picture's name ends in .png"),
+        (("--prompt", "x", "--chart", "a.jpg"), "a.jpg: a chart's name ends in .png"),
         (("--prompt", "x", "--json", "none/a.json"), "none does not exist"),
         (
             ("--prompt", "x", "--clip", "none"),

@@ -10,7 +10,7 @@ import pytest
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import MediaError
-from svd2_jax.evaluate import clips, measures, picture, report, run
+from svd2_jax.evaluate import chart, clips, measures, report, run
 from svd2_jax.evaluate.clip_model import ClipScores
 from svd2_jax.evaluate.report import Report, Settings
 from svd2_jax.media import VideoWriter, synthetic_clip
@@ -267,8 +267,8 @@ def test_the_report_holds_means_a_confusion_table_and_no_nan(found):
     assert lines[3].endswith("100 %")
 
 
-def test_the_picture_is_drawn_with_and_without_targets(folder, found, tmp_path):
-    picture.draw(tmp_path / "a.png", as_report(found), found.samples)
+def test_the_chart_is_drawn_with_and_without_targets(folder, found, tmp_path):
+    chart.draw(tmp_path / "a.png", as_report(found), found.samples)
     bare = dataclasses.replace(
         as_report(found, ()),
         streams=tuple(
@@ -278,7 +278,7 @@ def test_the_picture_is_drawn_with_and_without_targets(folder, found, tmp_path):
         changes=(),
     )
     samples = [dataclasses.replace(sample, target=None) for sample in found.samples]
-    picture.draw(tmp_path / "b.png", bare, samples)
+    chart.draw(tmp_path / "b.png", bare, samples)
     assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 0
 
 

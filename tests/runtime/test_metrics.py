@@ -3,11 +3,13 @@
 import json
 import random
 import sys
+from contextlib import closing
 
 import pytest
 
 from svd2_jax.errors import SessionError
-from svd2_jax.runtime.metrics import BUCKETS, KEPT_PROMPTS, Histogram, JsonLines, Metrics, fan_out
+from svd2_jax.runtime.event_log import JsonLines
+from svd2_jax.runtime.metrics import BUCKETS, STORED_PROMPTS, Histogram, Metrics
 from svd2_jax.runtime.types import (
     MS,
     Fate,
@@ -192,27 +194,27 @@ def test_a_timeline_widens_its_buckets_and_loses_no_frame():
 
 def test_memory_stays_bounded_however_long_it_runs():
     metrics = fed(*(shown(i, 40 * i, 100 + i % 300) for i in range(20_000)))
-    kept = metrics._streams[0]
-    bins = len(kept.total.latency._bins)
+    numbers = metrics._streams[0]
+    bins = len(numbers.total.latency._bins)
     for i in range(20_000, 60_000):
         metrics(shown(i, 40 * i, 100 + i % 300))
-    assert len(kept.total.latency._bins) == bins
+    assert len(numbers.total.latency._bins) == bins
     assert len(metrics.timeline(0).buckets) <= BUCKETS
-    assert not kept.open_numbers
+    assert not numbers.open_numbers
 
 
-def test_streams_that_left_long_ago_are_kept_in_the_totals_only():
-    metrics = Metrics(kept_streams=10)
+def test_streams_that_left_long_ago_count_in_the_totals_only():
+    metrics = Metrics(stored_streams=10)
     for stream in range(100):
         metrics(shown(0, 1000 * stream, 200, stream=stream))
     assert metrics.streams == tuple(range(90, 100))
     assert metrics.summary().frames_in == metrics.summary().shown == 100
-    with pytest.raises(SessionError, match="no numbers of stream 0 are kept"):
+    with pytest.raises(SessionError, match="no numbers of stream 0 are stored"):
         metrics.summary(0)
 
 
 def test_a_stream_with_frames_inside_is_not_forgotten():
-    metrics = Metrics(kept_streams=3)
+    metrics = Metrics(stored_streams=3)
     metrics.arrived(0, 0)
     for stream in range(1, 20):
         metrics(shown(0, 1000 * stream, 200, stream=stream))
@@ -225,15 +227,17 @@ def test_lines_hold_every_event_and_a_final_summary(tmp_path):
     events = [
         tick(0, 0, 100, queued=5), shown(0, 0, 300), StepChange(0, 5 * MS, 2, 1), dropped(1, 40, Reason.STALE)
     ]  # fmt: skip
-    with JsonLines(path, metrics, about={"command": "test"}) as lines:
-        report = fan_out(metrics, lines)
+    with closing(JsonLines(path, metrics, about={"command": "test"})) as lines:
         for event in events:
-            report(event)
+            metrics(event)
+            lines(event)
         assert len(path.read_text().splitlines()) == 5  # written at once
     start, *middle, end = map(json.loads, path.read_text().splitlines())
     assert start == {"kind": "start", "format": 1, "command": "test"}
     assert [line["kind"] for line in middle] == ["tick", "frame", "steps", "frame"]
     assert middle[1]["shown_ns"] == 300 * MS
+    assert middle[0]["entries"] == [{"stream": 0, "frames": [], "fill": 0, "steps": 2, "first": False}]
+    assert (middle[0]["number"], middle[0]["done_ns"], middle[0]["queued"]) == (0, 100 * MS, 5)
     assert (middle[1]["fate"], middle[1]["reason"]) == ("shown", None)
     assert (middle[3]["fate"], middle[3]["reason"]) == ("dropped", "stale")
     assert end["final"] is True
@@ -243,9 +247,10 @@ def test_lines_hold_every_event_and_a_final_summary(tmp_path):
 
 def test_lines_hold_a_summary_now_and_then(tmp_path):
     metrics, path = Metrics(), tmp_path / "run.jsonl"
-    with JsonLines(path, metrics, every_s=10) as lines:
+    with closing(JsonLines(path, metrics, every_s=10)) as lines:
         for i in range(1000):  # 40 s
-            fan_out(metrics, lines)(shown(i, 40 * i, 300))
+            metrics(shown(i, 40 * i, 300))
+            lines(shown(i, 40 * i, 300))
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
     assert kinds.count("summary") == 4
     assert kinds.count("frame") == 1000
@@ -271,16 +276,16 @@ def test_a_stream_is_labelled_with_its_latest_prompt_and_the_latest_few_are_kept
     metrics(PromptRecord(0, 40 * MS, "winter", 5))
     assert metrics.summary(0).label == "door: winter"
     assert metrics.summary(0).to_dict()["prompt"] == "winter"
-    assert metrics.prompts(0) == ((0, "a pencil\n sketch"), (40 * MS, "winter"))
+    assert list(metrics.timeline(0).prompts) == [(0, "a pencil\n sketch"), (40 * MS, "winter")]
     for number in range(1000):
         metrics(PromptRecord(0, (50 + number) * MS, str(number), 5))
-    assert len(metrics.prompts(0)) == KEPT_PROMPTS
-    assert metrics.prompts(0)[-1] == (1049 * MS, "999")
+    assert len(metrics.timeline(0).prompts) == STORED_PROMPTS
+    assert metrics.timeline(0).prompts[-1] == (1049 * MS, "999")
     assert metrics.summary().label == "all"
 
 
 def test_a_change_of_prompt_is_a_line(tmp_path):
-    with JsonLines(tmp_path / "run.jsonl") as lines:
+    with closing(JsonLines(tmp_path / "run.jsonl")) as lines:
         lines(PromptRecord(3, 40 * MS, "winter", 5))
     line = json.loads((tmp_path / "run.jsonl").read_text().splitlines()[1])
     assert line == {"kind": "prompt", "stream": 3, "at_ns": 40 * MS, "prompt": "winter", "frame": 5}

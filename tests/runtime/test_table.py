@@ -9,7 +9,7 @@ from rich.console import Console
 from test_metrics import dropped, shown, tick
 
 from svd2_jax.runtime.metrics import Metrics
-from svd2_jax.runtime.table import LiveTable, device_line, summary_table
+from svd2_jax.runtime.table import LiveTable, view
 from svd2_jax.runtime.types import Reason, StreamSettings
 
 
@@ -35,7 +35,7 @@ def text(*things, width=140):
 
 def test_each_stream_has_a_row_and_all_together():
     metrics = run(2)
-    lines = text(summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())).splitlines()
+    lines = text(view(metrics)).splitlines()
     assert lines[0].split()[:6] == ["stream", "in", "shown", "late", "dropped", "FPS"]
     rows = {re.sub(r"\s+", " ", line).strip() for line in lines}
     assert {r.split(" 300 300 ")[0] for r in rows} >= {
@@ -49,8 +49,7 @@ def test_the_table_fits_into_eighty_columns_after_hours():
     metrics = run(3)
     for number in range(100, 110_000, 10_000):
         metrics(shown(number, 40 * number, 300))
-    table = summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())
-    assert "…" not in text(table, width=80)
+    assert "…" not in text(view(metrics), width=80)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +58,7 @@ def test_the_table_fits_into_eighty_columns_after_hours():
 def test_prompts_are_cut_as_late_as_the_width_allows(width, row):
     metrics = run(2)
     metrics.opened(0, StreamSettings(rate_hz=25, budget_ms=500), "0", "a neon city at night, [bold] signs")
-    table = summary_table([metrics.summary(s) for s in metrics.streams], metrics.summary())
+    table = view(metrics).renderables[0]
     lines = text(table, width=width).splitlines()
     assert len(lines) == len(text(table, width=300).splitlines())
     assert max(map(len, lines)) <= width
@@ -69,17 +68,28 @@ def test_prompts_are_cut_as_late_as_the_width_allows(width, row):
 
 def test_one_stream_needs_no_row_for_all():
     metrics = run(1)
-    assert "all" not in text(summary_table([metrics.summary(0)], metrics.summary()))
+    assert "all" not in text(view(metrics))
+
+
+def test_the_live_table_shows_the_newest_streams_and_recent_numbers():
+    metrics = run(15)
+    for number in range(100, 250):  # 6 s, faster than before
+        metrics(shown(number, 40 * number, 100, stream=14))
+    lines = text(view(metrics, live=True)).splitlines()
+    assert [line.split()[:2] for line in lines[1:13]] == [["camera", str(i)] for i in range(3, 15)]
+    assert lines[12].split()[2:10] == ["250", "240", "0.42", "%", "4", "%", "25.0", "100"]
+    assert lines[13].split()[:3] == ["all", "1650", "1500"]
+    assert "camera 0" in text(view(metrics))
 
 
 def test_a_run_without_frames_has_a_table():
     metrics = Metrics()
     metrics.opened(0, StreamSettings(rate_hz=25, budget_ms=500))
-    assert "stream 0" in text(summary_table([metrics.summary(0)], metrics.summary()))
+    assert "stream 0" in text(view(metrics))
 
 
 def test_the_device_has_a_line_that_says_why_frames_were_dropped():
-    words = text(device_line(run(1).summary()))
+    words = text(view(run(1)))
     assert "1 ticks of 1.00 streams" in words
     assert "queue 3.0 (at most 3)" in words
     assert "first frame after 300 ms" in words
@@ -89,7 +99,7 @@ def test_the_device_has_a_line_that_says_why_frames_were_dropped():
 def test_a_frame_that_was_reported_twice_is_told_of():
     metrics = run(1)
     metrics(shown(99, 4000, 300))
-    assert "reported twice" in text(device_line(metrics.summary()))
+    assert "reported twice" in text(view(metrics))
 
 
 def test_outside_a_terminal_the_table_comes_once():

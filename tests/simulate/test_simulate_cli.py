@@ -48,11 +48,11 @@ def test_a_trace_becomes_a_line_of_numbers(simulate, trace):
 
 
 def test_all_policies_are_compared_and_everything_is_written(simulate, trace, slowed, tmp_path):
-    numbers, picture = tmp_path / "numbers.json", tmp_path / "picture.png"
-    code, out, err = simulate(trace, slowed, "--policy", "all", "--json", numbers, "--picture", picture)
+    numbers, chart = tmp_path / "numbers.json", tmp_path / "chart.png"
+    code, out, err = simulate(trace, slowed, "--policy", "all", "--json", numbers, "--chart", chart)
     assert code == 1  # nobody keeps 700 ms when a tick takes 800
     *lines, first, second = out.splitlines()[1:]
-    assert (first, second) == (f"{numbers}: written", f"{picture}: written")
+    assert (first, second) == (f"{numbers}: written", f"{chart}: written")
     assert [line.split()[:2] for line in lines] == [
         [name, policy]
         for name in ("small", "slowed")
@@ -66,7 +66,7 @@ def test_all_policies_are_compared_and_everything_is_written(simulate, trace, sl
     assert rows[0]["frames"] == rows[0]["shown"] == 192
     assert rows[0]["missed_goals"] == []
     assert "misses" in rows[4]["missed_goals"]
-    with Image.open(picture) as image:
+    with Image.open(chart) as image:
         assert image.format == "PNG"
         assert image.width > 1000
     assert "small, deadline" in err  # the progress bar
@@ -74,7 +74,7 @@ def test_all_policies_are_compared_and_everything_is_written(simulate, trace, sl
         "small.json",
         "slowed.json",
         "numbers.json",
-        "picture.png",
+        "chart.png",
     }
 
 
@@ -92,8 +92,8 @@ def test_a_missed_goal_is_exit_code_1_only_for_the_policy_that_has_goals(simulat
         (json.dumps({**TRACE, "speed": 1}), [], "t.json: unknown key 'speed'; known are name, description"),
         (json.dumps({**TRACE, "duration_s": 0}), [], "t.json: duration_s must be 0.1 to 86400, got 0"),
         (json.dumps(TRACE), ["--json", "no/folder/x.json"], "the folder no/folder does not exist"),
-        (json.dumps(TRACE), ["--picture", "."], "is a folder, expected a file name to write"),
-        (json.dumps(TRACE), ["--picture", "x.mp4"], "x.mp4: a picture's name ends in .png"),
+        (json.dumps(TRACE), ["--chart", "."], "is a folder, expected a file name to write"),
+        (json.dumps(TRACE), ["--chart", "x.mp4"], "x.mp4: a chart's name ends in .png"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(simulate, tmp_path, content, options, message):
