@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from svd2_jax import cli
+from svd2_jax.cli import device
 from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip
 
 H, W = 48, 64
@@ -293,7 +294,7 @@ def test_a_long_video_is_drawn_on_the_split_that_is_measured_first(svd2, clip, t
     said = "blocks per stage, by measured times: "
     code, _, err = svd2(*run, tmp_path / "short.mp4")
     assert (code, said in err) == (0, False)
-    monkeypatch.setattr(cli, "MEASURED_FRAMES", 11)
+    monkeypatch.setattr(device, "MEASURED_FRAMES", 11)
     code, _, err = svd2(*run, tmp_path / "long.mp4")
     assert code == 0
     assert re.search(rf"^{said}\d\+\d$", err, re.MULTILINE)
@@ -442,7 +443,7 @@ class FakeEngine:
 @pytest.fixture
 def run_fake(svd2, monkeypatch, tmp_path, clip):
     def run(chunks: int, end: BaseException | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(cli, "_engine", lambda *_: FakeEngine(FakeSession(chunks, end)))
+        monkeypatch.setattr(device, "load_engine", lambda *_, **__: FakeEngine(FakeSession(chunks, end)))
         args = ["--input", clip, "--prompt", "x", "--output", tmp_path / "out.mp4", *SIZE]
         return svd2("run", *RANDOM, *args)
 
@@ -450,7 +451,7 @@ def run_fake(svd2, monkeypatch, tmp_path, clip):
 
 
 def test_a_second_prompt_of_a_run_is_pointed_out(svd2, monkeypatch, tmp_path, clip):
-    monkeypatch.setattr(cli, "_engine", lambda *_: FakeEngine(FakeSession(1, None)))
+    monkeypatch.setattr(device, "load_engine", lambda *_, **__: FakeEngine(FakeSession(1, None)))
     args = [
         "--input",
         clip,
@@ -569,10 +570,7 @@ def errno_text(number: int) -> str:
     return os.strerror(number)
 
 
-COMMANDS = ("run", "live", "convert", "verify", "plan", "simulate", "demo")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_shows_an_example(svd2, command):
     code, out, _ = svd2(command, "--help")
     assert code == 0
@@ -581,7 +579,7 @@ def test_every_command_shows_an_example(svd2, command):
 
 
 def test_the_program_names_its_commands_and_version(svd2):
-    assert all(command in svd2("--help")[1] for command in COMMANDS)
+    assert all(command in svd2("--help")[1] for command in cli.COMMANDS)
     assert svd2("--version")[1].startswith("svd2-jax 0.")
     code, _, err = svd2()
     assert code == 2

@@ -19,8 +19,8 @@ import pytest
 from fakes import SMALL, FakeEngine, spec
 
 from svd2_jax import media
-from svd2_jax.cli import live
-from svd2_jax.cli.live import LiveRun
+from svd2_jax.cli import live_run as live
+from svd2_jax.cli.live_run import LiveRun
 from svd2_jax.cli.terminal import TypedLines
 from svd2_jax.errors import MediaError
 from svd2_jax.media import sources

@@ -42,7 +42,7 @@ def test_the_readme_shows_every_kind_of_command():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_has_options_that_exist(command):
-    args = cli._parser().parse_args(shlex.split(command)[1:])
+    args = cli.parser().parse_args(shlex.split(command)[1:])
     config = getattr(args, "config", None)
     assert config is None or (ROOT / config).is_file()
 

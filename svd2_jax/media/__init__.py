@@ -1,13 +1,21 @@
-"""Where frames come from and go to: files and cameras. Colour and geometry are in `video`."""
+"""Where frames come from and go to: files and cameras. Colour and geometry are in `video`.
 
-from svd2_jax.media.video import (
-    CAPTION_HEIGHT,
-    VideoReader,
-    VideoWriter,
-    contact_sheet,
-    side_by_side,
-    synthetic_clip,
-)
+Importing the package loads neither NumPy nor PyAV; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from svd2_jax.media.video import (
+        CAPTION_HEIGHT,
+        VideoReader,
+        VideoWriter,
+        contact_sheet,
+        side_by_side,
+        synthetic_clip,
+    )
 
 __all__ = [
     "CAPTION_HEIGHT",
@@ -17,3 +25,12 @@ __all__ = [
     "side_by_side",
     "synthetic_clip",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from svd2_jax.media import video
+
+        return getattr(video, name)
