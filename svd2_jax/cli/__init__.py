@@ -58,4 +58,5 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version  # takes as long as all the rest of `--help`
 
-        parser.exit(message=f"svd2-jax {version('svd2-jax')}\n")
+        print(f"svd2-jax {version('svd2-jax')}")
+        parser.exit()

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from svd2_jax import files, progress, shipped
 from svd2_jax.cli import device
-from svd2_jax.cli.options import ClipStreamOptions, EngineOptions, OptionGroup, option, say
+from svd2_jax.cli.options import ClipStreamOptions, EngineOptions, OptionGroup, check_reports, option, say
 from svd2_jax.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ class Options(OptionGroup):
     part: tuple[Literal[Part, FirstFrame], ...] = option(
         "measure only this part; may be given several times (default: all)"
     )
-    repeats: int = option("samples of each part, behind a warm-up (default %(default)s)", 10, metavar="N")
-    blocks: int | None = option("take only the transformer's first N blocks (default: all)", metavar="N")
+    repeats: int = option("samples of each part, behind a warm-up (default %(default)s)", 10)
+    blocks: int | None = option("take only the transformer's first N blocks (default: all)")
     restart: bool = option(
         "use compiled programs that an earlier run kept, as other commands do (default: start cold)", False
     )
@@ -67,7 +67,7 @@ class Options(OptionGroup):
     reference: Path | None = option(
         "its virtual environment, made by scripts/reference_venv.sh", metavar="FOLDER"
     )
-    json: Path | None = option("write all numbers there, each sample included", metavar="FILE")
+    json: Path | None = option("write all numbers there, each sample included")
     picture: Path | None = option("draw there where the time goes", metavar="FILE.png")
     trace: Path | None = option(
         "also profile a few runs of each part: its costliest kernels are listed; the profiler's files stay there",
@@ -99,13 +99,7 @@ def run(options: Options) -> int:
 
 def _check(options: Options) -> None:
     """Raises an error for what contradicts itself and for files that cannot be written."""
-    if options.json:
-        files.check_target(options.json)
-    if options.picture:
-        files.check_picture(options.picture)
-    files.check_apart(
-        [("--json", options.json), ("--picture", options.picture)], [("--config", options.stream.config)]
-    )
+    check_reports(options.json, options.picture, [("--config", options.stream.config)])
     if options.trace:
         try:
             options.trace.mkdir(parents=True, exist_ok=True)
@@ -119,32 +113,28 @@ def _check(options: Options) -> None:
 
 def _measure(options: Options, cfg: StreamConfig) -> Report:
     from svd2_jax.bench.benchmarks import first_frame
-
-    def timed(load: Callable[[], DeviceEngine]) -> tuple[Bench, dict[str, float]]:
-        with progress.shown("getting ready", say):
-            return first_frame(load, cfg, say)
-
-    if options.reference is None:
-        bench, phases = timed(functools.partial(_load, options))
-        return _report(options, bench, phases)
     from svd2_jax.bench.reference import ReferenceProcess
 
-    if shipped.random_preset(options.engine.checkpoint) is None:
-        raise ConfigError(f"--against reference takes random weights: --checkpoint {shipped.RANDOM}PRESET")
-    with ReferenceProcess(options.reference) as reference:
-        say("the reference makes random weights")
-        converted = reference.make_checkpoint(options.sizes(), options.engine.dtype or "float32")
-        # With as many blocks as were asked for.
-        engine = dataclasses.replace(options.engine, checkpoint=str(converted))
-        bench, phases = timed(
-            functools.partial(_load, dataclasses.replace(options, engine=engine, blocks=None))
-        )
+    loaded, reference = options, None
+    with ExitStack() as stack:
+        if options.reference is not None:
+            if shipped.random_preset(options.engine.checkpoint) is None:
+                raise ConfigError(
+                    f"--against reference takes random weights: --checkpoint {shipped.RANDOM}PRESET"
+                )
+            reference = stack.enter_context(ReferenceProcess(options.reference))
+            say("the reference makes random weights")
+            converted = reference.make_checkpoint(options.sizes(), options.engine.dtype or "float32")
+            engine = dataclasses.replace(options.engine, checkpoint=str(converted))
+            loaded = dataclasses.replace(options, engine=engine, blocks=None)  # as many as were asked for
+        with progress.shown("getting ready", say):
+            bench, phases = first_frame(functools.partial(_load, loaded), cfg, say)
         return _report(options, bench, phases, reference)
 
 
 def _load(options: Options) -> DeviceEngine:
-    device.prepare(keep=options.restart)
-    return device.load_engine(options.engine, blocks=options.blocks)
+    (mesh,) = device.meshes(keep=options.restart)
+    return device.load_engine(options.engine, mesh, options.blocks)
 
 
 def _report(

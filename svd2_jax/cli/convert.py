@@ -15,16 +15,15 @@ folders of safetensors shards. Free memory needed: 3 GiB, mostly for one tensor 
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from svd2_jax.cli.options import OptionGroup, option
+from svd2_jax.cli.terminal import Interrupts
 from svd2_jax.text import si
 
 DEFAULT_DTYPE = "bfloat16"
@@ -57,39 +56,12 @@ def run(options: Options) -> int:
 
     from convert.conversion import convert_checkpoint
 
-    with _ended_as_by_ctrl_c():
-        out = convert_checkpoint(
-            out=options.out,
-            generator=options.generator,
-            wan=options.wan,
-            taehv=options.taehv,
-            vae=options.vae,
-            text_encoder=options.text_encoder,
-            tokenizer=options.tokenizer,
-            dtype=options.dtype,
-            progress=not options.no_progress,
-        )
+    settings = dataclasses.asdict(options)
+    del settings["no_progress"]
+    with Interrupts():  # a terminal that is closed leaves nothing behind either
+        out = convert_checkpoint(**settings, progress=not options.no_progress)
     print(_summary(out, options))
     return 0
-
-
-@contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Makes the system's other ways to end a program, a closed terminal for instance, leave nothing behind either."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    main = threading.current_thread() is threading.main_thread()  # signals are for others elsewhere
-    before = {n: signal.getsignal(n) for n in numbers if main and signal.getsignal(n) is signal.SIG_DFL}
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _summary(out: Path, options: Options) -> str:

@@ -11,10 +11,9 @@ writes demo.mp4, input beside output, and demo.png, a contact sheet.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from svd2_jax import files, media, shipped
 from svd2_jax.api import check_prompt
@@ -22,9 +21,6 @@ from svd2_jax.cli import device
 from svd2_jax.cli.options import EngineOptions, NoiseOptions, OptionGroup, StreamOptions, option
 from svd2_jax.errors import ConfigError, MediaError
 from svd2_jax.text import counted
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PROMPTS = ("a neon city at night", "an oil painting", "a pencil sketch")
 HEIGHT = 384  # pixels of the picture, about: small frames are enlarged
@@ -42,13 +38,15 @@ class Options(OptionGroup):
         metavar="TEXT",
     )
     frames: int | None = option("of the clip (default: all)")
-    out: Path = option("folder for the results (default %(default)s)", Path("out"))
+    out: Path = option("folder for the results (default %(default)s)", Path("out"), metavar="FOLDER")
     noise: NoiseOptions
     stream: StreamOptions
 
 
 def run(options: Options) -> int:
     """Writes the video and a contact sheet."""
+    import numpy as np
+
     if options.frames is not None and options.frames < 1:
         raise ConfigError(f"--frames must be at least 1, got {options.frames}")
     video, sheet = options.out / "demo.mp4", options.out / "demo.png"
@@ -75,33 +73,20 @@ def run(options: Options) -> int:
     height = cfg.height * scale + media.CAPTION_HEIGHT
     writer = media.VideoWriter(video, fps, height, 2 * cfg.width * scale)
     shown: list[np.ndarray] = []
-    device.prepare()
-    from svd2_jax.engine.mesh import stage_meshes
 
-    spec, mesh = options.noise.spec(prompts[0], cfg), stage_meshes(1, 1)[0]
+    def beside_input(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            pairs = []
+            for frame in chunk:
+                prompt = prompts[max(at for at in prompts if at <= len(shown))]
+                pairs.append(media.side_by_side(clip[len(shown)], frame, prompt, scale))
+                shown.append(frame)
+            yield np.stack(pairs)
+
+    spec, mesh = options.noise.spec(prompts[0], cfg), device.meshes()[0]
     with device.open_session(options.engine, spec, mesh, len(clip)) as session:
         changes = {frame: prompt for frame, prompt in prompts.items() if frame}
-        drawn = session.run(clip, prompts=changes)
-        device.write(_beside_input(drawn, shown, clip, prompts, scale), writer, len(clip))
+        device.write(beside_input(session.run(clip, prompts=changes)), writer, len(clip))
     media.contact_sheet(sheet, clip, shown, prompts)
     print(f"{sheet}: input above output, prompts as captions")
     return 0
-
-
-def _beside_input(
-    chunks: Iterable[np.ndarray],
-    shown: list[np.ndarray],
-    clip: Sequence[np.ndarray],
-    prompts: Mapping[int, str],
-    scale: int,
-) -> Iterator[np.ndarray]:
-    """Yields each frame beside its input, over its prompt; adds the frames to `shown`."""
-    import numpy as np
-
-    for chunk in chunks:
-        pairs = []
-        for frame in chunk:
-            prompt = prompts[max(at for at in prompts if at <= len(shown))]
-            pairs.append(media.side_by_side(clip[len(shown)], frame, prompt, scale))
-            shown.append(frame)
-        yield np.stack(pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from svd2_jax import progress, shipped
@@ -27,16 +27,18 @@ T = TypeVar("T")
 MEASURED_FRAMES = 1000
 
 
-def prepare(keep: bool = True) -> None:
-    """Sees that JAX has devices; if `keep`, compiled programs are kept on disk."""
+def meshes(replicas: int = 1, stages: int = 1, keep: bool = True) -> Sequence[StageMesh]:
+    """Returns the devices of pipelines, once JAX has some; if `keep`, compiled programs are kept on disk."""
     from svd2_jax.engine.engine import prepare_devices
+    from svd2_jax.engine.mesh import stage_meshes
 
     prepare_devices(keep)
+    return stage_meshes(replicas, stages)
 
 
 def load_engine(
     options: EngineOptions,
-    mesh: StageMesh | None = None,
+    mesh: StageMesh,
     blocks: int | None = None,
     **pipeline: Any,
 ) -> DeviceEngine:
@@ -44,7 +46,7 @@ def load_engine(
 
     Args:
       options: which one, and how it runs.
-      mesh: on what devices; None: on one.
+      mesh: on what devices.
       blocks: of the transformer, the first ones; None: all.
       pipeline: see `PipelineOptions`.
     """
@@ -78,7 +80,7 @@ def open_session(
     """Loads the model, compiles its programs and opens the session; measures the stages first for a long video.
 
     Args:
-      options: which model, and how it runs.
+      options: see `load_engine`, as for `mesh` and `pipeline`.
       spec: the session.
       mesh: the devices.
       frame_count: how many frames there are; None: not known.

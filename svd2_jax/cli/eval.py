@@ -24,7 +24,15 @@ from pathlib import Path
 
 from svd2_jax import files, progress
 from svd2_jax.cli import device
-from svd2_jax.cli.options import EngineOptions, NoiseOptions, OptionGroup, StreamOptions, option, say
+from svd2_jax.cli.options import (
+    EngineOptions,
+    NoiseOptions,
+    OptionGroup,
+    StreamOptions,
+    check_reports,
+    option,
+    say,
+)
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError
 
@@ -43,20 +51,17 @@ class Options(OptionGroup):
     look: tuple[str, ...] = option(
         "of clips with targets, take only this look; may be given several times", metavar="NAME"
     )
-    frames: int | None = option("frames to take of each clip (default: all)", metavar="N")
+    frames: int | None = option("frames to take of each clip (default: all)")
     minutes: int = option(
         "also play the first clip forwards and backwards for N minutes, and tell what drifts (default: no)",
         0,
-        metavar="N",
     )
-    fps: float = option(
-        "rate at which minutes and delays are told (default %(default)g)", DEFAULT_RATE_HZ, metavar="X"
-    )
+    fps: float = option("rate at which minutes and delays are told (default %(default)g)", DEFAULT_RATE_HZ)
     clip: Path | None = option(
         "CLIP exported to ONNX, which judges how frames fit their prompt (default: none does)",
         metavar="FOLDER",
     )
-    json: Path | None = option("write all numbers there", metavar="FILE")
+    json: Path | None = option("write all numbers there")
     picture: Path | None = option("draw samples and numbers there", metavar="FILE.png")
     no_progress: bool = option("show no progress bar", False)
     noise: NoiseOptions
@@ -73,6 +78,7 @@ def run(options: Options) -> int:
 def _evaluate(options: Options, cfg: StreamConfig) -> int:
     from tqdm import tqdm
 
+    from svd2_jax.engine.autoencode import rebuild
     from svd2_jax.evaluate import clips
     from svd2_jax.evaluate.clip_model import ClipModel
     from svd2_jax.evaluate.report import Report, Settings, table
@@ -81,18 +87,12 @@ def _evaluate(options: Options, cfg: StreamConfig) -> int:
     _check(options)
     folder = clips.read_folder(options.clips, options.prompt, options.look)
     read = [("the clip", path) for clip in folder.clips for path in (clip.input, *clip.targets)]
-    files.check_apart(
-        [("--json", options.json), ("--picture", options.picture)],
-        [("--config", options.stream.config), *read],
-    )
+    check_reports(options.json, options.picture, [("--config", options.stream.config), *read])
     spec = options.noise.spec(folder.looks[0].phrasing(0), cfg)
     judge = ClipModel(options.clip) if options.clip else None
     plan = EvaluationPlan(folder, spec, options.fps, options.frames, options.minutes, judge)
     total = check_clips(plan)
-    device.prepare()
-    from svd2_jax.engine.autoencode import rebuild
-
-    engine = device.load_engine(options.engine)
+    engine = device.load_engine(options.engine, device.meshes()[0])
     with progress.shown("getting ready", say):
         engine.open(spec).close()
     with tqdm(
@@ -116,11 +116,7 @@ def _evaluate(options: Options, cfg: StreamConfig) -> int:
 
 
 def _check(options: Options) -> None:
-    """Raises an error for what is out of its range and for files that cannot be written."""
-    if options.json:
-        files.check_target(options.json)
-    if options.picture:
-        files.check_picture(options.picture)
+    """Raises an error for what is out of its range."""
     if options.frames is not None and options.frames < 2:
         raise ConfigError(f"--frames must be at least 2, got {options.frames}")
     if options.minutes < 0:

@@ -78,7 +78,7 @@ class Options(OptionGroup):
         type=path_or_url,
         metavar="VIDEO",
     )
-    streams: int = option("number of streams (default %(default)s)", 1, metavar="N")
+    streams: int = option("number of streams (default %(default)s)", 1)
     loop: bool = option("play the file over and over", False)
     seconds: float | None = option("stop after S seconds", metavar="S")
     fps: float | None = option(
@@ -88,14 +88,11 @@ class Options(OptionGroup):
         "chunks over which a typed prompt comes in (default %(default)s)", 4, metavar="CHUNKS"
     )
     noise: NoiseOptions
-    stages: int = option(
-        "number of devices that the transformer is cut over (default %(default)s)", 1, metavar="N"
-    )
+    stages: int = option("number of devices that the transformer is cut over (default %(default)s)", 1)
     replicas: int = option(
         "number of copies of the model, each on devices of its own; a stream runs on one of them, where there is room "
         "(default %(default)s)",
         1,
-        metavar="N",
     )
     share_vae: bool = option(SHARE_VAE, False)
     metrics: Path | None = option("what became of each frame, line by line", metavar="JSONL", group=_BESIDE)
@@ -111,7 +108,6 @@ class Options(OptionGroup):
     min_steps: int = option(
         "minimum steps: lowest number of denoising steps under overload (default %(default)s)",
         1,
-        metavar="N",
         group="deadlines",
     )
     stream: StreamOptions
@@ -185,12 +181,8 @@ def _source(
     """
     from svd2_jax.media import sources
 
-    input, camera, fps, size = (
-        options.input,
-        options.camera,
-        options.fps,
-        (cfg.height, cfg.width),
-    )
+    input, camera, fps = options.input, options.camera, options.fps
+    size = cfg.height, cfg.width
 
     def rate_hz(found: float) -> float:
         rate = found if fps is None else fps
@@ -226,7 +218,7 @@ def _run_from(
         budget_ms = live_run.default_budget_ms(specs[0], rate_hz, options.stages)
     plan = live_run.LiveRun(
         specs,
-        StreamSettings(rate_hz, budget_ms, cfg.steps, options.min_steps, options.stages),
+        StreamSettings(rate_hz, budget_ms, cfg.steps, options.min_steps, stages=options.stages),
         source,
         options.output,
         options.metrics,
@@ -240,12 +232,9 @@ def _run_from(
     options.engine.note_untrained(specs[0].noise_scale, options.prompt)
     if options.output is None:
         say("no --output: frames are shown nowhere and not kept; the table says how fast they come")
-    device.prepare()
-    from svd2_jax.engine.mesh import stage_meshes
-
+    first, *others = device.meshes(options.replicas, options.stages)
     on_one = -(-options.streams // options.replicas)
     sizes = tuple(2**n for n in range(on_one.bit_length()))
-    first, *others = stage_meshes(options.replicas, options.stages)
     engine = device.load_engine(options.engine, first, batch_sizes=sizes, share_vae=options.share_vae)
     engines = [engine, *(engine.replica(mesh) for mesh in others)]
     ended_well = device.device_errors(live_run.run, engines, plan, PolicyConfig(), say)

@@ -1,4 +1,4 @@
-"""`svd2 live`: a file, a camera or a URL in real time, through the live service, to videos, a table and metrics."""
+"""What `svd2 live` does: streams through the live service, to videos, a table and metrics, with typed prompts."""
 
 from __future__ import annotations
 
@@ -174,7 +174,6 @@ def _run_service(
     """Runs the streams; returns why some could not start or ended early."""
     stop = threading.Event()
     streams: dict[int, Stream] = {}
-    errors: dict[int, Svd2Error] = {}
     table = LiveTable(metrics)
     on_screen = sys.stdout.isatty()
 
@@ -207,17 +206,7 @@ def _run_service(
         _warm_up(engines, service, plan, say)
         interrupts.hold()
         with table:
-            for i, (spec, sink) in enumerate(zip(plan.specs, outputs.sinks, strict=True)):
-                try:
-                    if not interrupts.count:
-                        source = _heard_to_end(plan.source(i, stop), stop, i, say)
-                        streams[i] = service.open(spec, plan.settings, sink, source, str(i))
-                except Svd2Error as e:
-                    errors[i] = e
-            if errors and not streams:
-                raise errors[0]
-            for i, error in errors.items():
-                say(_not_started(i, error))
+            not_started = _open_streams(service, plan, outputs.sinks, streams, stop, interrupts, say)
             say("live; type a prompt and press enter to change it, Ctrl-C ends")
             with typed:  # not before, as a prompt is for streams that are there
                 _wait(service, stop, plan.seconds, interrupts, say, tell_often=not on_screen)
@@ -230,7 +219,33 @@ def _run_service(
     ended_early = [
         f"stream {i} ended early: {stream.error}" for i, stream in streams.items() if stream.error is not None
     ]
-    return [_not_started(i, error) for i, error in errors.items()] + ended_early
+    return not_started + ended_early
+
+
+def _open_streams(
+    service: LiveService,
+    plan: LiveRun,
+    sinks: Sequence[VideoSink | UrlSink],
+    streams: dict[int, Stream],
+    stop: threading.Event,
+    interrupts: Interrupts,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Opens the streams, adds them to `streams`, and returns why others could not start; raises if none could."""
+    errors: dict[int, Svd2Error] = {}
+    for i, (spec, sink) in enumerate(zip(plan.specs, sinks, strict=True)):
+        try:
+            if not interrupts.count:
+                source = _heard_to_end(plan.source(i, stop), stop, i, say)
+                streams[i] = service.open(spec, plan.settings, sink, source, str(i))
+        except Svd2Error as e:
+            errors[i] = e
+    if errors and not streams:
+        raise errors[0]
+    not_started = [f"cannot start stream {i}: {error}" for i, error in errors.items()]
+    for text in not_started:
+        say(text)
+    return not_started
 
 
 def _warm_up(
@@ -253,10 +268,6 @@ def _warm_up(
         ]
         typical = statistics.median(took) / MS
         say(f"  {counted(count, 'step')}: {typical:.0f} ms a tick of one stream")
-
-
-def _not_started(i: int, error: Exception) -> str:
-    return f"cannot start stream {i}: {error}"
 
 
 def _heard_to_end(source: Source, stop: threading.Event, i: int, say: Callable[[str], None]) -> Source:

@@ -15,11 +15,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from svd2_jax import shipped
+from svd2_jax import files, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError
 
+_METAVARS = {int: "N", float: "X", Path: "FILE"}
 EightBits = Literal["int8", "fp8"]
 DType = Literal["float32", "bfloat16"]
 WEIGHT_DTYPE = (
@@ -104,12 +105,23 @@ def _settings(kind: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
-    return {"type": kind}
+    return {"type": kind, "metavar": _METAVARS.get(kind)}
 
 
 def say(text: str) -> None:
     """Tells the user something beside a command's results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def check_reports(
+    json: Path | None, picture: Path | None = None, reads: Iterable[tuple[str, Path | None]] = ()
+) -> None:
+    """Raises MediaError for reports that could not be written, or would replace what is read or one another."""
+    if json:
+        files.check_target(json)
+    if picture:
+        files.check_picture(picture)
+    files.check_apart([("--json", json), ("--picture", picture)], reads)
 
 
 def blocks_per_stage(text: str) -> tuple[int, ...]:
@@ -182,7 +194,6 @@ class NoiseOptions(OptionGroup):
         "above 0, up to 1: the higher, the freer the re-drawing; lower stays closer to the input. The small model "
         f"was trained for {shipped.TINY_LEAST_NOISE:g} to 1 (default %(default)s)",
         DEFAULT_NOISE_SCALE,
-        metavar="X",
     )
     seed: int = option("the same seed gives the same video (default %(default)s)", 0)
 
@@ -204,14 +215,12 @@ class StreamOptions(OptionGroup):
     decoder: Literal["wan", "taehv"] | None = option(
         "taehv is smaller and faster (default wan, or --config's)"
     )
-    cache_frames: int | None = option("latent frames remembered", metavar="N")
+    cache_frames: int | None = option("latent frames remembered")
     cache_dtype: EightBits | None = option(
         "hold the cache in 8 bits: half its memory (default: what is computed in)"
     )
-    sink_frames: int | None = option("of these, kept as anchors", metavar="N")
-    sink_threshold: float | None = option(
-        "similarity below which an anchor is replaced; -1: never", metavar="X"
-    )
+    sink_frames: int | None = option("of these, kept as anchors")
+    sink_threshold: float | None = option("similarity below which an anchor is replaced; -1: never")
 
     def stream(self, sizes: Callable[[], ModelConfig], task: str = "v2v") -> StreamConfig:
         """Returns the stream configuration: the task's published one, then --config, then single options.

@@ -31,6 +31,7 @@ from svd2_jax.cli.options import (
     EightBits,
     OptionGroup,
     blocks_per_stage,
+    check_reports,
     option,
     say,
 )
@@ -73,24 +74,20 @@ class Options(OptionGroup):
     hardware: str = option(
         f"each device: {', '.join(HARDWARE)} (default %(default)s)", "h100", metavar="NAME"
     )
-    stages: int | None = option(
-        "devices of the pipeline (default: as many as recommended)", metavar="N", group=_WHERE
-    )
+    stages: int | None = option("devices of the pipeline (default: as many as recommended)", group=_WHERE)
     split: tuple[int, ...] | None = option(
         "blocks on each stage (default: the best)", type=blocks_per_stage, metavar="N,N,...", group=_WHERE
     )
     share_vae: bool = option(SHARE_VAE, False, group=_WHERE)
     quick: bool = option("compile nothing, and so leave out what programs need in passing", False)
-    json: Path | None = option("write all numbers there as well", metavar="FILE")
+    json: Path | None = option("write all numbers there as well")
 
 
 def run(options: Options) -> int:
     """Plans; fails if a device is too small."""
     model = preset(options.preset).with_weight_dtype(options.stream.weight_dtype)
     device = hardware(options.hardware)
-    if options.json:
-        files.check_target(options.json)
-        files.check_apart([("--json", options.json)], [("--config", options.stream.config)])
+    check_reports(options.json, reads=[("--config", options.stream.config)])
     cfg = options.stream.planned(model)
     with progress.shown("working out the plan", say):
         plan = _worked_out(options, model, cfg, device)

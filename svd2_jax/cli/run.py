@@ -85,7 +85,6 @@ class Options(OptionGroup):
     stages: int | None = option(
         "number of stages, one device each, that the transformer is cut into: N times as many chunks are in flight. "
         "`svd2 plan` says what to expect (default 1, or as many as --split has)",
-        metavar="N",
         group=_SEVERAL,
     )
     split: tuple[int, ...] | None = option(
@@ -102,9 +101,7 @@ class Options(OptionGroup):
     process_id: int | None = option(
         "of this process, 0 to one below their number", metavar="I", group=_SEVERAL
     )
-    num_processes: int | None = option(
-        "number of processes that run this command together", metavar="N", group=_SEVERAL
-    )
+    num_processes: int | None = option("number of processes that run this command together", group=_SEVERAL)
 
     @property
     def stage_count(self) -> int:
@@ -123,10 +120,7 @@ def run(options: Options) -> int:
     prompts = dict(options.prompt_at)
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(_join(options, spec))
-        device.prepare()
-        from svd2_jax.engine.mesh import stage_meshes
-
-        mesh = stage_meshes(1, options.stage_count)[0]
+        mesh = device.meshes(1, options.stage_count)[0]
         reader, count, fps = None, frames, T2V_FPS
         if isinstance(input, Path):
             reader = stack.enter_context(media.VideoReader(input, cfg.height, cfg.width, frames))
@@ -179,10 +173,9 @@ def _check(options: Options) -> None:
         raise ConfigError(
             f"the model {shipped.TINY!r} re-draws videos and makes none from text; add --input VIDEO"
         )
-    split, stages = options.split, options.stage_count
-    if split and len(split) != stages:
+    if options.split and len(options.split) != options.stage_count:
         raise ConfigError(
-            f"--split {_listed(split)} has {len(split)} stages, --stages {stages}; leave one of them out"
+            f"--split has {len(options.split)} stages, --stages {options.stages}; leave one of them out"
         )
 
 
@@ -195,32 +188,22 @@ def _note_unused(options: Options, written: int) -> None:
             say(f"note: --prompt-at {frame} is past the end (last frame {written - 1}): ignored")
 
 
-def _listed(split: tuple[int, ...] | None) -> str | None:
-    return None if split is None else ",".join(map(str, split))
-
-
 def _join(options: Options, spec: SessionSpec) -> Cluster:
     """Meets the other processes that run the same command, if there are any."""
     from tqdm import tqdm
 
     from svd2_jax.engine import cluster
 
-    manifest = shipped.checkpoint_folder(options.engine.checkpoint) / "manifest.json"
-    settings = (
-        spec,
-        sorted(dict(options.prompt_at).items()),
-        options.blend,
-        options.frames,
-        options.engine.dtype,
-        options.engine.weight_dtype,
-        options.engine.attention,
-    )
+    engine = options.engine
+    manifest = shipped.checkpoint_folder(engine.checkpoint) / "manifest.json"
+    settings = spec, options.prompt_at, options.blend, options.frames
+    computed = engine.dtype, engine.weight_dtype, engine.attention
     same = {
-        "a model": _digest(options.engine.checkpoint.encode(), manifest),
+        "a model": _digest(engine.checkpoint.encode(), manifest),
         "an input": _digest(b"", options.input),
-        "prompts and settings": _digest(repr(settings).encode()),
+        "prompts and settings": _digest(repr((settings, computed)).encode()),
         "--stages": str(options.stage_count),
-        "--split": str(_listed(options.split)),
+        "--split": str(options.split),
         "--share-vae": str(options.share_vae),
     }
     say = functools.partial(tqdm.write, file=sys.stderr)  # beside a progress bar

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from svd2_jax import files
-from svd2_jax.cli.options import OptionGroup, option
+from svd2_jax.cli.options import OptionGroup, check_reports, option
 from svd2_jax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Options(OptionGroup):
         "JSON files, as in traces/", positional=True, action="store", nargs="+", metavar="TRACE"
     )
     policy: Literal[Policy, "all"] = option("what schedules (default %(default)s)", OURS)
-    json: Path | None = option("write all numbers there as well", metavar="FILE")
+    json: Path | None = option("write all numbers there as well")
     picture: Path | None = option("draw latencies over time there", metavar="FILE.png")
     no_progress: bool = option("show no progress bar", False)
 
@@ -68,14 +68,7 @@ def run(options: Options) -> int:
     from svd2_jax.simulate.report import summarise, table
     from svd2_jax.simulate.trace import read_trace
 
-    if options.json:
-        files.check_target(options.json)
-    if options.picture:
-        files.check_picture(options.picture)
-    files.check_apart(
-        [("--json", options.json), ("--picture", options.picture)],
-        [("the trace", path) for path in options.traces],
-    )
+    check_reports(options.json, options.picture, [("the trace", path) for path in options.traces])
     traces = [read_trace(path) for path in options.traces]  # all of them, before anything takes time
     names = get_args(Policy) if options.policy == "all" else [options.policy]
     rows: list[Row] = []

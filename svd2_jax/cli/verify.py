@@ -18,7 +18,7 @@ from pathlib import Path
 
 from svd2_jax import files, progress
 from svd2_jax.cli import device
-from svd2_jax.cli.options import WEIGHT_DTYPE, DType, EightBits, OptionGroup, option, say
+from svd2_jax.cli.options import WEIGHT_DTYPE, DType, EightBits, OptionGroup, check_reports, option, say
 from svd2_jax.errors import EXIT_FAILED
 from svd2_jax.text import held_in
 
@@ -27,29 +27,24 @@ from svd2_jax.text import held_in
 class Options(OptionGroup):
     """What `svd2 verify` takes."""
 
-    folder: Path = option("golden folder, laid out like tests/goldens", positional=True)
+    folder: Path = option("golden folder, laid out like tests/goldens", positional=True, metavar="FOLDER")
     dtype: DType = option("bfloat16 checks with looser, stated tolerances (default %(default)s)", "float32")
-    stages: int = option(
-        "number of devices of the pipeline that the streams run on (default %(default)s)", 1, metavar="N"
-    )
+    stages: int = option("number of devices of the pipeline that the streams run on (default %(default)s)", 1)
     weight_dtype: EightBits | None = option(WEIGHT_DTYPE)
     cache_dtype: EightBits | None = option("hold the cache in 8 bits; both with tolerances of their own")
-    json: Path | None = option("write the report there as well", metavar="FILE")
+    json: Path | None = option("write the report there as well")
 
 
 def run(options: Options) -> int:
     """Checks all golden files; fails if one of them does."""
-    if options.json:
-        files.check_target(options.json)
+    check_reports(options.json)
     outcomes = []
     computed_in = options.dtype + held_in(options.weight_dtype or "compute", options.cache_dtype or "compute")
     with progress.shown("verifying", (lambda _: None) if sys.stderr.isatty() else say):
         with progress.working("loading JAX"):
             from svd2_jax import verify
-            from svd2_jax.engine.mesh import stage_meshes
 
-            device.prepare()
-        stage_meshes(1, options.stages)
+            device.meshes(1, options.stages)
         verify.golden_files(options.folder)  # an error at once
         for outcome in device.guarded(
             verify.verify(
