@@ -9,6 +9,8 @@ import re
 import resource
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -509,6 +511,13 @@ def test_every_command_shows_an_example(svd2, command):
     assert code == 0
     assert "example" in out
     assert f"\n  svd2 {command} " in out
+
+
+def test_what_help_needs_loads_no_library_that_takes_long():
+    heavy = {"jax", "jaxlib", "flax", "numpy", "av", "PIL", "rich", "matplotlib", "yaml", "tqdm"}
+    code = f"import sys; from svd2_jax import cli; cli.parser(); sys.exit(str({heavy} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert loaded == "set()\n"
 
 
 def test_the_program_names_its_commands_and_version(svd2):

@@ -276,6 +276,6 @@ def test_a_conversion_that_is_terminated_leaves_nothing(tmp_path, name):
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
         _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "interrupted; nothing was kept\n")
+    assert (process.returncode, error) == (130, "interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
     assert before == {path: hashlib.sha256(path.read_bytes()).digest() for path in before}
