@@ -1,7 +1,7 @@
-"""`python -m convert`."""
+"""`python -m convert`, which is `svd2 convert`."""
 
 import sys
 
-from convert.cli import main
+from svd2_jax.cli import main
 
-sys.exit(main())
+sys.exit(main(["convert", *sys.argv[1:]]))

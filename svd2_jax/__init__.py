@@ -7,7 +7,7 @@ with engine.open(svd2_jax.SessionSpec("a watercolour painting")) as session:
         show(chunk.frames())
 ```
 
-Importing the package loads no JAX; `load` does. docs/api.md lists everything with its types.
+Importing the package loads neither JAX nor NumPy; `load` does. docs/api.md lists everything with its types.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from svd2_jax.errors import (
     SessionError,
     Svd2Error,
 )
-from svd2_jax.runtime.stream import WhenSlow
 from svd2_jax.runtime.types import StreamSettings
-from svd2_jax.service import LiveService
 
 if TYPE_CHECKING:
     from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.runtime.stream import WhenSlow
+    from svd2_jax.service import LiveService
 
 __all__ = [
     "CheckpointError",
@@ -51,6 +51,17 @@ __all__ = [
     "load",
     "load_replicas",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name == "LiveService":
+            from svd2_jax.service import LiveService as found
+        elif name == "WhenSlow":
+            from svd2_jax.runtime.stream import WhenSlow as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return found
 
 
 def load(

@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
 import resource
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +19,7 @@ import pytest
 import yaml
 
 from svd2_jax import cli
+from svd2_jax.cli import device
 from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip
 
 H, W = 48, 64
@@ -51,6 +55,13 @@ def clip(tmp_path_factory) -> Path:
     return save_clip(tmp_path_factory.mktemp("clip") / "in.mp4", 11)
 
 
+@pytest.fixture
+def redraw(svd2, tmp_path, clip):
+    """Runs `svd2 run` of random weights on the clip; of the options given twice, the later ones win."""
+    given = ["--input", clip, "--prompt", "x", "--output", tmp_path / "out.mp4", *SIZE]
+    return functools.partial(svd2, "run", *RANDOM, *given)
+
+
 def listing(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
@@ -76,32 +87,18 @@ def check_refused(result: tuple[int, str, str], message: str) -> None:
 # --- svd2 run
 
 
-def test_a_video_is_re_drawn_frame_for_frame(svd2, tmp_path, clip, golden_checkpoint):
+def test_a_video_is_re_drawn_frame_for_frame(redraw, tmp_path, golden_checkpoint):
     out = tmp_path / "out.mp4"
-    code, said, _ = svd2(
-        "run",
-        "--checkpoint",
-        golden_checkpoint,
-        "--input",
-        clip,
-        "--prompt",
-        "a castle",
-        "--output",
-        out,
-        *SIZE,
-    )
+    code, said, _ = redraw("--checkpoint", golden_checkpoint)
     assert code == 0
     assert load_clip(out).shape == (11, H, W, 3)
     assert said.splitlines()[-1].startswith(f"{out}: 11 frames, {W}x{H} at 16 fps, made in ")
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_the_same_seed_gives_the_same_video_and_another_prompt_another(
-    svd2, tmp_path, clip, golden_checkpoint
-):
+def test_the_same_seed_gives_the_same_video_and_another_prompt_another(redraw, tmp_path, golden_checkpoint):
     def pictures(name: str, *more: object) -> np.ndarray:
-        args = ["--checkpoint", golden_checkpoint, "--input", clip, "--output", tmp_path / name, *SIZE, *more]
-        code, _, err = svd2("run", *args)
+        code, _, err = redraw("--checkpoint", golden_checkpoint, "--output", tmp_path / name, *more)
         assert code == 0, err
         return load_clip(tmp_path / name)
 
@@ -114,42 +111,16 @@ def test_the_same_seed_gives_the_same_video_and_another_prompt_another(
     assert difference(changed[9:], first[9:]) > 2 * CODEC
 
 
-def test_a_prompt_change_behind_the_end_is_pointed_out(svd2, tmp_path, clip):
-    code, _, err = svd2(
-        "run",
-        *RANDOM,
-        "--input",
-        clip,
-        "--prompt",
-        "a",
-        "--prompt-at",
-        "400=b",
-        "--output",
-        tmp_path / "o.mp4",
-        *SIZE,
-    )
+def test_a_prompt_change_behind_the_end_is_pointed_out(redraw):
+    code, _, err = redraw("--prompt-at", "400=b")
     assert code == 0
     assert "note: --prompt-at 400 is past the end (last frame 10): ignored" in err
 
 
 @pytest.mark.parametrize("frames", [1, 4, 8])
-def test_any_number_of_frames_of_the_input_can_be_taken(svd2, tmp_path, clip, frames):
+def test_any_number_of_frames_of_the_input_can_be_taken(redraw, tmp_path, frames):
     out = tmp_path / "out.mkv"
-    code, said, _ = svd2(
-        "run",
-        *RANDOM,
-        "--input",
-        clip,
-        "--frames",
-        frames,
-        "--prompt",
-        "x",
-        "--output",
-        out,
-        *SIZE,
-        "--fps",
-        12.5,
-    )
+    code, said, _ = redraw("--frames", frames, "--output", out, "--fps", 12.5)
     assert code == 0
     assert len(load_clip(out)) == frames
     assert f": {frames} frame{'s' if frames > 1 else ''}, {W}x{H} at 12.5 fps" in said
@@ -273,10 +244,9 @@ def change_manifest(checkpoint: Path, **changes: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, clip, tmp_path):
-    run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--output"]
-    assert svd2(*run, tmp_path / "one.mp4")[0] == 0
-    code, out, err = svd2(*run, tmp_path / "two.mp4", "--stages", 2, "--split", "3,2", "-v")
+def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(redraw, tmp_path):
+    assert redraw("--output", tmp_path / "one.mp4")[0] == 0
+    code, out, err = redraw("--output", tmp_path / "two.mp4", "--stages", 2, "--split", "3,2", "-v")
     assert code == 0
     assert out.startswith(f"{tmp_path / 'two.mp4'}: 11 frames")
     assert difference(load_clip(tmp_path / "one.mp4"), load_clip(tmp_path / "two.mp4")) < CODEC
@@ -288,23 +258,22 @@ def test_a_pipeline_draws_the_same_video_and_says_what_each_device_holds(svd2, c
 
 
 @pytest.mark.slow
-def test_a_long_video_is_drawn_on_the_split_that_is_measured_first(svd2, clip, tmp_path, monkeypatch):
-    run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--steps", 1, "--stages", 2, "--output"]
+def test_a_long_video_is_drawn_on_the_split_that_is_measured_first(redraw, tmp_path, monkeypatch):
+    run = ["--steps", 1, "--stages", 2, "--output"]
     said = "blocks per stage, by measured times: "
-    code, _, err = svd2(*run, tmp_path / "short.mp4")
+    code, _, err = redraw(*run, tmp_path / "short.mp4")
     assert (code, said in err) == (0, False)
-    monkeypatch.setattr(cli, "MEASURED_FRAMES", 11)
-    code, _, err = svd2(*run, tmp_path / "long.mp4")
+    monkeypatch.setattr(device, "MEASURED_FRAMES", 11)
+    code, _, err = redraw(*run, tmp_path / "long.mp4")
     assert code == 0
     assert re.search(rf"^{said}\d\+\d$", err, re.MULTILINE)
     assert difference(load_clip(tmp_path / "short.mp4"), load_clip(tmp_path / "long.mp4")) < CODEC
 
 
 @pytest.mark.slow
-def test_a_pipeline_with_a_shared_vae_draws_the_same_video(svd2, clip, tmp_path):
-    run = ["run", *RANDOM, "--input", clip, "--prompt", "x", *SIZE, "--output"]
-    assert svd2(*run, tmp_path / "one.mp4")[0] == 0
-    assert svd2(*run, tmp_path / "two.mp4", "--stages", 2, "--share-vae")[0] == 0
+def test_a_pipeline_with_a_shared_vae_draws_the_same_video(redraw, tmp_path):
+    assert redraw("--output", tmp_path / "one.mp4")[0] == 0
+    assert redraw("--output", tmp_path / "two.mp4", "--stages", 2, "--share-vae")[0] == 0
     assert difference(load_clip(tmp_path / "one.mp4"), load_clip(tmp_path / "two.mp4")) < CODEC
 
 
@@ -317,20 +286,16 @@ def test_bad_input_is_one_clear_line(svd2, bad_files, monkeypatch, case):
         check_refused(svd2("run", *RANDOM, *defaults, *args), message)
 
 
-def test_more_frames_than_the_input_has_are_pointed_out(svd2, tmp_path, clip):
-    args = ["--input", clip, "--prompt", "x", *SIZE, "--frames"]
-    assert (
-        "note: the input has 11 frames, not the 12 of"
-        in svd2("run", *RANDOM, *args, 12, "--output", tmp_path / "out.mp4")[2]
-    )
-    assert "note: the input" not in svd2("run", *RANDOM, *args, 11, "--output", tmp_path / "out.mp4")[2]
+def test_more_frames_than_the_input_has_are_pointed_out(redraw):
+    assert "note: the input has 11 frames, not the 12 of" in redraw("--frames", 12)[2]
+    assert "note: the input" not in redraw("--frames", 11)[2]
 
 
-def test_a_blend_without_a_change_of_prompt_is_pointed_out(svd2, tmp_path, clip):
-    args = ["run", *RANDOM, "--input", clip, "--prompt", "a", "--output", tmp_path / "o.gif", "--blend", 4]
+def test_a_blend_without_a_change_of_prompt_is_pointed_out(redraw, tmp_path):
+    args = ["--output", tmp_path / "o.gif", "--blend", 4]
     note = "note: --blend 4 is ignored: no --prompt-at changes the prompt\n"
-    assert note in svd2(*args)[2]
-    assert note not in svd2(*args, "--prompt-at", "5=b")[2]
+    assert note in redraw(*args)[2]
+    assert note not in redraw(*args, "--prompt-at", "5=b")[2]
 
 
 def test_a_missing_video_is_told_before_an_unknown_style(svd2, tmp_path):
@@ -353,30 +318,18 @@ def test_a_config_for_video_is_refused_without_a_video(svd2, tmp_path):
 
 
 @pytest.mark.parametrize("args", [["--steps", "two"], ["--mode", "fast"], ["--frames", "1.5"], ["--colour"]])
-def test_options_that_cannot_be_parsed_are_explained(svd2, clip, tmp_path, args):
+def test_options_that_cannot_be_parsed_are_explained(redraw, tmp_path, args):
     with unchanged(tmp_path):
-        code, _, err = svd2(
-            "run", *RANDOM, "--input", clip, "--prompt", "x", "--output", tmp_path / "o.mp4", *args
-        )
+        code, _, err = redraw(*args)
     check_refused((code, "", err), f"{args[0]}")
     assert err.endswith("--help` shows the options\n")
 
 
-def test_a_video_that_ends_early_leaves_nothing_and_says_what_can_be_used(svd2, tmp_path):
+def test_a_video_that_ends_early_leaves_nothing_and_says_what_can_be_used(redraw, tmp_path):
     whole = save_clip(tmp_path / "whole.mp4", 40)  # at this size its index lies in front
     (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with unchanged(tmp_path):
-        result = svd2(
-            "run",
-            *RANDOM,
-            "--input",
-            tmp_path / "cut.mp4",
-            "--prompt",
-            "x",
-            "--output",
-            tmp_path / "o.mp4",
-            *SIZE,
-        )
+        result = redraw("--input", tmp_path / "cut.mp4")
     check_refused(result, "cut.mp4: cut off or damaged after ")
 
 
@@ -440,29 +393,16 @@ class FakeEngine:
 
 
 @pytest.fixture
-def run_fake(svd2, monkeypatch, tmp_path, clip):
-    def run(chunks: int, end: BaseException | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(cli, "_engine", lambda *_: FakeEngine(FakeSession(chunks, end)))
-        args = ["--input", clip, "--prompt", "x", "--output", tmp_path / "out.mp4", *SIZE]
-        return svd2("run", *RANDOM, *args)
+def run_fake(redraw, monkeypatch):
+    def run(chunks: int, end: BaseException | None = None, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(device, "load_engine", lambda *_, **__: FakeEngine(FakeSession(chunks, end)))
+        return redraw(*options)
 
     return run
 
 
-def test_a_second_prompt_of_a_run_is_pointed_out(svd2, monkeypatch, tmp_path, clip):
-    monkeypatch.setattr(cli, "_engine", lambda *_: FakeEngine(FakeSession(1, None)))
-    args = [
-        "--input",
-        clip,
-        "--prompt",
-        "sunset",
-        "--prompt",
-        "winter",
-        "--output",
-        tmp_path / "out.mp4",
-        *SIZE,
-    ]
-    code, _, err = svd2("run", *RANDOM, *args)
+def test_a_second_prompt_of_a_run_is_pointed_out(run_fake):
+    code, _, err = run_fake(1, None, "--prompt", "winter")
     assert code == 0
     assert "note: a run has one prompt, and 2 were given; the last is taken: 'winter'" in err
 
@@ -560,19 +500,12 @@ def test_the_demo_refuses_a_place_it_cannot_write_to(svd2, tmp_path):
     (tmp_path / "file").touch()
     with unchanged(tmp_path):
         check_refused(
-            svd2("demo", "--out", tmp_path / "file"), f"cannot be made ({errno_text(errno.EEXIST)})"
+            svd2("demo", "--out", tmp_path / "file"), f"cannot be made ({os.strerror(errno.EEXIST)})"
         )
         check_refused(svd2("demo", "--out", tmp_path / "new", "--frames", 0), "--frames must be at least 1")
 
 
-def errno_text(number: int) -> str:
-    return os.strerror(number)
-
-
-COMMANDS = ("run", "live", "convert", "verify", "plan", "simulate", "demo")
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_shows_an_example(svd2, command):
     code, out, _ = svd2(command, "--help")
     assert code == 0
@@ -580,8 +513,15 @@ def test_every_command_shows_an_example(svd2, command):
     assert f"\n  svd2 {command} " in out
 
 
+def test_what_help_needs_loads_no_library_that_takes_long():
+    heavy = {"jax", "jaxlib", "flax", "numpy", "av", "PIL", "rich", "matplotlib", "yaml", "tqdm"}
+    code = f"import sys; from svd2_jax import cli; cli.parser(); sys.exit(str({heavy} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert loaded == "set()\n"
+
+
 def test_the_program_names_its_commands_and_version(svd2):
-    assert all(command in svd2("--help")[1] for command in COMMANDS)
+    assert all(command in svd2("--help")[1] for command in cli.COMMANDS)
     assert svd2("--version")[1].startswith("svd2-jax 0.")
     code, _, err = svd2()
     assert code == 2

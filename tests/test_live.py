@@ -19,8 +19,8 @@ import pytest
 from fakes import SMALL, FakeEngine, spec
 
 from svd2_jax import media
-from svd2_jax.cli import live
-from svd2_jax.cli.live import LiveRun
+from svd2_jax.cli import live_run as live
+from svd2_jax.cli.live_run import LiveRun
 from svd2_jax.cli.terminal import TypedLines
 from svd2_jax.errors import MediaError
 from svd2_jax.media import sources
@@ -109,20 +109,24 @@ def test_a_looped_file_ends_when_its_time_is_over(clip, tmp_path):
     assert frames_of(tmp_path / "out.mp4")
 
 
-def interrupted(clip, *delays):
+def interrupted(clip, *delays, number=signal.SIGINT):
     """A source that lets Ctrl-C be pressed so many seconds after its first frame was asked for."""
 
     def source(i, stop):
         for delay in delays:
-            signals = (threading.main_thread().ident, signal.SIGINT)
+            signals = (threading.main_thread().ident, number)
             threading.Timer(delay, signal.pthread_kill, signals).start()
         yield from sources.play_file(clip, HEIGHT, WIDTH, None, True, stop)
 
     return source
 
 
-def test_ctrl_c_finishes_what_is_in_flight_and_leaves_a_playable_file(clip, tmp_path):
-    ended_well, said = run(plan(clip, source=interrupted(clip, 0.5), output=tmp_path / "out.mp4"))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_finish_what_is_in_flight_and_leave_a_playable_file(
+    clip, tmp_path, number
+):
+    source = interrupted(clip, 0.5, number=number)
+    ended_well, said = run(plan(clip, source=source, output=tmp_path / "out.mp4"))
     assert ended_well
     assert "finishing what is in flight" in said
     assert frames_of(tmp_path / "out.mp4")

@@ -18,7 +18,8 @@ import pytest
 from fakes import SMALL, FakeEngine, spec
 
 from svd2_jax import media
-from svd2_jax.cli import live, main
+from svd2_jax.cli import live_run as live
+from svd2_jax.cli import main
 from svd2_jax.errors import EXIT_BAD_INPUT, MediaError
 from svd2_jax.media import sources
 from svd2_jax.media.sinks import UrlSink

@@ -16,7 +16,7 @@ LOOK_S = 0.2  # how often it is looked whether the end has come
 
 
 class Interrupts:
-    """Counts Ctrl-C and SIGTERM while streams are live, so that nothing is cut off; before, they end the program."""
+    """Counts Ctrl-C, SIGTERM and SIGHUP once they are held; before, each of them interrupts the program."""
 
     def __init__(self):
         self.count = 0
@@ -29,7 +29,10 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # signals are for others elsewhere
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # no nohup
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._take)
         return self
 

@@ -14,7 +14,8 @@ import weight_shapes
 from safetensors.numpy import save_file
 from torch_zip import Call, Global, write_torch_zip
 
-from convert import cli, convert_checkpoint
+from convert import convert_checkpoint
+from svd2_jax.cli import main
 from svd2_jax.config import preset
 from svd2_jax.errors import ConversionError
 
@@ -177,7 +178,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, case):
     options, message = case(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     options = options if "--out" in options else [*options, "--out", tmp_path / "checkpoint"]
-    assert cli.main([*map(str, options), "--no-progress"]) == 2
+    assert main(["convert", *map(str, options), "--no-progress"]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.startswith("error: ")
@@ -233,8 +234,8 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("convert.conversion.read_leaf", interrupt)
-    assert cli.main(["--wan", str(WAN), "--out", str(tmp_path / "c"), "--no-progress"]) == 130
-    assert capsys.readouterr().err == "interrupted; nothing was kept\n"
+    assert main(["convert", "--wan", str(WAN), "--out", str(tmp_path / "c"), "--no-progress"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,4 +247,4 @@ def test_the_module_runs_as_a_command_and_its_help_shows_an_example():
         check=True,
         cwd=Path(__file__).parents[2],
     )
-    assert "python -m convert --generator model.pt --wan Wan2.1-T2V-1.3B" in done.stdout
+    assert "svd2 convert --generator model.pt --wan Wan2.1-T2V-1.3B" in done.stdout

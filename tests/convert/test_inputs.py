@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import cli, convert_checkpoint
-from svd2_jax.cli import _parser
+from convert import convert_checkpoint
+from svd2_jax.cli import main, parser
 from svd2_jax.errors import CheckpointError, ConversionError
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def convert(tmp_path, monkeypatch, capsys):
         given = shlex.split(" ".join(map(str, options)))
         if "--out" not in given:
             given += ["--out", "new"]
-        code = cli.main([*given, "--no-progress"])
+        code = main(["convert", *given, "--no-progress"])
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -245,7 +245,7 @@ def test_the_last_line_says_what_is_there_and_what_to_type_next(convert, tmp_pat
     size = sum(f.stat().st_size for f in (tmp_path / "my ckpt").rglob("*") if f.is_file())
     assert float(re.findall(r"([\d.]+) MB", holds)[0]) == pytest.approx(size / 1e6, rel=1e-3)
     assert command.startswith("svd2 run --checkpoint 'my ckpt' --input in.mp4 --prompt ")
-    assert _parser().parse_args(shlex.split(command)[1:]).checkpoint == "my ckpt"
+    assert parser().parse_args(shlex.split(command)[1:]).checkpoint == "my ckpt"
 
 
 def test_the_last_line_about_one_part_says_how_to_get_the_others(convert):
@@ -261,7 +261,7 @@ def test_the_last_line_about_one_part_says_how_to_get_the_others(convert):
 
 
 def test_a_wan_folder_given_as_the_generator_is_pointed_out(tmp_path, capsys):
-    assert cli.main(["--generator", str(WAN), "--out", str(tmp_path / "c")]) == 0
+    assert main(["convert", "--generator", str(WAN), "--out", str(tmp_path / "c")]) == 0
     assert f"note: {WAN} is a Wan2.1 folder; to convert its other parts as well: --wan {WAN}\n" in (
         capsys.readouterr().err
     )
@@ -276,6 +276,6 @@ def test_a_conversion_that_is_terminated_leaves_nothing(tmp_path, name):
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
         _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "interrupted; nothing was kept\n")
+    assert (process.returncode, error) == (130, "interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
     assert before == {path: hashlib.sha256(path.read_bytes()).digest() for path in before}

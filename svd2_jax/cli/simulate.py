@@ -1,26 +1,5 @@
-"""The command line of the simulation, for `svd2 simulate`."""
+"""`svd2 simulate`: try the scheduler on recorded loads, without a model.
 
-from __future__ import annotations
-
-import argparse
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
-
-from svd2_jax import files
-
-if TYPE_CHECKING:
-    from svd2_jax.simulate.report import Row
-    from svd2_jax.simulate.simulator import MakePolicy, SimulationResult
-    from svd2_jax.simulate.trace import Trace
-
-DEADLINE = "deadline"
-POLICIES = (DEADLINE, "bounded", "fifo", "reference")
-EXIT_MISSED = 1
-
-EXAMPLES = """\
 examples:
   svd2 simulate traces/steady_16.json
   svd2 simulate traces/*.json --policy all --json simulate.json --chart simulate.png
@@ -51,59 +30,74 @@ columns:
   goals        those of the deadline policy that were missed, or ok
 """
 
+from __future__ import annotations
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the simulation's options to a parser."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = EXAMPLES
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="JSON files, as in traces/")
-    parser.add_argument(
-        "--policy", choices=(*POLICIES, "all"), default=DEADLINE, help="what schedules (default %(default)s)"
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from svd2_jax import files
+from svd2_jax.cli.options import OptionGroup, check_reports, option
+from svd2_jax.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from svd2_jax.simulate.report import Row
+    from svd2_jax.simulate.simulator import MakePolicy, SimulationResult
+    from svd2_jax.simulate.trace import Trace
+
+Policy = Literal["deadline", "bounded", "fifo", "reference"]
+OURS: Policy = "deadline"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OptionGroup):
+    """What `svd2 simulate` takes."""
+
+    traces: tuple[Path, ...] = option(
+        "JSON files, as in traces/", positional=True, action="store", nargs="+", metavar="TRACE"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw latencies over time there")
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    policy: Literal[Policy, "all"] = option("what schedules (default %(default)s)", OURS)
+    json: Path | None = option("write all numbers there as well")
+    chart: Path | None = option("draw latencies over time there", metavar="FILE.png")
+    no_progress: bool = option("show no progress bar", False)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Simulates as the parsed options say and returns the exit code; raises Svd2Error on bad input."""
+def run(options: Options) -> int:
+    """Simulates and prints a table; fails if our policy misses a goal."""
     from svd2_jax.simulate.report import summarise, table
     from svd2_jax.simulate.trace import read_trace
 
-    if args.json:
-        files.check_target(args.json)
-    if args.chart:
-        files.check_chart(args.chart)
-    files.check_apart(
-        [("--json", args.json), ("--chart", args.chart)], [("the trace", path) for path in args.traces]
-    )
-    traces = [read_trace(path) for path in args.traces]  # all of them, before anything takes time
-    names = POLICIES if args.policy == "all" else [args.policy]
+    check_reports(options.json, options.chart, [("the trace", path) for path in options.traces])
+    traces = [read_trace(path) for path in options.traces]  # all of them, before anything takes time
+    names = get_args(Policy) if options.policy == "all" else [options.policy]
     rows: list[Row] = []
     drawn: list[Any] = []
     for trace in traces:
         for name in names:
-            outcome = _simulate(trace, name, not args.no_progress)
+            outcome = _simulate(trace, name, not options.no_progress)
             rows.append(summarise(outcome))
-            if args.chart:
+            if options.chart:
                 from svd2_jax.simulate.chart import summed_up
 
                 drawn.append(summed_up(outcome))
-    if args.json:
-        files.write_json(args.json, [row.to_dict() for row in rows])
-    if args.chart:
+    if options.json:
+        files.write_json(options.json, [row.to_dict() for row in rows])
+    if options.chart:
         from svd2_jax.simulate.chart import draw
 
-        draw(args.chart, drawn)
-    print(table(rows, DEADLINE))
-    for path in filter(None, (args.json, args.chart)):
+        draw(options.chart, drawn)
+    print(table(rows, OURS))
+    for path in filter(None, (options.json, options.chart)):
         print(f"{path}: written")
-    ours = [row for row in rows if row.policy == DEADLINE]
-    return EXIT_MISSED if any(row.missed_goals for row in ours) else 0
+    ours = [row for row in rows if row.policy == OURS]
+    return EXIT_FAILED if any(row.missed_goals for row in ours) else 0
 
 
 def _simulate(trace: Trace, name: str, progress: bool) -> SimulationResult:
     """Runs one trace, with a bar that counts the seconds simulated."""
+    from tqdm import tqdm
+
     from svd2_jax.simulate.simulator import simulate
 
     with tqdm(
@@ -123,7 +117,7 @@ def _maker(name: str) -> MakePolicy:
     from svd2_jax.runtime.scheduler import PolicyConfig, Scheduler
     from svd2_jax.simulate import baselines
 
-    if name == DEADLINE:
+    if name == OURS:
         return lambda sizes, report: Scheduler(PolicyConfig(), sizes, report)
     return {"bounded": baselines.Bounded, "fifo": baselines.Fifo, "reference": baselines.ReferencePolicy}[
         name
