@@ -37,8 +37,8 @@ from svd2_jax import files, shipped
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.charts.axes import chart
 from svd2_jax.config import LATENT_STRIDE, SINK_THRESHOLD_OFF, V2V_TIMESTEPS, StreamConfig
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
+from tiny_model import phrasings, scenes
+from tiny_model.styles import LOOKS, apply_look
 from svd2_jax.errors import ConfigError, exit_code
 from svd2_jax.evaluate import measures, run
 from svd2_jax.evaluate.chart import INPUT, OUTPUT, TARGET, VAE

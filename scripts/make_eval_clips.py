@@ -23,8 +23,8 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from svd2_jax import files
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
+from tiny_model import phrasings, scenes
+from tiny_model.styles import LOOKS, apply_look
 from svd2_jax.errors import ConfigError, MediaError, exit_code
 from svd2_jax.evaluate.clips import INPUT, PROMPTS
 

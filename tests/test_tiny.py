@@ -9,8 +9,8 @@ import pytest
 import svd2_jax
 from svd2_jax import media, shipped
 from svd2_jax.config import preset
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
+from tiny_model import phrasings, scenes
+from tiny_model.styles import LOOKS, apply_look
 from svd2_jax.engine.autoencode import rebuild
 from svd2_jax.evaluate import measures
 

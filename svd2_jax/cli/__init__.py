@@ -26,7 +26,6 @@ from tqdm import tqdm
 from svd2_jax import files, media, progress, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, Engine, SessionSpec, check_prompt
 from svd2_jax.config import PRESETS, STORAGES, ModelConfig, StreamConfig, preset
-from svd2_jax.dataset import phrasings
 from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, exit_code
 from svd2_jax.hardware import HARDWARE, Hardware, hardware
 from svd2_jax.media.urls import masked, path_or_url
@@ -334,9 +333,9 @@ def _add_weight_dtype(parser: argparse._ActionsContainer) -> None:
 
 def _unknown_style(checkpoint: str, prompt: str) -> str | None:
     """Returns a note that no word of a prompt names a style of the shipped model; None for other models."""
-    if checkpoint != shipped.TINY or phrasings.named_looks(prompt):
+    if checkpoint != shipped.TINY or shipped.named_styles(prompt):
         return None
-    styles = phrasings.STYLES
+    styles = [name.replace("_", " ") for name in shipped.styles() if name != shipped.UNCHANGED]
     return (
         f"note: the model {shipped.TINY!r} knows {len(styles)} styles, none is named in {prompt!r}: "
         + ", ".join(styles)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
+from tiny_model import phrasings, scenes
+from tiny_model.styles import LOOKS, apply_look
 from svd2_jax.evaluate import clips
 from svd2_jax.media import VideoReader
 

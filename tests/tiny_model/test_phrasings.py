@@ -6,8 +6,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from svd2_jax.dataset.looks import LOOKS
-from svd2_jax.dataset.phrasings import STYLES, all_text, named_looks, phrasings, sample
+from tiny_model.styles import LOOKS
+from tiny_model.phrasings import STYLES, all_text, named_looks, phrasings, sample
 from svd2_jax.errors import ConfigError
 
 

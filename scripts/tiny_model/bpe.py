@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from svd2_jax.dataset import phrasings
+from tiny_model import phrasings
 from svd2_jax.engine.tokenizer import TOKENIZER_FILE
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"

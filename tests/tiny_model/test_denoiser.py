@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig, VAEConfig
-from svd2_jax.dataset.looks import LOOKS
+from tiny_model.styles import LOOKS
 from svd2_jax.diffusion import flow_match
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.models import dit
@@ -14,7 +14,7 @@ from svd2_jax.models.dit import DiTParams
 from svd2_jax.stream import state as state_lib
 from svd2_jax.stream import step
 from svd2_jax.stream.state import StageInput
-from svd2_jax.training import denoiser, fit
+from tiny_model import denoiser, fit
 
 MODEL = ModelConfig(
     "custom",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from svd2_jax.dataset import scenes
+from tiny_model import scenes
 from svd2_jax.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from svd2_jax.dataset import scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
+from tiny_model import scenes
+from tiny_model.styles import LOOKS, apply_look
 from svd2_jax.errors import ConfigError
 
 Array = np.ndarray

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from svd2_jax.dataset.looks import LOOKS, apply_look
+from tiny_model.styles import LOOKS, apply_look
 from svd2_jax.errors import ConfigError
 from svd2_jax.media import synthetic_clip
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from svd2_jax.dataset import Split
+from tiny_model import Split
 from svd2_jax.errors import ConfigError
 
 PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {

@@ -19,8 +19,8 @@ from jax.tree_util import register_dataclass
 
 from svd2_jax.api import DEFAULT_NOISE_SCALE
 from svd2_jax.config import V2V_TIMESTEPS, DiTConfig, ModelConfig, StreamConfig, TextConfig
-from svd2_jax.dataset import phrasings
-from svd2_jax.dataset.looks import LOOKS
+from tiny_model import phrasings
+from tiny_model.styles import LOOKS
 from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine.params import abstract_items
 from svd2_jax.engine.tokenizer import Tokenizer
