@@ -37,16 +37,14 @@ PICTURES_BATCH, CLIPS_BATCH, WIDE_CLIPS_BATCH = 8, 2, 16
 LATENT_NOISE = 0.05
 SEQUENCE = 7  # latent frames: the cache holds six, so the last one comes after an eviction
 LONG_BATCH = 4
-# Latent frames and sequences of the first part: looks are learned frame by frame.
+# Latent frames and sequences of the first part: styles are learned frame by frame.
 SHORT, SHORT_BATCH, WIDE_SHORT_BATCH = 3, 12, 96
 SCENES = 256
 
 
 def main() -> int:
     """Trains what is not trained yet, and returns the exit code."""
-    parser = OptionParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of all that is made")
     parser.add_argument("--only", choices=("vae", "transformer", "export"), help="one part")
     parser.add_argument("--checkpoint", type=Path, help="folder to export to (default OUT/checkpoint)")

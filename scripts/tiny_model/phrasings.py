@@ -1,6 +1,6 @@
-"""Prompts for each look, as people type them: many to train on, others held out to see what was understood.
+"""Prompts for each style, as people type them: many to train on, others held out to see what was understood.
 
-A look's phrasings come in three groups: short ones ("pencil drawing", "draw it in graphite"), orders ("turn it into
+A style's phrasings come in three groups: short ones ("pencil drawing", "draw it in graphite"), orders ("turn it into
 a pencil drawing") and subjects ("a pencil drawing of a harbour"). Orders and subjects are templates times what fills
 them; every fifth combination is held out, so that a held-out phrasing is new as a whole while its words are not.
 Held-out short phrasings are written by hand.
@@ -8,7 +8,6 @@ Held-out short phrasings are written by hand.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -23,8 +22,8 @@ from svd2_jax.shipped import words_of
 from tiny_model import Split
 
 HELD_OUT_EVERY = 5  # of the combinations of a template with what fills it
-MOST_LOOKS = 5  # a word in the phrasings of more looks tells nothing about which one is meant
-# Words that any prompt may have and that few looks have by chance ("show me where it is hot", "let it snow").
+MOST_STYLES = 5  # a word in the phrasings of more styles tells nothing about which one is meant
+# Words that any prompt may have and that few styles have by chance ("show me where it is hot", "let it snow").
 GRAMMAR = "any at do don from go goes going if just let off out over s t through under was where"
 
 ORDERS = (
@@ -108,37 +107,39 @@ def _as_typed(phrasings: Sequence[str], split: Split) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=64)
-def _groups(look: str, split: Split) -> tuple[tuple[str, ...], ...]:
-    """Short phrasings, orders and subjects of a look."""
-    if look not in _WORDS:
-        raise ConfigError(f"no phrasings for look {look!r}; known: {', '.join(_WORDS)}")
+def _groups(style: str, split: Split) -> tuple[tuple[str, ...], ...]:
+    """Short phrasings, orders and subjects of a style."""
+    if style not in _WORDS:
+        raise ConfigError(f"no phrasings for style {style!r}; known: {', '.join(_WORDS)}")
     if split not in ("train", "held_out"):
         raise ConfigError(f"unknown split {split!r}; known: train, held_out")
-    words = _WORDS[look]
+    words = _WORDS[style]
     short = words["held_out"]
     if split == "train":
         short = [*words["short"], *words["things"], *map(_bare, words["things"])]
-    orders = _combinations(ORDERS, [{"thing": thing, "bare": _bare(thing)} for thing in words["things"]], split)
+    orders = _combinations(
+        ORDERS, [{"thing": thing, "bare": _bare(thing)} for thing in words["things"]], split
+    )
     subjects = _combinations(words["subjects"], [{"subject": subject} for subject in SUBJECTS], split)
     return tuple(_as_typed(group, split) for group in (short, orders, subjects))
 
 
-def phrasings(look: str, split: Split) -> tuple[str, ...]:
-    """All phrasings of `look` in `split`, always in the same order, none twice.
+def phrasings(style: str, split: Split) -> tuple[str, ...]:
+    """All phrasings of `style` in `split`, always in the same order, none twice.
 
     Raises:
-      ConfigError: the look or the split is unknown.
+      ConfigError: the style or the split is unknown.
     """
-    return tuple(dict.fromkeys(chain.from_iterable(_groups(look, split))))
+    return tuple(dict.fromkeys(chain.from_iterable(_groups(style, split))))
 
 
-def sample(look: str, split: Split, rng: np.random.Generator) -> str:
-    """One phrasing of `look` in `split`: a group is drawn first, so that the few short ones are not rare.
+def sample(style: str, split: Split, rng: np.random.Generator) -> str:
+    """One phrasing of `style` in `split`: a group is drawn first, so that the few short ones are not rare.
 
     Raises:
-      ConfigError: the look or the split is unknown.
+      ConfigError: the style or the split is unknown.
     """
-    groups = _groups(look, split)
+    groups = _groups(style, split)
     group = groups[rng.integers(len(groups))]
     return group[rng.integers(len(group))]
 
@@ -158,7 +159,7 @@ def telling_words() -> dict[str, list[str]]:
                 by_word.setdefault(word, set()).add(style)
     found: dict[str, set[str]] = {style: set() for style in _WORDS}
     for word, styles in by_word.items():
-        if len(styles) <= MOST_LOOKS:
+        if len(styles) <= MOST_STYLES:
             for style in styles:
                 found[style].add(word)
     telling = set().union(*found.values())
@@ -169,6 +170,6 @@ def telling_words() -> dict[str, list[str]]:
 
 
 def all_text(split: Split = "train") -> Iterator[str]:
-    """Yields every phrasing of every look in `split`, to train a tokenizer on."""
-    for look in _WORDS:
-        yield from phrasings(look, split)
+    """Yields every phrasing of every style in `split`, to train a tokenizer on."""
+    for style in _WORDS:
+        yield from phrasings(style, split)

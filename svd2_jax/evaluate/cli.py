@@ -25,15 +25,16 @@ EXAMPLES = """\
 examples:
   python scripts/make_eval_clips.py --out clips --split held_out --clips 8 --frames 49
   svd2 eval --checkpoint ckpt --clips clips --height 96 --width 160 --json eval.json --chart eval.png
-  svd2 eval --checkpoint ckpt --clips clips --look sepia --look comic --minutes 10 --json eval.json
+  svd2 eval --checkpoint ckpt --clips clips --style sepia --style comic --minutes 10 --json eval.json
 
   # videos of your own, without targets
   svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --prompt "an oil painting" --frames 81
   svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --clip clip-vit-base-patch32
 
 A folder of clips holds video files, which are re-drawn to each --prompt; or, with a file prompts.json
-({"LOOK": ["phrasing", ...]}), folders NAME with input.mp4 and LOOK.mp4, what the look should make of it. Each clip is
-given one phrasing of each look, in turn. docs/evaluation.md defines every number. Needs pip install "svd2-jax[eval]".
+({"STYLE": ["phrasing", ...]}), folders NAME with input.mp4 and STYLE.mp4, what the style should make of it.
+Each clip is given one phrasing of each style, in turn. docs/evaluation.md defines every number.
+Needs pip install "svd2-jax[eval]".
 """
 
 
@@ -47,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to re-draw clips without targets to; given several times, every clip is re-drawn once to each",
     )  # fmt: skip
     parser.add_argument(
-        "--look", action="append", default=[], metavar="NAME",
-        help="of clips with targets, take only this look; may be given several times",
+        "--style", action="append", default=[], metavar="NAME",
+        help="of clips with targets, take only this style; may be given several times",
     )  # fmt: skip
     parser.add_argument("--frames", type=int, metavar="N", help="frames to take of each clip (default: all)")
     parser.add_argument(
@@ -91,10 +92,10 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
         raise ConfigError(f"--minutes must be at least 0, got {args.minutes}")
     if not 0 < args.fps < math.inf:
         raise ConfigError(f"--fps must be above 0, got {args.fps:g}")
-    folder = clips.read_folder(args.clips, args.prompt, args.look)
+    folder = clips.read_folder(args.clips, args.prompt, args.style)
     read = [("the clip", path) for clip in folder.clips for path in (clip.input, *clip.targets)]
     files.check_apart([("--json", args.json), ("--chart", args.chart)], [("--config", args.config), *read])
-    spec = SessionSpec(folder.looks[0].phrasing(0), cfg, args.noise_scale, args.seed)
+    spec = SessionSpec(folder.styles[0].phrasing(0), cfg, args.noise_scale, args.seed)
     judge = ClipModel(args.clip) if args.clip else None
     plan = EvaluationPlan(folder, spec, args.fps, args.frames, args.minutes, judge)
     total = check_clips(plan)
@@ -108,8 +109,8 @@ def run(args: argparse.Namespace, cfg: StreamConfig, open_model: Callable[[], tu
     settings = Settings(
         args.checkpoint, str(args.clips), cfg.to_dict(), args.noise_scale, args.seed, args.fps
     )
-    looks = tuple(look.name for look in folder.looks if look.name is not None)
-    report = Report(settings, looks, found.streams, found.rebuilt, found.changes, found.long)
+    styles = tuple(style.name for style in folder.styles if style.name is not None)
+    report = Report(settings, styles, found.streams, found.rebuilt, found.changes, found.long)
     print(table(report))
     if args.json:
         files.write_json(args.json, report.to_dict(), allow_nan=False)
