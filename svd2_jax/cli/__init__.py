@@ -30,6 +30,7 @@ from svd2_jax.errors import ConfigError, EngineError, MediaError, OptionParser, 
 from svd2_jax.hardware import HARDWARE, Hardware, hardware
 from svd2_jax.media.urls import masked, path_or_url
 from svd2_jax.text import counted, held_in, measured_blocks
+from svd2_jax.validate import read_values
 
 if TYPE_CHECKING:
     from svd2_jax.engine.cluster import Cluster
@@ -554,7 +555,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected lines of `name: value`, got {type(values).__name__}")
     try:
-        StreamConfig.check_keys(values)
+        read_values(StreamConfig, values)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from e
     return values
