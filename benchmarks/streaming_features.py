@@ -1,7 +1,7 @@
 """What streaming features are worth: each against the default on the same held-out scenes, with their targets.
 
 python benchmarks/streaming_features.py                                     # all; most of it are two long streams
-python benchmarks/streaming_features.py --only prompt --look sepia --look neon_night
+python benchmarks/streaming_features.py --only prompt --style sepia --style neon_night
 python benchmarks/streaming_features.py --minutes 1 --fps 1 --frames 25 --scene 2 --scene 3 --out out/features
 
 Writes OUT.json, OUT.md and for each part a chart OUT_PART.png. Parts: sinks (anchors, adaptive or not), cache (its
@@ -37,19 +37,19 @@ from svd2_jax import files, shipped
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.charts.axes import chart
 from svd2_jax.config import LATENT_STRIDE, SINK_THRESHOLD_OFF, V2V_TIMESTEPS, StreamConfig
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
 from svd2_jax.errors import ConfigError, exit_code
 from svd2_jax.evaluate import measures, run
 from svd2_jax.evaluate.chart import INPUT, OUTPUT, TARGET, VAE
 from svd2_jax.evaluate.measures import Motion
 from svd2_jax.evaluate.report import LongStream, plain
+from tiny_model import phrasings, scenes
+from tiny_model.styles import STYLES, apply_style
 
 T = TypeVar("T")
 
 OUT = Path(__file__).with_suffix("")
 SPLIT = "held_out"
-LOOK_NAMES = ("sunset", "watercolour", "winter")
+STYLE_NAMES = ("sunset", "watercolour", "winter")
 SCENES = (9, 2)  # a photograph and a drawn one; both move fast
 SLOW = 0.1  # frames of the scene per frame of a slow clip
 WARM_CHUNKS = 3  # not timed: the first group, and what fills the stream batch
@@ -88,8 +88,8 @@ class Clip:
 
     Attributes:
       group: kind of clip; each has its own table.
-      name: scene and look.
-      prompt: asks for the look.
+      name: scene and style.
+      prompt: asks for the style.
       frames: uint8 [T, H, W, 3].
       target: of the same shape.
       motion: from frame `start` on.
@@ -110,18 +110,18 @@ class Options:
     """What is measured on; part of the results."""
 
     weights: str
-    looks: tuple[str, ...]
+    styles: tuple[str, ...]
     scenes: tuple[int, ...]
     frames: int
     seed: int
 
     def check(self) -> None:
         """Raises ConfigError for what cannot be measured."""
-        for look in self.looks:
-            if look not in LOOKS:
-                raise ConfigError(f"unknown look {look!r}; known: {', '.join(LOOKS)}")
-        if len(set(self.looks)) < 2:
-            raise ConfigError("--look: give two or more; the prompt changes from one to the next")
+        for style in self.styles:
+            if style not in STYLES:
+                raise ConfigError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
+        if len(set(self.styles)) < 2:
+            raise ConfigError("--style: give two or more; the prompt changes from one to the next")
         if len(set(self.scenes)) < 2 or min(self.scenes) < 0:
             raise ConfigError(
                 "--scene: give two or more numbers from 0 on; streams move on from one to the next"
@@ -146,20 +146,20 @@ class Bench:
         made, size = scenes.make_scene(scene, SPLIT), (self.default.height, self.default.width)
         return np.stack([made.frame(speed * t, *size) for t in range(count or self.options.frames)])
 
-    def prompt(self, scene: int, look: str) -> str:
-        """Returns what asks for a look in all clips of a scene."""
-        return phrasings.sample(look, SPLIT, np.random.default_rng((scene, list(LOOKS).index(look))))
+    def prompt(self, scene: int, style: str) -> str:
+        """Returns what asks for a style in all clips of a scene."""
+        return phrasings.sample(style, SPLIT, np.random.default_rng((scene, list(STYLES).index(style))))
 
     def clips(self, group: str, speed: float = 1.0) -> list[Clip]:
-        """Returns a clip of each scene for each look."""
+        """Returns a clip of each scene for each style."""
         return [
             Clip(
-                group, f"scene {scene}, {look}", self.prompt(scene, look), frames, apply_look(look, frames),
+                group, f"scene {scene}, {style}", self.prompt(scene, style), frames, apply_style(style, frames),
                 self.motion(scene, speed),
             )
             for scene in self.options.scenes
             for frames in [self.frames(scene, speed)]
-            for look in self.options.looks
+            for style in self.options.styles
         ]  # fmt: skip
 
     def cuts(self, group: str) -> list[Clip]:
@@ -167,9 +167,9 @@ class Bench:
         numbers, whole = self.options.scenes, []
         for before, after in zip(numbers, (*numbers[1:], numbers[0]), strict=True):
             frames = np.concatenate([self.frames(before, 1.0), self.frames(after, 1.0)])
-            for look in self.options.looks:
-                name, prompt = f"scene {before} to {after}, {look}", self.prompt(after, look)
-                target, motion = apply_look(look, frames), self.motion(after, 1.0)
+            for style in self.options.styles:
+                name, prompt = f"scene {before} to {after}, {style}", self.prompt(after, style)
+                target, motion = apply_style(style, frames), self.motion(after, 1.0)
                 whole.append(Clip(group, name, prompt, frames, target, motion, self.options.frames))
         return whole
 
@@ -322,8 +322,8 @@ class ChangeOfPrompt:
 
     title = "A change of the prompt: blend against a hard switch"
     text = (
-        "In the middle of a stream the prompt changes from one look to the next. *Changed*: frames from the first "
-        "one that the new prompt is for until the picture is nearer to the new look's; *settled*: until less than a "
+        "In the middle of a stream the prompt changes from one style to the next. *Changed*: frames from the first "
+        "one that the new prompt is for until the picture is nearer to the new style's; *settled*: until less than a "
         "quarter of the old picture is left for good; means of the streams in which it happens. *Largest jump*: the "
         "largest mean absolute difference between two frames that follow each other from the change on, 1/1000; "
         "next to it the same of streams whose prompt does not change."
@@ -331,27 +331,27 @@ class ChangeOfPrompt:
 
     def measure(self, bench: Bench, chart_path: Path, progress: Progress) -> dict[str, Any]:
         """Returns how each change went, and draws a chart."""
-        looks, default = bench.options.looks, Setting("")
+        styles, default = bench.options.styles, Setting("")
         count, numbers = 2 * bench.options.frames, bench.options.scenes
         at = run.change_frame(bench.spec("x", default), count)
         assert at is not None  # LEAST_FRAMES sees to it
         changes, kept = [], []
-        with progress(count * len(numbers) * len(looks) * (1 + len(BLENDS))) as bar:
+        with progress(count * len(numbers) * len(styles) * (1 + len(BLENDS))) as bar:
             for scene in numbers:
                 frames = bench.frames(scene, count=count)
-                prompts = [bench.prompt(scene, look) for look in looks]
+                prompts = [bench.prompt(scene, style) for style in styles]
                 alone = [
                     run.collect(run.play(bench.engine, bench.spec(p, default), frames), frames, bar.update)
                     for p in prompts
                 ]
-                for i, look in enumerate(looks):
-                    j = (i + 1) % len(looks)
+                for i, style in enumerate(styles):
+                    j = (i + 1) % len(styles)
                     for blend in BLENDS:
                         spec = bench.spec(prompts[i], default)
                         shown = list(run.play(bench.engine, spec, frames, (at, prompts[j]), blend))
                         bar.update(count)
                         pair = (alone[i], alone[j])
-                        name = f"scene {scene}, {look} to {looks[j]}"
+                        name = f"scene {scene}, {style} to {styles[j]}"
                         change = run.time_change(
                             name, (prompts[i], prompts[j]), at, shown, pair, bench.rate_hz
                         )
@@ -428,9 +428,9 @@ class LongStreams:
 
     def measure(self, bench: Bench, chart_path: Path, progress: Progress) -> dict[str, Any]:
         """Returns the measures of each minute of both streams, and draws a chart."""
-        scene, look = bench.options.scenes[0], bench.options.looks[0]
-        frames, prompt = bench.frames(scene, 1.0), bench.prompt(scene, look)
-        target, motion = apply_look(look, frames), bench.motion(scene, 1.0)
+        scene, style = bench.options.scenes[0], bench.options.styles[0]
+        frames, prompt = bench.frames(scene, 1.0), bench.prompt(scene, style)
+        target, motion = apply_style(style, frames), bench.motion(scene, 1.0)
         length = (bench.minutes, max(1, round(60 * bench.rate_hz)))
         total = length[0] * length[1]
         settings = (Setting("refresh"), Setting("no refresh", {"rope_refresh": max(50, total)}))
@@ -446,7 +446,7 @@ class LongStreams:
 
                 spec = bench.spec(prompt, setting)
                 minutes = run.play_minutes(bench.engine, spec, frames, motion, target, length, see)
-                stream = LongStream(f"scene {scene}", look, prompt, minutes)
+                stream = LongStream(f"scene {scene}", style, prompt, minutes)
                 streams[setting.name] = {**dataclasses.asdict(stream), "drift": stream.drift()}
                 seen[setting.name] = middles
         middle = len(frames) // 2
@@ -675,10 +675,10 @@ def document(results: Mapping[str, Any], name: str) -> str:
         found = results["parts"][part]
         on = found["options"]
         if "minutes" in on:
-            where = f"Scene {on['scenes'][0]}, {on['looks'][0]}; {on['minutes']} minutes of {on['rate_hz']:g} FPS."
+            where = f"Scene {on['scenes'][0]}, {on['styles'][0]}; {on['minutes']} minutes of {on['rate_hz']:g} FPS."
         else:
             names = ", ".join(map(str, on["scenes"]))
-            where = f"Scenes {names}; {', '.join(on['looks'])}; clips of {on['frames']} frames."
+            where = f"Scenes {names}; {', '.join(on['styles'])}; clips of {on['frames']} frames."
         lines += ["", f"## {BENCHMARKS[part].title}", "", BENCHMARKS[part].text, where]
         lines += [*BENCHMARKS[part].table(found), "", f"![{BENCHMARKS[part].title}]({name}_{part}.png)"]
     return "\n".join(lines) + "\n"
@@ -772,8 +772,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default=shipped.TINY, metavar="FOLDER", help="(default %(default)s)")
     parser.add_argument("--only", action="append", default=[], choices=tuple(BENCHMARKS), metavar="PART",
                         help="measure this part, again if it was; may be given several times")  # fmt: skip
-    parser.add_argument("--look", action="append", default=[], metavar="NAME",
-                        help=f"may be given several times (default: {', '.join(LOOK_NAMES)})")  # fmt: skip
+    parser.add_argument("--style", action="append", default=[], metavar="NAME",
+                        help=f"may be given several times (default: {', '.join(STYLE_NAMES)})")  # fmt: skip
     parser.add_argument("--scene", action="append", default=[], type=int, metavar="N",
                         help=f"held-out, at least two (default: {', '.join(map(str, SCENES))})")  # fmt: skip
     parser.add_argument(
@@ -801,8 +801,11 @@ def measure(args: argparse.Namespace) -> None:
     folder = shipped.checkpoint_folder(args.checkpoint)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: is no folder; expected a converted checkpoint")
-    looks, numbers = tuple(dict.fromkeys(args.look)) or LOOK_NAMES, tuple(dict.fromkeys(args.scene)) or SCENES
-    options = Options(digest(folder), looks, numbers, args.frames, args.seed)
+    styles, numbers = (
+        tuple(dict.fromkeys(args.style)) or STYLE_NAMES,
+        tuple(dict.fromkeys(args.scene)) or SCENES,
+    )
+    options = Options(digest(folder), styles, numbers, args.frames, args.seed)
     options.check()
     paths = {name: args.out.with_name(f"{args.out.name}_{name}.png") for name in BENCHMARKS}
     target, text = (args.out.with_name(args.out.name + suffix) for suffix in (".json", ".md"))

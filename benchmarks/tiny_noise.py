@@ -70,14 +70,14 @@ def table(rows: list[dict[str, float]]) -> str:
     lines = [
         "# The small model over noise scales and steps",
         "",
-        "Two held-out scenes of 17 frames in all looks, against what the look's own image processing gives:",
+        "Two held-out scenes of 17 frames in all styles, against what the style's own image processing gives:",
         "",
         "```",
         "python scripts/make_eval_clips.py --out clips --clips 2 --frames 17",
         "python benchmarks/tiny_noise.py --clips clips",
         "```",
         "",
-        "| noise scale | steps | PSNR | SSIM | nearest look is the one asked for |",
+        "| noise scale | steps | PSNR | SSIM | nearest style is the one asked for |",
         "|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (row["steps"], row["noise_scale"])):

@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 from svd2_jax import media
-from svd2_jax.dataset import scenes
-from svd2_jax.dataset.scenes import Scene, Sine
+from tiny_model import scenes
+from tiny_model.scenes import Scene, Sine
 
 FRAMES, FPS, HEIGHT, WIDTH = 96, 16.0, 192, 320
 

@@ -1,7 +1,7 @@
-"""Writes clips with targets for `svd2 eval`: moving scenes, what each look makes of them, and prompts.
+"""Writes clips with targets for `svd2 eval`: moving scenes, what each style makes of them, and prompts.
 
 python scripts/make_eval_clips.py --out clips                # 8 clips of 49 frames, of scenes not trained on
-python scripts/make_eval_clips.py --out clips --clips 2 --frames 25 --look sepia --look comic
+python scripts/make_eval_clips.py --out clips --clips 2 --frames 25 --style sepia --style comic
 
 The same options give the same frames. Videos are FFV1 in Matroska files, which keep every pixel as it was. Needs
 pip install "svd2-jax[train]".
@@ -23,13 +23,13 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from svd2_jax import files
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
 from svd2_jax.errors import ConfigError, MediaError, exit_code
 from svd2_jax.evaluate.clips import INPUT, PROMPTS
+from tiny_model import phrasings, scenes
+from tiny_model.styles import STYLES, apply_style
 
 RATE_HZ = 16  # that Wan2.1 was trained at
-PHRASINGS = 24  # of each look
+PHRASINGS = 24  # of each style
 SUFFIX = ".mkv"
 
 
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--height", type=int, default=96, help="pixels (default %(default)s)")
     parser.add_argument("--width", type=int, default=160, help="pixels (default %(default)s)")
-    parser.add_argument("--look", action="append", default=[], metavar="NAME",
-                        help=f"may be given several times (default: all of {', '.join(LOOKS)})")  # fmt: skip
+    parser.add_argument("--style", action="append", default=[], metavar="NAME",
+                        help=f"may be given several times (default: all of {', '.join(STYLES)})")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the first scene (default %(default)s)")
     args = parser.parse_args(argv)
     return exit_code(lambda: write(args), "interrupted; the folder is not complete")
@@ -63,11 +63,11 @@ def write(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
     if min(args.height, args.width) < 16 or args.height % 16 or args.width % 16:
         raise ConfigError(f"height and width must be multiples of 16, got {args.height}x{args.width}")
-    # What changes nothing comes last: the first look is what a long stream is re-drawn to.
-    looks = list(dict.fromkeys(args.look)) or sorted(LOOKS, key=lambda name: name == "unchanged")
-    for look in looks:
-        if look not in LOOKS:
-            raise ConfigError(f"unknown look {look!r}; known: {', '.join(LOOKS)}")
+    # What changes nothing comes last: the first style is what a long stream is re-drawn to.
+    styles = list(dict.fromkeys(args.style)) or sorted(STYLES, key=lambda name: name == "unchanged")
+    for style in styles:
+        if style not in STYLES:
+            raise ConfigError(f"unknown style {style!r}; known: {', '.join(STYLES)}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ConfigError(f"{args.out}: is there and not empty; name a new folder")
     try:
@@ -76,8 +76,8 @@ def write(args: argparse.Namespace) -> None:
         raise MediaError(f"{args.out}: cannot be made ({e.strerror})") from e
     rng = np.random.default_rng(args.seed)
     prompts = {
-        look: list(dict.fromkeys(phrasings.sample(look, args.split, rng) for _ in range(PHRASINGS)))
-        for look in looks
+        style: list(dict.fromkeys(phrasings.sample(style, args.split, rng) for _ in range(PHRASINGS)))
+        for style in styles
     }
     for number in tqdm(range(args.clips), unit="clip", file=sys.stderr):
         seed = args.seed + number
@@ -85,11 +85,11 @@ def write(args: argparse.Namespace) -> None:
         folder = args.out / f"scene_{seed:03d}"
         folder.mkdir()
         write_video(folder / f"{INPUT}{SUFFIX}", clip)
-        for look in looks:
-            write_video(folder / f"{look}{SUFFIX}", apply_look(look, clip))
+        for style in styles:
+            write_video(folder / f"{style}{SUFFIX}", apply_style(style, clip))
     text = json.dumps(prompts, indent=1) + "\n"
     files.write_whole(args.out / PROMPTS, lambda path: path.write_text(text))  # last: now it is complete
-    print(f"{args.out}: {args.clips} clips of {args.frames} frames, {len(looks)} looks")
+    print(f"{args.out}: {args.clips} clips of {args.frames} frames, {len(styles)} styles")
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:

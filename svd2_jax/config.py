@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 from svd2_jax.errors import ConfigError
+from svd2_jax.validate import build, read_values
 
 LATENT_STRIDE = 4  # video frames per latent frame, Wan2.1 VAE
 SPATIAL_STRIDE = 8  # pixels per latent cell in each direction, Wan2.1 VAE
@@ -28,19 +29,6 @@ T2V_TIMESTEPS = (1000, 750, 500, 250)  # the same for text-to-video, always foll
 Storage = Literal["compute", "int8", "fp8"]
 """What numbers are held in: what is computed in, or 8 bits and a scale for each group (fp8 is float8_e4m3fn)."""
 STORAGES: tuple[Storage, ...] = get_args(Storage)
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value has the type of a field's default; True for fields without a plain default."""
-    if isinstance(default, tuple):
-        return isinstance(value, tuple) and all(_is_like(v, default[0]) for v in value)
-    if isinstance(default, float):
-        return type(value) in (int, float)
-    return type(value) is type(default) if isinstance(default, (bool, int, str)) else True
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -85,21 +73,8 @@ def check_several(name: str, value: Any, example: str) -> None:
 class _Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the config from plain values; see `check_keys`."""
-        cls.check_keys(values)
-        return cls(**{k: _to_tuple(v) for k, v in values.items()})
-
-    @classmethod
-    def check_keys(cls, values: Mapping[str, Any]) -> None:
-        """Raises ConfigError for unknown keys and for values of another type than the default's."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known keys are {sorted(fields)}")
-        for name, value in values.items():
-            default = fields[name].default
-            if not _is_like(_to_tuple(value), default):
-                raise ConfigError(f"{name} takes a value like {default}, got {value!r}")
+        """Returns the config of plain values; raises ConfigError for unknown keys and values of another type."""
+        return build(cls, values)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that `from_dict` takes back."""
@@ -261,12 +236,6 @@ class ModelConfig(_Config):
             return self
         return dataclasses.replace(self, dit=dataclasses.replace(self.dit, weight_dtype=weight_dtype))
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
-        """Builds the config, nested configs included, from plain values."""
-        parts = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig, "taehv": TAEHVConfig}
-        return super().from_dict({k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
-
 
 PRESETS: Mapping[str, ModelConfig] = {
     "wan-1.3b": ModelConfig("wan-1.3b", DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)),
@@ -333,8 +302,8 @@ class StreamConfig(_Config):
     decoder: Literal["wan", "taehv"] = "wan"
 
     def __post_init__(self):
-        object.__setattr__(self, "timesteps", _to_tuple(self.timesteps))
-        self.check_keys(dataclasses.asdict(self))
+        for name, value in read_values(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)  # a tuple where a list was given
         for name in ("height", "width"):
             value = getattr(self, name)
             if value <= 0 or value % PIXEL_MULTIPLE:
@@ -342,9 +311,6 @@ class StreamConfig(_Config):
                 raise ConfigError(
                     f"{name} must be a positive multiple of {PIXEL_MULTIPLE}, got {value}; try {near}"
                 )
-        for name, choices in (("task", ("v2v", "t2v")), ("mode", ("stream", "sequential")),
-                              ("decoder", ("wan", "taehv")), ("cache_dtype", STORAGES)):  # fmt: skip
-            check_choice(name, getattr(self, name), choices)
         if not 1 <= len(self.timesteps) <= 8 or not all(0 <= t <= 1000 for t in self.timesteps):
             raise ConfigError(f"timesteps must be 1 to 8 values in [0, 1000], got {self.timesteps}")
         if any(a <= b for a, b in itertools.pairwise(self.timesteps)):

@@ -197,12 +197,12 @@ CASES = {
     "id alone": (["--process-id", 1], "--coordinator"),
     "no port": (["--coordinator", "host", "--process-id", 0, "--num-processes", 2], "HOST:PORT"),
     "no config": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory)"),
-    "unknown key": (["--config", "unknown.yaml"], "unknown keys ['speed']; known keys are ['cache_dtype'"),
+    "unknown key": (["--config", "unknown.yaml"], "unknown key 'speed'; known are height, width"),
     "broken config": (["--config", "broken.yaml"], "broken.yaml: is not YAML at line 2; expected lines of"),
     "binary config": (["--config", "binary.yaml"], "binary.yaml: is not YAML"),
     "config is a list": (["--config", "list.yaml"], "list.yaml: expected lines of `name: value`, got list"),
-    "config word": (["--config", "word.yaml"], "word.yaml: height takes a value like 480, got 'tall'"),
-    "config number": (["--config", "number.yaml"], "timesteps takes a value like (700, 500), got 700"),
+    "config word": (["--config", "word.yaml"], "word.yaml: height must be a whole number, got 'tall'"),
+    "config number": (["--config", "number.yaml"], "timesteps must be a list, got 700"),
     "config of t2v": (["--config", CONFIGS / "t2v.yaml"], "settings for the task 't2v', expected 'v2v'"),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from svd2_jax.errors import MediaError
 from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip
@@ -53,6 +54,21 @@ def video(tmp_path_factory) -> Path:
 
 
 # --- what is read is what was written
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.png", "list.ffconcat"])
+def test_animated_pictures_and_lists_of_pictures_are_read(tmp_path, name):
+    greys = [0, 40, 80, 120]
+    first, *later = (Image.fromarray(np.full((H, W, 3), grey, np.uint8)) for grey in greys)
+    if name == "list.ffconcat":
+        for number, picture in enumerate((first, *later)):
+            picture.save(tmp_path / f"{number}.png")
+        lines = ["ffconcat version 1.0", *(f"file {number}.png" for number in range(len(greys)))]
+        (tmp_path / name).write_text("\n".join(lines))
+    else:
+        first.save(tmp_path / name, save_all=True, append_images=later, duration=100)
+    expected = np.broadcast_to(np.array(greys, np.uint8)[:, None, None, None], (len(greys), H, W, 3))
+    np.testing.assert_array_equal(load(tmp_path / name), expected)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm", ".MP4"])

@@ -3,15 +3,16 @@
 examples:
   python scripts/make_eval_clips.py --out clips --split held_out --clips 8 --frames 49
   svd2 eval --checkpoint ckpt --clips clips --height 96 --width 160 --json eval.json --chart eval.png
-  svd2 eval --checkpoint ckpt --clips clips --look sepia --look comic --minutes 10 --json eval.json
+  svd2 eval --checkpoint ckpt --clips clips --style sepia --style comic --minutes 10 --json eval.json
 
   # videos of your own, without targets
   svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --prompt "an oil painting" --frames 81
   svd2 eval --checkpoint ckpt --clips videos --prompt "a pencil sketch" --clip clip-vit-base-patch32
 
 A folder of clips holds video files, which are re-drawn to each --prompt; or, with a file prompts.json
-({"LOOK": ["phrasing", ...]}), folders NAME with input.mp4 and LOOK.mp4, what the look should make of it. Each clip is
-given one phrasing of each look, in turn. docs/evaluation.md defines every number. Needs pip install "svd2-jax[eval]".
+({"STYLE": ["phrasing", ...]}), folders NAME with input.mp4 and STYLE.mp4, what the style should make of it.
+Each clip is given one phrasing of each style, in turn. docs/evaluation.md defines every number.
+Needs pip install "svd2-jax[eval]".
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Options(OptionGroup):
     prompt: tuple[str, ...] = option(
         "what to re-draw clips without targets to; given several times, every clip is re-drawn once to each"
     )
-    look: tuple[str, ...] = option(
-        "of clips with targets, take only this look; may be given several times", metavar="NAME"
+    style: tuple[str, ...] = option(
+        "of clips with targets, take only this style; may be given several times", metavar="NAME"
     )
     frames: int | None = option("frames to take of each clip (default: all)")
     minutes: int = option(
@@ -85,10 +86,10 @@ def _evaluate(options: Options, cfg: StreamConfig) -> int:
     from svd2_jax.evaluate.run import EvaluationPlan, check_clips, evaluate
 
     _check(options)
-    folder = clips.read_folder(options.clips, options.prompt, options.look)
+    folder = clips.read_folder(options.clips, options.prompt, options.style)
     read = [("the clip", path) for clip in folder.clips for path in (clip.input, *clip.targets)]
     check_reports(options.json, options.chart, [("--config", options.stream.config), *read])
-    spec = options.noise.spec(folder.looks[0].phrasing(0), cfg)
+    spec = options.noise.spec(folder.styles[0].phrasing(0), cfg)
     judge = ClipModel(options.clip) if options.clip else None
     plan = EvaluationPlan(folder, spec, options.fps, options.frames, options.minutes, judge)
     total = check_clips(plan)
@@ -103,8 +104,8 @@ def _evaluate(options: Options, cfg: StreamConfig) -> int:
     settings = Settings(
         options.engine.checkpoint, str(options.clips), cfg.to_dict(), spec.noise_scale, spec.seed, options.fps
     )
-    looks = tuple(look.name for look in folder.looks if look.name is not None)
-    report = Report(settings, looks, found.streams, found.rebuilt, found.changes, found.long)
+    styles = tuple(style.name for style in folder.styles if style.name is not None)
+    report = Report(settings, styles, found.streams, found.rebuilt, found.changes, found.long)
     print(table(report))
     if options.json:
         files.write_json(options.json, report.to_dict(), allow_nan=False)

@@ -19,6 +19,7 @@ from svd2_jax import files, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError
+from svd2_jax.validate import read_values
 
 _METAVARS = {int: "N", float: "X", Path: "FILE"}
 EightBits = Literal["int8", "fp8"]
@@ -166,11 +167,9 @@ class EngineOptions(OptionGroup):
 
     def unknown_style(self, prompt: str) -> str | None:
         """Returns a note that no word of a prompt names a style of the shipped model; None for other models."""
-        from svd2_jax.dataset import phrasings
-
-        if self.checkpoint != shipped.TINY or phrasings.named_looks(prompt):
+        if self.checkpoint != shipped.TINY or shipped.named_styles(prompt):
             return None
-        styles = phrasings.STYLES
+        styles = [name.replace("_", " ") for name in shipped.styles() if name != shipped.UNCHANGED]
         known = f"note: the model {shipped.TINY!r} knows {len(styles)} styles"
         return f"{known}, none is named in {prompt!r}: {', '.join(styles)}"
 
@@ -266,7 +265,7 @@ class StreamOptions(OptionGroup):
         if not isinstance(values, dict):
             raise ConfigError(f"{self.config}: expected lines of `name: value`, got {type(values).__name__}")
         try:
-            StreamConfig.check_keys(values)
+            read_values(StreamConfig, values)
         except ConfigError as e:
             raise ConfigError(f"{self.config}: {e}") from e
         return values

@@ -54,7 +54,7 @@ def draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
             axes.axis("off")
         for axes, sample, image in zip(strip.axes, samples, images, strict=False):
             axes.imshow(image)
-            lines = [shortened(line, CAPTION, len) for line in (sample.look, sample.prompt) if line]
+            lines = [shortened(line, CAPTION, len) for line in (sample.style, sample.prompt) if line]
             axes.set_title("\n".join(lines), fontsize=7, pad=2, loc="center")
         for index, panel in enumerate(panels):
             panel(numbers.add_subplot(below, COLUMNS, index + 1), report)
@@ -76,13 +76,13 @@ def _likeness(axes: Axes, report: Report, field: str, most: float) -> None:
     def values(likenesses: Sequence[Likeness | None]) -> list[float]:
         return [math.nan if one is None else getattr(one, field) for one in likenesses]
 
-    parts = [report.of_look(look) for look in report.looks]
+    parts = [report.of_style(style) for style in report.styles]
     groups = [
         ("VAE alone on the target", VAE, values([part.rebuilt_likeness(True) for part in parts])),
         ("output", OUTPUT, values([part.likeness() for part in parts])),
         ("input as it is", INPUT, values([part.input_likeness() for part in parts])),
     ]
-    _bars(axes, report.looks, groups)
+    _bars(axes, report.styles, groups)
     _turn(axes)
     axes.set_ylim(0, 1.25 * min(most, max(v for _, _, found in groups for v in found if not math.isnan(v))))
 
@@ -94,8 +94,8 @@ def _confusion(axes: Axes, report: Report) -> None:
     for i, j in zip(*np.nonzero(counts), strict=True):
         colour = "white" if shares[i, j] > 0.5 else INK
         axes.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(report.looks)), report.looks)
-    axes.set_yticks(range(len(report.looks)), report.looks)
+    axes.set_xticks(range(len(report.styles)), report.styles)
+    axes.set_yticks(range(len(report.styles)), report.styles)
     axes.grid(visible=False)
     _turn(axes)
     axes.set_ylabel("asked for")

@@ -1,4 +1,4 @@
-"""What a folder of clips holds: videos alone, or videos with what each look makes of them."""
+"""What a folder of clips holds: videos alone, or videos with what each style makes of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """Something that clips are re-drawn to.
 
     Attributes:
@@ -42,7 +42,7 @@ class Clip:
     Attributes:
       name: of the file without its suffix, or of the folder.
       input: the video.
-      targets: what each look makes of it, in the order of the folder's looks; empty where that is not known.
+      targets: what each style makes of it, in the order of the folder's styles; empty where that is not known.
     """
 
     name: str
@@ -55,28 +55,30 @@ class ClipFolder:
     """Clips and what they are re-drawn to."""
 
     clips: tuple[Clip, ...]
-    looks: tuple[Look, ...]
+    styles: tuple[Style, ...]
 
 
-def read_folder(path: Path, prompts: Sequence[str] = (), looks: Sequence[str] = ()) -> ClipFolder:
+def read_folder(path: Path, prompts: Sequence[str] = (), styles: Sequence[str] = ()) -> ClipFolder:
     """Returns what a folder of clips holds; no video is opened.
 
     Args:
-      path: the folder. With a file `prompts.json` it holds `NAME/input.mp4` and `NAME/LOOK.mp4`, else video files.
+      path: the folder. With a file `prompts.json` it holds `NAME/input.mp4` and `NAME/STYLE.mp4`, else video files.
       prompts: what to re-draw plain clips to.
-      looks: takes only these of a folder with targets; all if empty.
+      styles: takes only these of a folder with targets; all if empty.
 
     Raises:
-      ConfigError: there are no clips, no prompts or no such look, or the folder is not of either form.
+      ConfigError: there are no clips, no prompts or no such style, or the folder is not of either form.
     """
     if not path.is_dir():
         raise ConfigError(f"{path}: is no folder; give one with video files")
     if (path / PROMPTS).exists():
         if prompts:
             raise ConfigError(f"{path}: has prompts of its own in {PROMPTS}; leave out --prompt")
-        return _with_targets(path, looks)
-    if looks:
-        raise ConfigError(f"{path}: has no {PROMPTS}, so it knows no looks; give --prompt instead of --look")
+        return _with_targets(path, styles)
+    if styles:
+        raise ConfigError(
+            f"{path}: has no {PROMPTS}, so it knows no styles; give --prompt instead of --style"
+        )
     if not prompts:
         raise ConfigError(
             f'{path}: has no {PROMPTS}; say what to re-draw to, as in --prompt "a pencil sketch"'
@@ -84,34 +86,34 @@ def read_folder(path: Path, prompts: Sequence[str] = (), looks: Sequence[str] = 
     for prompt in prompts:
         check_prompt(prompt)
     files = sorted(f for f in path.iterdir() if f.is_file() and _is_video(f))
-    return _folder(path, [Clip(file.stem, file) for file in files], [Look(None, (p,)) for p in prompts])
+    return _folder(path, [Clip(file.stem, file) for file in files], [Style(None, (p,)) for p in prompts])
 
 
 def _with_targets(path: Path, names: Sequence[str]) -> ClipFolder:
     known = _read_prompts(path / PROMPTS)
     for name in names:
-        if name not in {look.name for look in known}:
+        if name not in {style.name for style in known}:
             raise ConfigError(
-                f"{path}: has no look {name!r}; it has {', '.join(str(look.name) for look in known)}"
+                f"{path}: has no style {name!r}; it has {', '.join(str(style.name) for style in known)}"
             )
-    looks = [look for look in known if not names or look.name in names]
+    styles = [style for style in known if not names or style.name in names]
     clips = []
     for folder in sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")):
         input_ = _video(folder, INPUT)
         for file in sorted(filter(_is_video, folder.iterdir())):
-            if file.stem not in {INPUT, *(look.name for look in known)}:
-                raise ConfigError(f"{file}: {PROMPTS} knows no look {file.stem!r}")
-        clips.append(Clip(folder.name, input_, tuple(_video(folder, str(look.name)) for look in looks)))
-    return _folder(path, clips, looks)
+            if file.stem not in {INPUT, *(style.name for style in known)}:
+                raise ConfigError(f"{file}: {PROMPTS} knows no style {file.stem!r}")
+        clips.append(Clip(folder.name, input_, tuple(_video(folder, str(style.name)) for style in styles)))
+    return _folder(path, clips, styles)
 
 
-def _folder(path: Path, clips: Sequence[Clip], looks: Sequence[Look]) -> ClipFolder:
+def _folder(path: Path, clips: Sequence[Clip], styles: Sequence[Style]) -> ClipFolder:
     if not clips:
         raise ConfigError(f"{path}: holds no clips; expected {', '.join(SUFFIXES)} files")
-    return ClipFolder(tuple(clips), tuple(looks))
+    return ClipFolder(tuple(clips), tuple(styles))
 
 
-def _read_prompts(path: Path) -> list[Look]:
+def _read_prompts(path: Path) -> list[Style]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
@@ -119,18 +121,18 @@ def _read_prompts(path: Path) -> list[Look]:
     except ValueError as e:
         raise ConfigError(f"{path}: is not JSON ({e})") from e
     if not isinstance(values, dict) or not values:
-        raise ConfigError(f"{path}: expected {{look: [phrasing, ...]}}")
+        raise ConfigError(f"{path}: expected {{style: [phrasing, ...]}}")
     if INPUT in values:
-        raise ConfigError(f"{path}: a look cannot be called {INPUT!r}, the name of each clip's own video")
+        raise ConfigError(f"{path}: a style cannot be called {INPUT!r}, the name of each clip's own video")
     for name, phrasings in values.items():
         if not isinstance(phrasings, list) or not phrasings:
-            raise ConfigError(f"{path}: the look {name!r} has no phrasings; expected [phrasing, ...]")
+            raise ConfigError(f"{path}: the style {name!r} has no phrasings; expected [phrasing, ...]")
         for phrasing in phrasings:
             try:
                 check_prompt(phrasing)
             except ConfigError as e:
-                raise ConfigError(f"{path}: the look {name!r}: {e}") from e
-    return [Look(name, tuple(phrasings)) for name, phrasings in values.items()]
+                raise ConfigError(f"{path}: the style {name!r}: {e}") from e
+    return [Style(name, tuple(phrasings)) for name, phrasings in values.items()]
 
 
 def _is_video(path: Path) -> bool:

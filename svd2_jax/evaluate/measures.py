@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from svd2_jax.dataset.looks import LUMA
 from svd2_jax.errors import ConfigError
 
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 MOST_DB = 100.0  # the PSNR of equal clips, which would be infinite
 SSIM_SIGMA = 1.5  # pixels of the window, Wang et al. 2004
-NEAREST_SIGMA = 1.0  # pixels of the blur before looks are told apart
+NEAREST_SIGMA = 1.0  # pixels of the blur before styles are told apart
 CELLS = 8  # local means in each direction, for flicker
 FLOW_LINES = 160  # optical flow is computed on pictures reduced to about this height
 # Relative and absolute (pixels squared) error allowed there and back, Sundaram et al. 2010.

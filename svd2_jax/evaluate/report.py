@@ -22,20 +22,20 @@ class StreamResult:
 
     Attributes:
       clip: name of the clip.
-      look: name of the look asked for; None where there is no target.
+      style: name of the style asked for; None where there is no target.
       prompt: what was asked for.
       frames: length of the clip.
       output: how steady the output is.
       input: how steady the clip itself is.
-      target: how steady the look's target is.
-      to_target: likeness of the output to the look's target.
+      target: how steady the style's target is.
+      to_target: likeness of the output to the style's target.
       input_to_target: that of the clip itself, as if nothing had been re-drawn.
-      nearest: the look whose target is nearest to the output.
+      nearest: the style whose target is nearest to the output.
       clip_scores: of the output, where a CLIP model judges.
     """
 
     clip: str
-    look: str | None
+    style: str | None
     prompt: str
     frames: int
     output: Steadiness
@@ -49,10 +49,10 @@ class StreamResult:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What the VAE alone keeps of a video: of a clip, or of a look's target."""
+    """What the VAE alone keeps of a video: of a clip, or of a style's target."""
 
     clip: str
-    look: str | None
+    style: str | None
     likeness: Likeness
 
 
@@ -100,7 +100,7 @@ class LongStream:
     """A clip played forwards and backwards again and again."""
 
     clip: str
-    look: str | None
+    style: str | None
     prompt: str
     minutes: tuple[Minute, ...]
 
@@ -150,30 +150,30 @@ class Report:
     """All numbers of an evaluation."""
 
     settings: Settings
-    looks: tuple[str, ...]
+    styles: tuple[str, ...]
     streams: tuple[StreamResult, ...]
     rebuilt: tuple[Rebuilt, ...]
     changes: tuple[PromptChange, ...]
     long: LongStream | None
 
     def confusion(self) -> list[list[int]]:
-        """Returns how many clips asked for look i (row) came out nearest to look j (column)."""
-        counts = [[0] * len(self.looks) for _ in self.looks]
+        """Returns how many clips asked for style i (row) came out nearest to style j (column)."""
+        counts = [[0] * len(self.styles) for _ in self.styles]
         for stream in self.streams:
-            if stream.look is not None and stream.nearest is not None:
-                counts[self.looks.index(stream.look)][self.looks.index(stream.nearest)] += 1
+            if stream.style is not None and stream.nearest is not None:
+                counts[self.styles.index(stream.style)][self.styles.index(stream.nearest)] += 1
         return counts
 
     def right_share(self) -> float | None:
-        """Returns the share of streams whose nearest look is the one asked for; None without targets."""
-        return _none(mean(float(s.nearest == s.look) for s in self.streams if s.nearest is not None))
+        """Returns the share of streams whose nearest style is the one asked for; None without targets."""
+        return _none(mean(float(s.nearest == s.style) for s in self.streams if s.nearest is not None))
 
-    def of_look(self, look: str | None) -> Report:
-        """Returns the part of it about one look."""
+    def of_style(self, style: str | None) -> Report:
+        """Returns the part of it about one style."""
         return dataclasses.replace(
             self,
-            streams=tuple(s for s in self.streams if s.look == look),
-            rebuilt=tuple(r for r in self.rebuilt if r.look == look),
+            streams=tuple(s for s in self.streams if s.style == style),
+            rebuilt=tuple(r for r in self.rebuilt if r.style == style),
         )
 
     def likeness(self) -> Likeness | None:
@@ -186,7 +186,7 @@ class Report:
 
     def rebuilt_likeness(self, targets: bool) -> Likeness | None:
         """Returns the mean likeness of what the VAE alone makes, of targets or of the clips themselves."""
-        return mean_likeness(r.likeness for r in self.rebuilt if (r.look is not None) == targets)
+        return mean_likeness(r.likeness for r in self.rebuilt if (r.style is not None) == targets)
 
     def clip_scores(self) -> ClipScores | None:
         """Returns the mean of CLIP's scores; None where no CLIP model judged."""
@@ -212,7 +212,7 @@ class Report:
         values = {**dataclasses.asdict(self), "means": means, "confusion": confusion}
         if self.long:
             values["long"]["drift"] = self.long.drift()
-        order = ("settings", "means", "looks", "confusion", "streams", "rebuilt", "changes", "long")
+        order = ("settings", "means", "styles", "confusion", "streams", "rebuilt", "changes", "long")
         return plain({key: values[key] for key in order})
 
     def steadiness(self) -> tuple[Steadiness | None, Steadiness | None, Steadiness | None]:
@@ -276,7 +276,7 @@ def _likeness_lines(report: Report) -> list[str]:
     if report.likeness():
         head = ("likeness to the target", "dB", "SSIM", "input dB", "SSIM", "VAE dB", "SSIM", "nearest")
         lines = aligned(
-            [head, *(cells(look, report.of_look(look)) for look in report.looks), cells("all", report)]
+            [head, *(cells(style, report.of_style(style)) for style in report.styles), cells("all", report)]
         )
     if found := report.rebuilt_likeness(False):
         lines.append(f"VAE alone on the clips themselves: {found.psnr_db:.2f} dB, SSIM {found.ssim:.3f}")

@@ -79,9 +79,9 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Sample:
-    """A frame to look at, uint8 [H, W, 3]: of the clip, of what came out, and of the look's target."""
+    """A frame to look at, uint8 [H, W, 3]: of the clip, of what came out, and of the style's target."""
 
-    look: str | None
+    style: str | None
     prompt: str
     input: np.ndarray
     output: np.ndarray
@@ -102,7 +102,7 @@ class Found:
 def evaluate(
     engine: Engine, rebuild: Rebuild, plan: EvaluationPlan, advance: Advance = lambda _: None
 ) -> Found:
-    """Re-draws each clip to each look, changes the prompt in one stream of each, and plays the long stream.
+    """Re-draws each clip to each style, changes the prompt in one stream of each, and plays the long stream.
 
     Args:
       engine: the model.
@@ -118,10 +118,10 @@ def evaluate(
         frames = plan.read(clip)
         targets = [plan.read_target(path, frames) for path in clip.targets]
         rebuilt.append(Rebuilt(clip.name, None, measures.likeness(rebuild(frames), frames)))
-        for look, target in zip(plan.folder.looks, targets, strict=False):
-            rebuilt.append(Rebuilt(clip.name, look.name, measures.likeness(rebuild(target), target)))
+        for style, target in zip(plan.folder.styles, targets, strict=False):
+            rebuilt.append(Rebuilt(clip.name, style.name, measures.likeness(rebuild(target), target)))
         done = _Clip(plan, number, clip.name, frames, targets)
-        for index in range(len(plan.folder.looks)):
+        for index in range(len(plan.folder.styles)):
             result, sample = done.redraw(engine, index, advance)
             streams.append(result)
             if not number:
@@ -142,11 +142,11 @@ def check_clips(plan: EvaluationPlan) -> int:
     measures.require_tools()
     count = plan.minutes * plan.frames_per_minute
     for clip in plan.folder.clips:
-        frames, looks = plan.read(clip), len(plan.folder.looks)
+        frames, styles = plan.read(clip), len(plan.folder.styles)
         for target in clip.targets:
             plan.read_target(target, frames)
-        changes = looks > 1 and change_frame(plan.spec, len(frames)) is not None
-        count += len(frames) * (looks + changes)
+        changes = styles > 1 and change_frame(plan.spec, len(frames)) is not None
+        count += len(frames) * (styles + changes)
     return count
 
 
@@ -268,24 +268,24 @@ class _Clip:
         self._motion = measures.motion(frames)
         self._steadiness = measures.steadiness(frames, self._motion)
         self._blurred = [measures.blurred(target) for target in targets]
-        looks = plan.folder.looks
-        self._old, self._new = number % len(looks), (number + 1) % len(looks)  # of the change of the prompt
-        self._outputs: dict[int, np.ndarray] = {}  # of these two looks
+        styles = plan.folder.styles
+        self._old, self._new = number % len(styles), (number + 1) % len(styles)  # of the change of the prompt
+        self._outputs: dict[int, np.ndarray] = {}  # of these two styles
 
     def redraw(self, engine: Engine, index: int, advance: Advance) -> tuple[StreamResult, Sample]:
-        """Re-draws the clip to a look."""
-        look = self._plan.folder.looks[index]
-        prompt = look.phrasing(self._number)
+        """Re-draws the clip to a style."""
+        style = self._plan.folder.styles[index]
+        prompt = style.phrasing(self._number)
         output = collect(play(engine, self._plan.spec_for(prompt), self._frames), self._frames, advance)
         if index in (self._old, self._new):
             self._outputs[index] = output
         judge = self._plan.clip_model
         result = StreamResult(
-            self._name, look.name, prompt, len(output), measures.steadiness(output, self._motion), self._steadiness,
+            self._name, style.name, prompt, len(output), measures.steadiness(output, self._motion), self._steadiness,
             clip_scores=judge.scores(output, prompt) if judge else None,
         )  # fmt: skip
         middle = len(output) // 2
-        sample = Sample(look.name, prompt, self._frames[middle], output[middle], None)
+        sample = Sample(style.name, prompt, self._frames[middle], output[middle], None)
         if not self._targets:
             return result, sample
         target = self._targets[index]
@@ -295,17 +295,17 @@ class _Clip:
             target=measures.steadiness(target, self._motion),
             to_target=measures.likeness(output, target),
             input_to_target=measures.likeness(self._frames, target),
-            nearest=self._plan.folder.looks[closest].name,
+            nearest=self._plan.folder.styles[closest].name,
         )
         return result, dataclasses.replace(sample, target=target[middle])
 
     def change_prompt(self, engine: Engine, advance: Advance) -> PromptChange | None:
-        """Changes from one look to the next one in the middle of the clip; both were re-drawn before."""
+        """Changes from one style to the next one in the middle of the clip; both were re-drawn before."""
         at = change_frame(self._plan.spec, len(self._frames))
         if at is None or self._old == self._new:
             return None
-        looks = self._plan.folder.looks
-        old, new = (looks[i].phrasing(self._number) for i in (self._old, self._new))
+        styles = self._plan.folder.styles
+        old, new = (styles[i].phrasing(self._number) for i in (self._old, self._new))
         shown = list(play(engine, self._plan.spec_for(old), self._frames, (at, new)))
         advance(len(self._frames))
         unchanged = (self._outputs[self._old], self._outputs[self._new])
@@ -316,15 +316,15 @@ class _Clip:
 
 
 def _play_long(engine: Engine, plan: EvaluationPlan, advance: Advance) -> LongStream:
-    """Plays the first clip forwards and backwards, to the first look, and measures each minute of it."""
-    clip, look = plan.folder.clips[0], plan.folder.looks[0]
+    """Plays the first clip forwards and backwards, to the first style, and measures each minute of it."""
+    clip, style = plan.folder.clips[0], plan.folder.styles[0]
     frames = plan.read(clip)
     target = plan.read_target(clip.targets[0], frames) if clip.targets else None
-    spec = plan.spec_for(look.phrasing(0))
+    spec = plan.spec_for(style.phrasing(0))
     length = (plan.minutes, plan.frames_per_minute)
     motion = measures.motion(frames)
     minutes = play_minutes(engine, spec, frames, motion, target, length, lambda *_: advance(1))
-    return LongStream(clip.name, look.name, spec.prompt, minutes)
+    return LongStream(clip.name, style.name, spec.prompt, minutes)
 
 
 def play_minutes(

@@ -13,17 +13,14 @@ import itertools
 import json
 import math
 import random
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from svd2_jax.errors import ConfigError
 from svd2_jax.runtime.types import MS, SECOND, StreamSettings
-
-T = TypeVar("T")
+from svd2_jax.validate import build
 
 LONGEST_S = 24 * 3600
 MOST_FRAMES = 5_000_000  # of a trace, a gigabyte of records
@@ -433,7 +430,7 @@ def read_trace(path: Path) -> Trace:
 
 def trace_from_dict(values: Any) -> Trace:
     """Returns the trace that these values describe; raises ConfigError."""
-    return _build(Trace, values, "")
+    return build(Trace, values)
 
 
 def trace_to_dict(trace: Trace) -> dict[str, Any]:
@@ -446,48 +443,6 @@ def trace_to_dict(trace: Trace) -> dict[str, Any]:
         return [shorten(v) for v in value] if isinstance(value, tuple) else value
 
     return shorten(trace)
-
-
-def _build(cls: type[T], values: Any, where: str) -> T:
-    """Returns a dataclass from plain values; raises ConfigError for unknown, missing or wrong ones."""
-    prefix = f"{where}: " if where else ""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix}expected an object with named values, got {type(values).__name__}")
-    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ConfigError(f"{prefix}unknown key {unknown[0]!r}; known are {', '.join(fields)}")
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-    if missing:
-        raise ConfigError(f"{prefix}{missing[0]!r} is missing")
-    kinds = typing.get_type_hints(cls)
-    try:
-        return cls(**{n: _read(kinds[n], v, f"{where}.{n}" if where else n) for n, v in values.items()})
-    except ConfigError as e:
-        raise e if not prefix or str(e).startswith(where) else ConfigError(f"{prefix}{e}") from e
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Returns a value as a field's type wants it; raises ConfigError if it is of another type."""
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else _read(parts[0], value, where)
-    if origin is Literal:
-        if value not in parts:
-            raise ConfigError(f"{where} must be {' or '.join(map(repr, parts))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{where} must be a list, got {value!r}")
-        if parts[-1] is not Ellipsis and len(value) != len(parts):
-            raise ConfigError(f"{where} must have {len(parts)} values, got {value!r}")
-        return tuple(_read(parts[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    expected = {float: (int, float), int: int, bool: bool, str: str}[kind]
-    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
-        names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-        raise ConfigError(f"{where} must be {names[kind]}, got {value!r}")
-    return value
 
 
 def _check(owner: Any, name: str, least: float, most: float) -> None:

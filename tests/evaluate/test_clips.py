@@ -31,28 +31,28 @@ def test_plain_videos_are_each_redrawn_to_each_prompt(tmp_path):
     (tmp_path / "notes.txt").write_text("no video")
     folder = clips.read_folder(tmp_path, ["a sketch", "a comic"])
     assert [clip.name for clip in folder.clips] == ["a", "b"]
-    assert [(look.name, look.phrasings) for look in folder.looks] == [
+    assert [(style.name, style.phrasings) for style in folder.styles] == [
         (None, ("a sketch",)),
         (None, ("a comic",)),
     ]
     assert not any(clip.targets for clip in folder.clips)
 
 
-def test_clips_with_targets_have_looks_in_the_order_of_the_prompts(with_targets):
+def test_clips_with_targets_have_styles_in_the_order_of_the_prompts(with_targets):
     folder = clips.read_folder(with_targets)
-    assert [look.name for look in folder.looks] == ["sepia", "comic"]
+    assert [style.name for style in folder.styles] == ["sepia", "comic"]
     assert [clip.name for clip in folder.clips] == ["a", "b"]
     assert [path.name for path in folder.clips[0].targets] == ["sepia.mp4", "comic.mp4"]
 
 
 def test_phrasings_take_turns(with_targets):
-    sepia = clips.read_folder(with_targets).looks[0]
+    sepia = clips.read_folder(with_targets).styles[0]
     assert [sepia.phrasing(clip) for clip in range(3)] == ["old", "brown", "old"]
 
 
-def test_some_looks_can_be_taken_alone(with_targets):
-    folder = clips.read_folder(with_targets, looks=["comic"])
-    assert [look.name for look in folder.looks] == ["comic"]
+def test_some_styles_can_be_taken_alone(with_targets):
+    folder = clips.read_folder(with_targets, styles=["comic"])
+    assert [style.name for style in folder.styles] == ["comic"]
     assert [path.name for path in folder.clips[1].targets] == ["comic.mp4"]
 
 
@@ -78,21 +78,21 @@ def test_a_folder_that_is_not_there_or_holds_nothing_is_named(tmp_path):
     assert "holds no clips" in refused(tmp_path)
 
 
-def test_plain_clips_need_a_prompt_and_know_no_looks(tmp_path):
+def test_plain_clips_need_a_prompt_and_know_no_styles(tmp_path):
     save(tmp_path / "a.mp4")
     assert "--prompt" in refused(tmp_path)
     assert "the prompt is empty" in refused(tmp_path, [" "])
-    assert "knows no looks" in refused(tmp_path, looks=["sepia"])
+    assert "knows no styles" in refused(tmp_path, styles=["sepia"])
 
 
 def test_clips_with_targets_take_no_prompt(with_targets):
     assert "leave out --prompt" in refused(with_targets, ["x"])
 
 
-def test_an_unknown_look_is_named_with_those_there_are(with_targets):
-    assert "has no look 'oil'; it has sepia, comic" in refused(with_targets, looks=["oil"])
+def test_an_unknown_style_is_named_with_those_there_are(with_targets):
+    assert "has no style 'oil'; it has sepia, comic" in refused(with_targets, styles=["oil"])
     save(with_targets / "a" / "oil.mp4")
-    assert "a/oil.mp4: prompts.json knows no look 'oil'" in refused(with_targets)
+    assert "a/oil.mp4: prompts.json knows no style 'oil'" in refused(with_targets)
 
 
 @pytest.mark.parametrize("stem", ["input", "comic"])
@@ -113,7 +113,7 @@ def test_a_target_of_another_length_is_named(with_targets):
     ("text", "said"),
     [
         ("{", "is not JSON"),
-        ("[]", "expected {look: [phrasing, ...]}"),
+        ("[]", "expected {style: [phrasing, ...]}"),
         ('{"sepia": []}', "'sepia' has no phrasings"),
         ('{"sepia": "old"}', "'sepia' has no phrasings"),
         ('{"sepia": [""]}', "'sepia': the prompt is empty"),

@@ -55,7 +55,7 @@ def test_a_folder_of_videos_becomes_numbers_and_a_chart(evaluate, videos, tmp_pa
     ("options", "said"),
     [
         ((), "say what to re-draw to"),
-        (("--prompt", "x", "--look", "sepia"), "knows no looks"),
+        (("--prompt", "x", "--style", "sepia"), "knows no styles"),
         (("--prompt", "x", "--frames", 1), "--frames must be at least 2, got 1"),
         (("--prompt", "x", "--minutes", -1), "--minutes must be at least 0, got -1"),
         (("--prompt", "x", "--fps", 0), "--fps must be above 0, got 0"),

@@ -1,33 +1,25 @@
 """`scripts/make_eval_clips.py`: what it writes is read back as it was made, and can be evaluated."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from svd2_jax.dataset import phrasings, scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
+import make_eval_clips
 from svd2_jax.evaluate import clips
 from svd2_jax.media import VideoReader
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_eval_clips.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_eval_clips", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tiny_model import phrasings, scenes
+from tiny_model.styles import STYLES, apply_style
 
 
 @pytest.fixture
-def make(script, tmp_path, capsys):
+def make(tmp_path, capsys):
     def run(name: str, *options: object) -> tuple[int, Path, str]:
         out = tmp_path / name
-        code = script.main(["--out", str(out), "--height", "32", "--width", "48", *map(str, options)])
+        code = make_eval_clips.main(
+            ["--out", str(out), "--height", "32", "--width", "48", *map(str, options)]
+        )
         return code, out, capsys.readouterr().err
 
     return run
@@ -40,31 +32,31 @@ def frames_of(path: Path) -> np.ndarray:
 
 def test_frames_come_back_as_they_were_made(make):
     code, out, _ = make(
-        "clips", "--clips", 2, "--frames", 6, "--look", "sepia", "--look", "comic", "--seed", 3
+        "clips", "--clips", 2, "--frames", 6, "--style", "sepia", "--style", "comic", "--seed", 3
     )
     assert code == 0
     folder = clips.read_folder(out)
     assert [clip.name for clip in folder.clips] == ["scene_003", "scene_004"]
-    assert [look.name for look in folder.looks] == ["sepia", "comic"]
+    assert [style.name for style in folder.styles] == ["sepia", "comic"]
     for clip, seed in zip(folder.clips, (3, 4), strict=True):
         made = scenes.clip(scenes.make_scene(seed, "held_out"), 6, 32, 48)
         assert np.array_equal(clips.read_clip(clip.input, 32, 48, None), made)
-        for look, target in zip(folder.looks, clip.targets, strict=True):
-            assert np.array_equal(frames_of(target), apply_look(look.name, made))
+        for style, target in zip(folder.styles, clip.targets, strict=True):
+            assert np.array_equal(frames_of(target), apply_style(style.name, made))
 
 
-def test_all_looks_get_phrasings_that_were_held_out_and_unchanged_comes_last(make):
+def test_all_styles_get_phrasings_that_were_held_out_and_unchanged_comes_last(make):
     _, out, _ = make("clips", "--clips", 1, "--frames", 2)
     prompts = json.loads((out / "prompts.json").read_text())
-    assert set(prompts) == set(LOOKS)
+    assert set(prompts) == set(STYLES)
     assert list(prompts)[-1] == "unchanged"
-    for look, texts in prompts.items():
-        assert set(texts) <= set(phrasings.phrasings(look, "held_out"))
+    for style, texts in prompts.items():
+        assert set(texts) <= set(phrasings.phrasings(style, "held_out"))
         assert len(texts) == len(set(texts)) > 5
 
 
 def test_the_same_options_make_the_same_files(make):
-    folders = [make(name, "--clips", 1, "--frames", 3, "--look", "comic")[1] for name in ("a", "b")]
+    folders = [make(name, "--clips", 1, "--frames", 3, "--style", "comic")[1] for name in ("a", "b")]
     first, second = (
         {path.relative_to(out): path.read_bytes() for path in out.rglob("*.json")} for out in folders
     )
@@ -77,7 +69,7 @@ def test_the_same_options_make_the_same_files(make):
     ("options", "said"),
     [
         (("--clips", 0), "--clips must be at least 1, got 0"),
-        (("--look", "oil"), "unknown look 'oil'; known: "),
+        (("--style", "oil"), "unknown style 'oil'; known: "),
         (("--height", 20), "height and width must be multiples of 16, got 20x48"),
     ],
 )

@@ -94,12 +94,12 @@ def save(path, frames: np.ndarray) -> None:
 
 
 def make_folder(path) -> clips.ClipFolder:
-    """Two clips with two looks, the second clip of "night" asked for with another phrasing."""
+    """Two clips with two styles, the second clip of "night" asked for with another phrasing."""
     (path / "prompts.json").write_text(json.dumps({"night": ["dark", "old"], "day": ["light"]}))
     for name in ("a", "b"):
         save(path / name / "input.mp4", np.stack(list(synthetic_clip(FRAMES, 32, 32))))
-        for look, grey in (("night", 40), ("day", 200)):
-            save(path / name / f"{look}.mp4", np.full((FRAMES, 32, 32, 3), grey, np.uint8))
+        for style, grey in (("night", 40), ("day", 200)):
+            save(path / name / f"{style}.mp4", np.full((FRAMES, 32, 32, 3), grey, np.uint8))
     return clips.read_folder(path)
 
 
@@ -108,9 +108,9 @@ def folder(tmp_path):
     return make_folder(tmp_path)
 
 
-def as_report(found: run.Found, looks: tuple[str, ...] = ("night", "day")) -> Report:
+def as_report(found: run.Found, styles: tuple[str, ...] = ("night", "day")) -> Report:
     settings = Settings("fake", "clips", CFG.to_dict(), 0.8, 0, 16.0)
-    return Report(settings, looks, found.streams, found.rebuilt, found.changes, found.long)
+    return Report(settings, styles, found.streams, found.rebuilt, found.changes, found.long)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +125,8 @@ def found(tmp_path_factory):
     return found
 
 
-def test_each_clip_is_redrawn_to_each_look_with_one_of_its_phrasings(found):
-    assert [(s.clip, s.look, s.prompt, s.nearest) for s in found.streams] == [
+def test_each_clip_is_redrawn_to_each_style_with_one_of_its_phrasings(found):
+    assert [(s.clip, s.style, s.prompt, s.nearest) for s in found.streams] == [
         ("a", "night", "dark", "night"),
         ("a", "day", "light", "day"),
         ("b", "night", "old", "night"),
@@ -145,8 +145,8 @@ def test_a_grey_picture_is_steady_whatever_its_input_does(found):
 
 
 def test_the_vae_is_measured_on_clips_and_on_targets(found):
-    assert [(r.clip, r.look) for r in found.rebuilt] == [
-        (clip, look) for clip in ("a", "b") for look in (None, "night", "day")
+    assert [(r.clip, r.style) for r in found.rebuilt] == [
+        (clip, style) for clip in ("a", "b") for style in (None, "night", "day")
     ]
     assert all(r.likeness.psnr_db == 100 for r in found.rebuilt)
 
@@ -180,7 +180,7 @@ def test_a_long_stream_goes_there_and_back(folder):
     assert [next(order) for _ in range(9)] == [0, 1, 2, 1, 0, 1, 2, 1, 0]
     plan = run.EvaluationPlan(folder, SPEC, rate_hz=0.5, minutes=3)
     long = run.evaluate(Engine(), lambda clip: clip, plan).long
-    assert (long.clip, long.look, long.prompt, len(long.minutes)) == ("a", "night", "dark", 3)
+    assert (long.clip, long.style, long.prompt, len(long.minutes)) == ("a", "night", "dark", 3)
     drift = long.drift()
     assert drift["brightness"] == drift["psnr_db"] == 0
     assert drift["flicker"] is None  # there was none
@@ -237,7 +237,7 @@ def test_plain_clips_have_prompts_and_no_targets(folder, tmp_path):
     found = run.evaluate(
         Engine(), lambda clip: clip, run.EvaluationPlan(clips.read_folder(plain, ["dark", "light"]), SPEC)
     )
-    assert [(s.look, s.prompt, s.nearest, s.to_target) for s in found.streams] == [
+    assert [(s.style, s.prompt, s.nearest, s.to_target) for s in found.streams] == [
         (None, "dark", None, None),
         (None, "light", None, None),
     ]
@@ -255,10 +255,10 @@ def test_the_report_holds_means_a_confusion_table_and_no_nan(found):
     wrong = dataclasses.replace(found.streams[0], nearest="day")
     mixed = dataclasses.replace(whole, streams=(wrong, *found.streams[1:]))
     assert mixed.confusion() == [[1, 1], [0, 2]]
-    assert mixed.of_look("night").right_share() == 0.5
+    assert mixed.of_style("night").right_share() == 0.5
     values = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
     assert list(values) == [
-        "settings", "means", "looks", "confusion", "streams", "rebuilt", "changes", "long"
+        "settings", "means", "styles", "confusion", "streams", "rebuilt", "changes", "long"
     ]  # fmt: skip
     assert values["means"]["output"]["flicker"] == 0
     assert values["changes"][0]["changed_frame"] == 13
@@ -272,7 +272,9 @@ def test_the_chart_is_drawn_with_and_without_targets(folder, found, tmp_path):
     bare = dataclasses.replace(
         as_report(found, ()),
         streams=tuple(
-            dataclasses.replace(s, look=None, target=None, to_target=None, input_to_target=None, nearest=None)
+            dataclasses.replace(
+                s, style=None, target=None, to_target=None, input_to_target=None, nearest=None
+            )
             for s in found.streams
         ),
         changes=(),

@@ -14,7 +14,7 @@ from svd2_jax.errors import ConfigError
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "streaming_features.py"
 FRAMES = 25
-LOOKS = ("sunset", "winter")
+STYLES = ("sunset", "winter")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def silent(total):
 
 @pytest.fixture
 def bench(script):
-    options = script.Options("abc", LOOKS, (2, 9), FRAMES, 0)
+    options = script.Options("abc", STYLES, (2, 9), FRAMES, 0)
     return script.Bench(Engine(), StreamConfig(height=32, width=48), options, minutes=3, rate_hz=0.5)
 
 
@@ -163,8 +163,8 @@ def test_a_digest_changes_with_any_file(script, tmp_path):
 
 
 BAD = {
-    "look": (["--look", "sepia", "--look", "pink"], "unknown look 'pink'; known: unchanged, "),
-    "one look": (["--look", "sepia"], "--look: give two or more"),
+    "style": (["--style", "sepia", "--style", "pink"], "unknown style 'pink'; known: unchanged, "),
+    "one style": (["--style", "sepia"], "--style: give two or more"),
     "one scene": (["--scene", "1"], "--scene: give two or more"),
     "frames": (["--frames", "24"], "--frames must be at least 25, got 24"),
     "minutes": (["--minutes", "0"], "--minutes must be at least 1 and --fps above 0, got 0"),

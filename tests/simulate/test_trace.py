@@ -189,7 +189,7 @@ def test_a_trace_is_the_same_after_writing_and_reading():
         ({"device": {"fixed_ms": 1, "row_ms": 1, "speed": [[5, 1], [3, 1]]}}, "device: speed must be in order"),
         ({"device": {"fixed_ms": 1, "row_ms": 1, "speed": [[5]]}}, "device.speed[0] must have 2 values, got [5]"),
         ({"device": {"fixed_ms": 1, "row_ms": 1, "speed": 2}}, "device.speed must be a list, got 2"),
-        ({"device": 3}, "device: expected an object with named values, got int"),
+        ({"device": 3}, "device: expected named values, got int"),
         ({"duration_s": "long"}, "duration_s must be a number, got 'long'"),
         ({"duration_s": True}, "duration_s must be a number, got True"),
         ({"duration_s": float("nan")}, "duration_s must be 0.1 to 86400, got nan"),
@@ -202,7 +202,7 @@ def test_a_trace_is_the_same_after_writing_and_reading():
         ({"streams": [{"rate_hz": 0, "budget_ms": 1}]}, "streams[0]: rate_hz must be 0.1 to 1000, got 0"),
         ({"streams": [{"rate_hz": 1, "budget_ms": 0}]}, "streams[0]: budget_ms must be 1 to 1000000, got 0"),
         (stream(min_steps=3), "streams[0]: min_steps must be 1 to steps=2"),
-        (stream(leaves="goes"), "leaves must be 'ends' or 'closes', got 'goes'"),
+        (stream(leaves="goes"), "leaves must be one of ('ends', 'closes'), got 'goes'"),
         (stream(timestamps=1), "timestamps must be true or false, got 1"),
         (stream(missing_share=2), "streams[0]: missing_share must be 0 to 1"),
         (stream(start_s=2, end_s=1), "end_s must be behind the last start"),
@@ -222,7 +222,7 @@ def test_what_a_trace_cannot_be_is_said(change, message):
 def test_a_file_that_is_no_trace_is_named(tmp_path):
     cases = {
         "{": "is not JSON (line 1",
-        "[]": "expected an object",
+        "[]": "expected named values, got list",
         "[" * 100_000: "is nested too deeply",
         "9" * 5000: "too long",
     }

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from svd2_jax.config import VAEConfig
-from svd2_jax.dataset import scenes
 from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.models import vae
-from svd2_jax.training import autoencoder
+from tiny_model import autoencoder, scenes
 
 CFG = VAEConfig(dim=4, num_res_blocks=1)
 

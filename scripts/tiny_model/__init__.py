@@ -1,4 +1,4 @@
-"""Synthetic training pairs: moving scenes, looks made by classical image processing, and prompts for them."""
+"""Synthetic training pairs: moving scenes, styles made by classical image processing, and prompts for them."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Phrasings: enough of them, each for one look, held-out ones new as a whole but made of known words."""
+"""Phrasings: enough of them, each for one style, held-out ones new as a whole but made of known words."""
 
 import re
 from collections import defaultdict
@@ -6,9 +6,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from svd2_jax.dataset.looks import LOOKS
-from svd2_jax.dataset.phrasings import STYLES, all_text, named_looks, phrasings, sample
+from svd2_jax import shipped
 from svd2_jax.errors import ConfigError
+from svd2_jax.shipped import named_styles
+from tiny_model.phrasings import all_text, phrasings, sample, telling_words
+from tiny_model.styles import STYLES
 
 
 def _plain(text: str) -> str:
@@ -19,24 +21,24 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_each_look_has_many_phrasings(look: str):
-    assert len(set(map(_plain, phrasings(look, "train")))) >= 60
-    assert len(set(map(_plain, phrasings(look, "held_out")))) >= 15
+@pytest.mark.parametrize("style", STYLES)
+def test_each_style_has_many_phrasings(style: str):
+    assert len(set(map(_plain, phrasings(style, "train")))) >= 60
+    assert len(set(map(_plain, phrasings(style, "held_out")))) >= 15
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_no_held_out_phrasing_is_trained_on_in_any_writing(look: str):
+@pytest.mark.parametrize("style", STYLES)
+def test_no_held_out_phrasing_is_trained_on_in_any_writing(style: str):
     train = set(map(_plain, all_text("train")))
-    assert not train & set(map(_plain, phrasings(look, "held_out")))
+    assert not train & set(map(_plain, phrasings(style, "held_out")))
 
 
-def test_every_phrasing_belongs_to_one_look():
+def test_every_phrasing_belongs_to_one_style():
     owners = defaultdict(set)
-    for look in LOOKS:
-        for text in (*phrasings(look, "train"), *phrasings(look, "held_out")):
-            owners[_plain(text)].add(look)
-    assert {text: looks for text, looks in owners.items() if len(looks) > 1} == {}
+    for style in STYLES:
+        for text in (*phrasings(style, "train"), *phrasings(style, "held_out")):
+            owners[_plain(text)].add(style)
+    assert {text: styles for text, styles in owners.items() if len(styles) > 1} == {}
 
 
 def test_every_held_out_word_occurs_in_train():
@@ -52,7 +54,7 @@ def test_phrasings_are_filled_in_and_tidy():
 
 
 @pytest.mark.parametrize(
-    ("look", "text"),
+    ("style", "text"),
     [
         ("unchanged", "leave it as it is"),
         ("pencil_sketch", "pencil drawing of a harbour"),
@@ -65,8 +67,8 @@ def test_phrasings_are_filled_in_and_tidy():
         ("sepia", "an old sepia photograph"),
     ],
 )
-def test_common_prompts_are_among_them(look: str, text: str):
-    assert text in (*phrasings(look, "train"), *phrasings(look, "held_out"))
+def test_common_prompts_are_among_them(style: str, text: str):
+    assert text in (*phrasings(style, "train"), *phrasings(style, "held_out"))
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -80,21 +82,21 @@ def test_samples_come_from_the_split_and_repeat_with_the_seed(split):
     assert len(set(first)) > 20
 
 
-def test_unknown_looks_and_splits_are_refused():
-    with pytest.raises(ConfigError, match=r"no phrasings for look 'cubism'; known: unchanged, "):
+def test_unknown_styles_and_splits_are_refused():
+    with pytest.raises(ConfigError, match=r"no phrasings for style 'cubism'; known: unchanged, "):
         phrasings("cubism", "train")
     with pytest.raises(ConfigError, match=r"unknown split 'test'"):
         sample("winter", "test", np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_every_phrasing_names_its_look(look: str):
-    texts = (*phrasings(look, "train"), *phrasings(look, "held_out"))
-    assert [text for text in texts if look not in named_looks(text)] == []
+@pytest.mark.parametrize("style", STYLES)
+def test_every_phrasing_names_its_style(style: str):
+    texts = (*phrasings(style, "train"), *phrasings(style, "held_out"))
+    assert [text for text in texts if style not in named_styles(text)] == []
 
 
 @pytest.mark.parametrize(
-    ("prompt", "look"),
+    ("prompt", "style"),
     [
         ("Cyberpunk!", "neon_night"),
         ("a watercolor", "watercolour"),
@@ -104,8 +106,8 @@ def test_every_phrasing_names_its_look(look: str):
         ("leave it as it is", "unchanged"),
     ],
 )
-def test_other_words_name_a_look_too(prompt: str, look: str):
-    assert look in named_looks(prompt)
+def test_other_words_name_a_style_too(prompt: str, style: str):
+    assert style in named_styles(prompt)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +121,15 @@ def test_other_words_name_a_look_too(prompt: str, look: str):
         "x",
     ],
 )
-def test_words_that_all_looks_share_name_none(prompt: str):
-    assert named_looks(prompt) == ()
+def test_words_that_all_styles_share_name_none(prompt: str):
+    assert named_styles(prompt) == ()
 
 
-def test_styles_are_the_looks_that_change_something_and_name_themselves():
-    assert len(STYLES) == 12
-    assert all(style.replace(" ", "_") in named_looks(style) for style in STYLES)
+def test_the_package_holds_the_words_of_these_phrasings():
+    assert list(shipped.styles()) == list(STYLES)
+    assert shipped.styles() == telling_words()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_is_named_by_its_own_name(style: str):
+    assert style in named_styles(style.replace("_", " "))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from svd2_jax.dataset import scenes
 from svd2_jax.errors import ConfigError
+from tiny_model import scenes
 
 
 def test_a_seed_gives_the_same_frames():

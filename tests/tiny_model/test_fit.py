@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from svd2_jax.training import fit
-from svd2_jax.training.fit import Run
+from tiny_model import fit
+from tiny_model.fit import Run
 
 TARGET = np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)
 

@@ -19,8 +19,6 @@ from jax.tree_util import register_dataclass
 
 from svd2_jax.api import DEFAULT_NOISE_SCALE
 from svd2_jax.config import V2V_TIMESTEPS, DiTConfig, ModelConfig, StreamConfig, TextConfig
-from svd2_jax.dataset import phrasings
-from svd2_jax.dataset.looks import LOOKS
 from svd2_jax.diffusion import flow_match, noise_control
 from svd2_jax.engine.params import abstract_items
 from svd2_jax.engine.tokenizer import Tokenizer
@@ -28,6 +26,8 @@ from svd2_jax.models import dit, text_encoder
 from svd2_jax.nn.kv_cache import LayerCache
 from svd2_jax.nn.random_params import random_params
 from svd2_jax.nn.rope import rope_tables
+from tiny_model import phrasings
+from tiny_model.styles import STYLES
 
 Params = Any
 
@@ -233,30 +233,30 @@ def random_batch(
 ) -> Batch:
     """Returns `count` (even) sequences of `frames` latent frames.
 
-    Their source are latents of scenes in all looks, [scenes, looks, N, h, w, C], N at least `frames`.
+    Their source are latents of scenes in all styles, [scenes, styles, N, h, w, C], N at least `frames`.
 
     A part of the sequences has anchors from another scene, as a stream has whose camera has moved on, and time
     indices as long after the start or just behind a refresh.
     """
-    scenes, looks = latents.shape[:2]
-    chosen, look = rng.integers(scenes, size=count), rng.integers(looks, size=count)
+    scenes, styles = latents.shape[:2]
+    chosen, style = rng.integers(scenes, size=count), rng.integers(styles, size=count)
     anchors = np.where(rng.random(count) < OTHER_ANCHORS, rng.integers(scenes, size=count), chosen)
-    names, sinks = list(LOOKS), cfg.sink_frames
+    names, sinks = list(STYLES), cfg.sink_frames
 
-    def sequences(look: np.ndarray | int) -> np.ndarray:
-        whole = np.array(latents[chosen, look, :frames])
-        whole[:, :sinks] = latents[anchors, look, :sinks]
+    def sequences(style: np.ndarray | int) -> np.ndarray:
+        whole = np.array(latents[chosen, style, :frames])
+        whole[:, :sinks] = latents[anchors, style, :sinks]
         return whole
 
     is_default = rng.random(count) < DEFAULT_SHARE
     scale = np.where(is_default, DEFAULT_NOISE_SCALE, rng.uniform(*NOISE_SCALES, count))[:, None]
     scale = np.repeat(scale, frames, axis=1)
     scale[:, cfg.first_latents :] -= cfg.motion_range * rng.random((count, 1))
-    ids, mask = tokenizer([phrasings.sample(names[i], "train", rng) for i in look])
+    ids, mask = tokenizer([phrasings.sample(names[i], "train", rng) for i in style])
     batch: Any = Batch  # of NumPy arrays, until they are on a device
     return batch(
         inputs=sequences(names.index("unchanged")),
-        targets=sequences(look),
+        targets=sequences(style),
         start=np.stack([random_starts(frames, cfg, rng) for _ in range(count)]),
         noise_scale=scale.astype(np.float32),
         level=rng.choice(len(LATER_LEVELS), size=count // 2, p=LATER_LEVELS).astype(np.int32) + 1,

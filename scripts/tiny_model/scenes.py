@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from svd2_jax.dataset import Split
 from svd2_jax.errors import ConfigError
+from tiny_model import Split
 
 PHOTOGRAPHS: dict[Split, tuple[str, ...]] = {
     # As scikit-image's docstrings say: public domain (astronaut, rocket, hubble_deep_field), CC0 (brick, grass, gravel,

@@ -8,8 +8,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from svd2_jax.dataset import phrasings
 from svd2_jax.engine.tokenizer import TOKENIZER_FILE
+from tiny_model import phrasings
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 CONFIG_FILE = "tokenizer_config.json"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig, VAEConfig
-from svd2_jax.dataset.looks import LOOKS
 from svd2_jax.diffusion import flow_match
 from svd2_jax.engine.tokenizer import Tokenizer
 from svd2_jax.models import dit
@@ -14,7 +13,8 @@ from svd2_jax.models.dit import DiTParams
 from svd2_jax.stream import state as state_lib
 from svd2_jax.stream import step
 from svd2_jax.stream.state import StageInput
-from svd2_jax.training import denoiser, fit
+from tiny_model import denoiser, fit
+from tiny_model.styles import STYLES
 
 MODEL = ModelConfig(
     "custom",
@@ -89,20 +89,20 @@ def test_time_indices_stay_below_the_refresh_and_go_on_by_one_but_for_it():
 
 
 def batch(count=4, frames=4, seed=0):
-    latents = np.random.default_rng(5).standard_normal((3, len(LOOKS), 5, 4, 4, 16)).astype(np.float16)
+    latents = np.random.default_rng(5).standard_normal((3, len(STYLES), 5, 4, 4, 16)).astype(np.float16)
     made = denoiser.random_batch(TOKENIZER, STREAM, latents, count, frames, np.random.default_rng(seed))
     return latents, made
 
 
-def test_a_batch_pairs_the_input_with_one_look_of_the_same_scene():
+def test_a_batch_pairs_the_input_with_one_style_of_the_same_scene():
     latents, made = batch(count=64)
-    unchanged = list(LOOKS).index("unchanged")
+    unchanged = list(STYLES).index("unchanged")
     for given, wanted in zip(made.inputs, made.targets, strict=True):
         scene = next(i for i in range(3) if (latents[i, unchanged, 3] == given[3]).all())
-        look = next(i for i in range(len(LOOKS)) if (latents[scene, i, 3] == wanted[3]).all())
+        style = next(i for i in range(len(STYLES)) if (latents[scene, i, 3] == wanted[3]).all())
         anchors = [i for i in range(3) if (latents[i, unchanged, :3] == given[:3]).all()]
         assert len(anchors) == 1
-        assert (latents[anchors[0], look, :3] == wanted[:3]).all()
+        assert (latents[anchors[0], style, :3] == wanted[:3]).all()
     assert made.level.shape == made.own.shape == (32,)
     assert made.noise_scale.shape == (64, 4)
     assert set(np.unique(made.level)) <= {1, 2, 3}

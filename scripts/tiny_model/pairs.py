@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from svd2_jax.dataset import scenes
-from svd2_jax.dataset.looks import LOOKS, apply_look
 from svd2_jax.errors import ConfigError
+from tiny_model import scenes
+from tiny_model.styles import STYLES, apply_style
 
 Array = np.ndarray
 FARTHEST_FRAME = 1000  # clips start anywhere up to here: motions are periodic and do not get dull
 
 
 def window_pool(file: Path, scenes_: int, windows: int, frames: int, size: int, seed: int) -> Array:
-    """Returns clips of square windows, uint8 [scenes * windows, T, size, size, 3], half of them in a look.
+    """Returns clips of square windows, uint8 [scenes * windows, T, size, size, 3], half of them in a style.
 
     Args:
       file: where they are kept; read if it is there.
@@ -43,11 +43,11 @@ def latent_pool(
     size: tuple[int, int],
     seed: int,
 ) -> Array:
-    """Returns the latents of scenes in all looks, float16 [scenes, looks, N, h, w, C]; kept in a file.
+    """Returns the latents of scenes in all styles, float16 [scenes, styles, N, h, w, C]; kept in a file.
 
     Args:
       file: where they are kept; read if it is there.
-      encode: clips, uint8 [looks, T, H, W, 3] -> latents [looks, N, h, w, C].
+      encode: clips, uint8 [styles, T, H, W, 3] -> latents [styles, N, h, w, C].
       scenes_: number of scenes.
       latents: shape (N, h, w, C) of one clip's.
       frames: T.
@@ -55,25 +55,25 @@ def latent_pool(
       seed: of the first scene.
     """
     jobs = [(seed + i, frames, *size) for i in range(scenes_)]
-    shape = (scenes_, len(LOOKS), *latents)
-    return _kept(file, shape, _all_looks, jobs, np.float16, lambda piece: encode(piece[0])[None])
+    shape = (scenes_, len(STYLES), *latents)
+    return _kept(file, shape, _all_styles, jobs, np.float16, lambda piece: encode(piece[0])[None])
 
 
 def _windows(job: tuple[int, int, int, int]) -> Array:
     seed, windows, frames, size = job
-    rng, scene, names, clips = np.random.default_rng([seed, 1]), scenes.make_scene(seed), list(LOOKS), []
+    rng, scene, names, clips = np.random.default_rng([seed, 1]), scenes.make_scene(seed), list(STYLES), []
     for number in range(windows):
         clip = scenes.clip(scene, frames, size, size, int(rng.integers(FARTHEST_FRAME)))
-        look = names[int(rng.integers(1, len(names)))] if number % 2 else "unchanged"
-        clips.append(apply_look(look, clip))
+        style = names[int(rng.integers(1, len(names)))] if number % 2 else "unchanged"
+        clips.append(apply_style(style, clip))
     return np.stack(clips)
 
 
-def _all_looks(job: tuple[int, int, int, int]) -> Array:
+def _all_styles(job: tuple[int, int, int, int]) -> Array:
     seed, frames, height, width = job
     first = int(np.random.default_rng([seed, 2]).integers(FARTHEST_FRAME))
     clip = scenes.clip(scenes.make_scene(seed), frames, height, width, first)
-    return np.stack([apply_look(name, clip) for name in LOOKS])[None]
+    return np.stack([apply_style(name, clip) for name in STYLES])[None]
 
 
 def _kept(

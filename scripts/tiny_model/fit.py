@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, Mapping[str, jax.Arra
 EMA_HALF_LIFE = 0.02  # of the averaged parameters, as a share of the steps so far
 KEPT_CHECKPOINTS = 2
 CLIP_NORM = 1.0
+LOG_EVERY = 50
 
 
 @register_dataclass
@@ -109,8 +111,8 @@ def fit(
 ) -> Params:
     """Trains, and returns the averaged parameters.
 
-    What was saved in `folder` is gone on with; a run that is complete returns at once. Batches are cut over the
-    devices along their first axis. Numbers are appended to `log.jsonl`.
+    It resumes from what was saved in `folder`; a complete run returns at once. Batches are cut over the devices
+    along their first axis. Numbers are appended to `log.jsonl`.
 
     Args:
       run: how long and how fast.
@@ -130,53 +132,68 @@ def fit(
     def init(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, params, update.init(params))
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Mapping[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(run.seed), state.step)
-        (value, numbers), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as Optax is written
-            change, optimiser_state = update.update(gradient, state.optimiser, state.params)
-            params = optax.apply_updates(state.params, change)
-        # A share of what was learned so far: short at the start, long at the end.
-        weight = 1.0 - 0.5 ** (1.0 / (1.0 + EMA_HALF_LIFE * state.step.astype(jnp.float32)))
-        average = optax.incremental_update(params, state.average, weight)
-        return TrainState(state.step + 1, params, average, optimiser_state), {"loss": value, **numbers}
-
     state = jax.jit(init, out_shardings=everywhere)(jax.device_put(params, everywhere))
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT_CHECKPOINTS)
     with (
         ocp.CheckpointManager((folder / "state").absolute(), options=options) as saved,
         concurrent.futures.ThreadPoolExecutor(1) as ahead,
         (folder / "log.jsonl").open("a", encoding="utf-8") as log,
+        tqdm(total=run.steps, desc=run.name, unit="step") as bar,
     ):
         if saved.latest_step() is not None:
             state = saved.restore(saved.latest_step(), args=ocp.args.StandardRestore(state))
         done = int(state.step)
-        compiled = jax.jit(step, donate_argnums=0)
-        waiting = ahead.submit(batch_at, done)
-        started, bar = time.monotonic(), tqdm(total=run.steps, initial=done, desc=run.name, unit="step")
-        shown: dict[str, float] = {}
-        before: Mapping[str, jax.Array] = {}
-        for number in range(done, run.steps):
-            batch = jax.device_put(waiting.result(), cut)
-            waiting = ahead.submit(batch_at, number + 1)
+        bar.update(done)
+        show = _Numbers(bar, log)
+        compiled = jax.jit(functools.partial(_step, run, update, loss), donate_argnums=0)
+        following = ahead.submit(batch_at, done)
+        for step in range(done + 1, run.steps + 1):
+            batch = jax.device_put(following.result(), cut)
+            following = ahead.submit(batch_at, step)
             state, numbers = compiled(state, batch)
-            bar.update()
-            # Of the step before: whoever reads those of this one waits, and leaves the device without work.
-            for name, value in before.items():
-                shown[name] = 0.98 * shown.get(name, float(value)) + 0.02 * float(value)
-            before = numbers
-            last = number + 1 == run.steps
-            if (number + 1) % 50 == 0 or last:
-                bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
-                seconds = round(time.monotonic() - started, 1)
-                log.write(json.dumps({"step": number + 1, "seconds": seconds, **shown}) + "\n")
-                log.flush()
-            if (number + 1) % run.save_every == 0 or last:
-                saved.save(number + 1, args=ocp.args.StandardSave(state))
+            show(numbers)
+            if step % run.save_every == 0 or step == run.steps:
+                saved.save(step, args=ocp.args.StandardSave(state))
                 if sample:
-                    sample(state.average, folder / f"sample_{number + 1:06d}.png")
-        bar.close()
+                    sample(state.average, folder / f"sample_{step:06d}.png")
     return state.average
+
+
+def _step(
+    run: Run, update: Any, loss: Loss, state: TrainState, batch: Any
+) -> tuple[TrainState, Mapping[str, jax.Array]]:
+    """Returns the state after a step, and the numbers to show."""
+    key = jax.random.fold_in(jax.random.key(run.seed), state.step)
+    (value, numbers), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as Optax is written
+        change, optimiser_state = update.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, change)
+    # A share of what was learned so far: short at the start, long at the end.
+    weight = 1.0 - 0.5 ** (1.0 / (1.0 + EMA_HALF_LIFE * state.step.astype(jnp.float32)))
+    average = optax.incremental_update(params, state.average, weight)
+    return TrainState(state.step + 1, params, average, optimiser_state), {"loss": value, **numbers}
+
+
+class _Numbers:
+    """Smooths the numbers of the steps; shows them in the progress bar and the log, every `LOG_EVERY` steps."""
+
+    def __init__(self, bar: tqdm, log: TextIO):
+        self._bar, self._log, self._started = bar, log, time.monotonic()
+        self._smooth: dict[str, float] = {}
+        self._before: Mapping[str, jax.Array] = {}
+
+    def __call__(self, numbers: Mapping[str, jax.Array]) -> None:
+        """Takes those of the next step; they may not be computed yet."""
+        self._bar.update()
+        # Of the step before: whoever reads those of this one waits, and leaves the device without work.
+        for name, value in self._before.items():
+            self._smooth[name] = 0.98 * self._smooth.get(name, float(value)) + 0.02 * float(value)
+        self._before = numbers
+        if self._bar.n % LOG_EVERY == 0 or self._bar.n == self._bar.total:
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in self._smooth.items()})
+            seconds = round(time.monotonic() - self._started, 1)
+            self._log.write(json.dumps({"step": self._bar.n, "seconds": seconds, **self._smooth}) + "\n")
+            self._log.flush()
 
 
 def _fitting(devices: Sequence[Device], batch: Any) -> list[Device]:

@@ -1,8 +1,8 @@
-"""Looks: clip to clip by classical image processing, one named function each, for training pairs of a stylizer.
+"""Styles: clip to clip by classical image processing, one named function each, for training pairs of a stylizer.
 
-A look maps every frame by itself: the same frame gives the same output wherever it stands in a clip, so nothing
+A style maps every frame by itself: the same frame gives the same output wherever it stands in a clip, so nothing
 flickers and any clip length works, a stream included. What is fixed to the screen (paper, vignette, halftone,
-grid) is coarse and weak. The looks are told apart by colour and tone first, then by structures of 3 pixels and
+grid) is coarse and weak. The styles are told apart by colour and tone first, then by structures of 3 pixels and
 more at 96 lines, the size for which lengths are given; they grow with the picture's height.
 
 Inside, pictures are float32 [T, H, W, 3] in [0, 1] and maps are float32 [T, H, W]. Sums over channels are written
@@ -22,7 +22,7 @@ from scipy import ndimage
 from svd2_jax.errors import ConfigError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Look = Callable[[Array], Array]  # uint8 [T, H, W, 3] -> uint8 [T, H, W, 3]
+Style = Callable[[Array], Array]  # uint8 [T, H, W, 3] -> uint8 [T, H, W, 3]
 
 REFERENCE_HEIGHT = 96  # lines of the picture for which lengths in pixels are given below
 MIN_SIDE = 16
@@ -210,7 +210,7 @@ def _from_top(height: int) -> Array:
     return np.linspace(0, 1, height, dtype=np.float32)[:, None]
 
 
-# Looks ------------------------------------------------------------------------------------------------------------
+# Styles ------------------------------------------------------------------------------------------------------------
 
 
 def unchanged(clip: Array) -> Array:
@@ -395,10 +395,10 @@ _FALSE_COLOUR = _tone_table(
     ]
 )
 
-LOOKS: Mapping[str, Look] = MappingProxyType(
+STYLES: Mapping[str, Style] = MappingProxyType(
     {
-        look.__name__: cast(Look, look)
-        for look in (
+        style.__name__: cast(Style, style)
+        for style in (
             unchanged,
             pencil_sketch,
             oil_painting,
@@ -417,18 +417,18 @@ LOOKS: Mapping[str, Look] = MappingProxyType(
 )
 
 
-def apply_look(name: str, clip: Array) -> Array:
-    """`clip` in the look `name`: a new uint8 array [T, H, W, 3], each frame made from the same frame alone.
+def apply_style(name: str, clip: Array) -> Array:
+    """`clip` in the style `name`: a new uint8 array [T, H, W, 3], each frame made from the same frame alone.
 
     Args:
-      name: a key of `LOOKS`.
+      name: a key of `STYLES`.
       clip: uint8 [T, H, W, 3], T >= 0, H and W at least 16.
 
     Raises:
-      ConfigError: the look is unknown or the clip is not of that form.
+      ConfigError: the style is unknown or the clip is not of that form.
     """
-    if name not in LOOKS:
-        raise ConfigError(f"unknown look {name!r}; known: {', '.join(LOOKS)}")
+    if name not in STYLES:
+        raise ConfigError(f"unknown style {name!r}; known: {', '.join(STYLES)}")
     if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or min(clip.shape[1:3]) < MIN_SIDE:
         raise ConfigError(
             f"expected uint8 frames [T, H, W, 3] with H and W at least {MIN_SIDE}, "
@@ -437,5 +437,5 @@ def apply_look(name: str, clip: Array) -> Array:
     out = np.empty_like(clip)
     for start in range(0, len(clip), FRAMES_AT_ONCE):
         piece = slice(start, start + FRAMES_AT_ONCE)
-        out[piece] = LOOKS[name](clip[piece])
+        out[piece] = STYLES[name](clip[piece])
     return out
