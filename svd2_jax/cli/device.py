@@ -42,14 +42,7 @@ def load_engine(
     blocks: int | None = None,
     **pipeline: Any,
 ) -> DeviceEngine:
-    """Returns the model that the options name, loaded.
-
-    Args:
-      options: which one, and how it runs.
-      mesh: on what devices.
-      blocks: of the transformer, the first ones; None: all.
-      pipeline: see `PipelineOptions`.
-    """
+    """Returns the model that the options name, loaded: its first `blocks`, or all; `pipeline` as `PipelineOptions`."""
     from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
 
     on_devices = PipelineOptions(options.attention, **pipeline)
@@ -79,13 +72,7 @@ def open_session(
 ) -> DeviceSession:
     """Loads the model, compiles its programs and opens the session; measures the stages first for a long video.
 
-    Args:
-      options: see `load_engine`, as for `mesh` and `pipeline`.
-      spec: the session.
-      mesh: the devices.
-      frame_count: how many frames there are; None: not known.
-      meet: waits for the other processes.
-      pipeline: see `PipelineOptions`.
+    A `frame_count` of None is one that is not known; `meet` waits for the other processes.
     """
     started = time.monotonic()
     engine = load_engine(options, mesh, **pipeline)

@@ -34,13 +34,10 @@ SHARE_VAE = (
 
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
-    """Returns a field that is an option.
+    """Returns a field that is an option; where it is not given, a tuple is () and all else the default.
 
-    Args:
-      help: what `--help` says.
-      default: its value where it is not given; of a tuple always ().
-      settings: `positional=True`; `short="-v"`; `group`, its title in `--help`; `one_of=True`, for those of which
-        exactly one has to be given; and what else `ArgumentParser.add_argument` takes.
+    Settings are `names`, where they do not follow from the field's; `group`, its title in `--help`; `one_of=True`, for
+    options of which exactly one has to be given; and what else `ArgumentParser.add_argument` takes.
     """
     return dataclasses.field(default=default, metadata={"help": help, **settings})
 
@@ -60,10 +57,7 @@ class OptionGroup:
                 kind.add_to(parser)
                 continue
             settings = {"group": cls.title, "default": field.default, **_settings(kind), **field.metadata}
-            names = [settings.pop("short")] if "short" in settings else []
-            names.append(f"--{field.name.replace('_', '-')}")
-            if settings.pop("positional", False):
-                names = [field.name]
+            names = settings.pop("names", [f"--{field.name.replace('_', '-')}"])
             target = _titled(parser, settings.pop("group"))
             if settings.pop("one_of", False):
                 target = one_of = one_of or parser.add_mutually_exclusive_group(required=True)
@@ -155,7 +149,9 @@ class EngineOptions(OptionGroup):
     text_encoder: Literal["host", "device", "disk"] = option(
         "where it lives: host memory (default), the accelerator, or read anew for every prompt", "host"
     )
-    verbose: bool = option("say what is loaded, and how large it is on each device", False, short="-v")
+    verbose: bool = option(
+        "say what is loaded, and how large it is on each device", False, names=("-v", "--verbose")
+    )
 
     def sizes(self) -> ModelConfig:
         """Returns the model's sizes."""
@@ -224,9 +220,7 @@ class StreamOptions(OptionGroup):
     def stream(self, sizes: Callable[[], ModelConfig], task: str = "v2v") -> StreamConfig:
         """Returns the stream configuration: the task's published one, then --config, then single options.
 
-        Args:
-          sizes: finds the model's, called only where nothing else says how large the picture is.
-          task: "v2v" or "t2v".
+        `sizes` finds the model's, and is called only where nothing else says how large the picture is.
         """
         settings = self.of_file()
         # A file holds differences from StreamConfig's defaults, so one that names no task is for video-to-video.

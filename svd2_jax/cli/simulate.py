@@ -55,7 +55,7 @@ class Options(OptionGroup):
     """What `svd2 simulate` takes."""
 
     traces: tuple[Path, ...] = option(
-        "JSON files, as in traces/", positional=True, action="store", nargs="+", metavar="TRACE"
+        "JSON files, as in traces/", names=["traces"], action="store", nargs="+", metavar="TRACE"
     )
     policy: Literal[Policy, "all"] = option("what schedules (default %(default)s)", OURS)
     json: Path | None = option("write all numbers there as well")

@@ -27,7 +27,7 @@ from svd2_jax.text import held_in
 class Options(OptionGroup):
     """What `svd2 verify` takes."""
 
-    folder: Path = option("golden folder, laid out like tests/goldens", positional=True, metavar="FOLDER")
+    folder: Path = option("golden folder, laid out like tests/goldens", names=["folder"], metavar="FOLDER")
     dtype: DType = option("bfloat16 checks with looser, stated tolerances (default %(default)s)", "float32")
     stages: int = option("number of devices of the pipeline that the streams run on (default %(default)s)", 1)
     weight_dtype: EightBits | None = option(WEIGHT_DTYPE)

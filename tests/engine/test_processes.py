@@ -15,7 +15,7 @@ import pytest
 import reads_its_part
 
 from svd2_jax import shipped
-from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip, video
+from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip, writer
 from svd2_jax.models import dit
 
 TIMEOUT_S = 400  # compiling, on a busy machine; what is tested takes seconds
@@ -76,10 +76,10 @@ def test_four_processes_each_read_their_part_of_a_checkpoint_and_wait_for_who_is
 @pytest.mark.slow
 def test_the_example_of_two_hosts_draws_the_video_of_one_process(tmp_path, svd2, monkeypatch):
     # Lossless: at the usual quality the codec makes of one value's rounding a difference of 2 in all of them.
-    monkeypatch.setitem(video._H264, "crf", "0")
+    monkeypatch.setitem(writer._H264, "crf", "0")
     clip, port = tmp_path / "in.mp4", free_port()
-    with VideoWriter(clip, 16, 32, 48) as writer:
-        writer.write(np.stack(list(synthetic_clip(13, 32, 48))))
+    with VideoWriter(clip, 16, 32, 48) as file:
+        file.write(np.stack(list(synthetic_clip(13, 32, 48))))
     command = [
         "-c",
         "from svd2_jax.media import writer; writer._H264['crf'] = '0';"
@@ -127,9 +127,9 @@ def test_two_processes_of_two_devices_draw_the_video_of_one_on_the_split_that_th
 @pytest.mark.slow
 def test_a_process_that_dies_in_mid_stream_ends_the_others_with_one_line_and_no_file(tmp_path):
     clip, output = tmp_path / "in.mp4", tmp_path / "out.mp4"
-    with VideoWriter(clip, 16, 32, 48) as writer:
+    with VideoWriter(clip, 16, 32, 48) as file:
         for _ in range(20):  # longer than the test takes
-            writer.write(np.stack(list(synthetic_clip(200, 32, 48))))
+            file.write(np.stack(list(synthetic_clip(200, 32, 48))))
     port, logs = free_port(), [tmp_path / f"{i}.log" for i in range(2)]
     command = [
         *("-c", "from svd2_jax.cli import entry_point; entry_point()"),
