@@ -21,10 +21,10 @@ import logging
 import math
 import os
 import pickle
-import platform
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +88,8 @@ def keep_programs() -> Path | None:
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     # Even the smallest take some 20 ms to compile, and there are hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # What JAX cannot read it compiles; nobody needs to do anything about it.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     return folder
 
 
@@ -151,6 +153,7 @@ class Store:
 
 _store: Store | None = None
 _compiling = threading.local()
+_not_by_jax = functools.partial(persistent_cache_min_compile_time_secs, math.inf)
 
 
 def _note(event: str, **_: Any) -> None:
@@ -182,85 +185,90 @@ def kept_program(
       options: XLA's; part of `what` too.
       writable: whether XLA can write it down; otherwise it is compiled, and nobody tries.
     """
-    store = _store if writable else None
-    not_by_jax = persistent_cache_min_compile_time_secs(math.inf)
     # A program over several processes has parts in each of them: those may not find it all or none at all. Into JAX's
     # cache process 0 alone writes. On GPUs it must not: XLA tunes such a program in all processes at once, and one that
     # compiles it would wait, for up to 24 h, for one that has found it.
     over_processes = any(d.process_index != jax.process_index() for d in devices)
-    if store is None or over_processes:
-        by_jax = writable and not (over_processes and devices[0].platform == "gpu")
-        with working(f"compiling {name}"), contextlib.nullcontext() if by_jax else not_by_jax:
-            _, lowered = trace()
-            return lowered.compile(dict(options)), _results(lowered)
+    store = _store if writable and not over_processes else None
     structure = jax.tree.structure((args, {}))
-    parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
-
-    def load(key: object) -> tuple[Any, Any] | None:
-        if not isinstance(key, str) or (kept := store.read(key)) is None:
-            return None
-        try:
-            results, executable = kept
-            return serialize_executable.deserialize_and_load(
-                executable, structure, jax.tree.structure(results), devices[0].client, devices
-            ), results
-        except Exception as e:  # whatever the file holds, the program can be compiled
-            _log.info("a kept program is not used: %s", e)
-            return None
-
-    made_from = _key(*parts, _sources())
-    if made_from is not None:
-        with working(f"loading {name}"):
-            found = load(store.read(made_from))
-        if found is not None:
-            return found
-    with working(f"compiling {name}"):
-        traced, lowered = trace()
-        # The lowered form alone does not tell which arguments it leaves out.
-        key = _key(*parts, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
-        found = load(key)
-        if found is None:
-            _compiling.from_cache = False
-            with not_by_jax:  # it need not be kept twice
-                found = program, results = lowered.compile(dict(options)), _results(lowered)
-            if key is None or _compiling.from_cache:
-                return found
-            try:
-                executable, _, _ = serialize_executable.serialize(program)
-            except Exception as e:  # not every backend can
-                _log.info("a program is not kept: %s", e)
-                return found
-            store.write(key, (results, executable))
-    if made_from is not None:
+    identity = None if store is None else _identity(what, structure, _leaves(args), _hardware(devices))
+    if store is None or identity is None:
+        by_jax = writable and not (over_processes and devices[0].platform == "gpu")
+        with working(f"compiling {name}"), contextlib.nullcontext() if by_jax else _not_by_jax():
+            return _compile(trace()[1], options)
+    load = functools.partial(_load, store, structure, devices)
+    made_from = _digest(identity, _sources())
+    with working(f"loading {name}"):
+        found = load(store.read(made_from))
+    if found is None:
+        with working(f"compiling {name}"):
+            traced, lowered = trace()
+            # The lowered form alone does not tell which arguments it leaves out.
+            key = _digest(identity, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
+            found = load(key) or _compile_and_keep(store, key, lowered, options)
         store.write(made_from, key)
     return found
 
 
-def _results(lowered: jax.stages.Lowered) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+def _load(store: Store, structure: Any, devices: Sequence[Device], key: Any) -> tuple[Any, Any] | None:
+    """Returns the executable and the results' shapes of a key; None where they are not there or cannot be used."""
+    if key is None or (kept := store.read(key)) is None:
+        return None
+    try:
+        results, executable = kept
+        return serialize_executable.deserialize_and_load(
+            executable, structure, jax.tree.structure(results), devices[0].client, devices
+        ), results
+    except Exception as e:  # whatever the file holds, the program can be compiled
+        _log.info("a kept program is not used: %s", e)
+        return None
 
 
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+    return lowered.compile(dict(options)), results
+
+
+def _compile_and_keep(
+    store: Store, key: str, lowered: jax.stages.Lowered, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    _compiling.from_cache = False
+    with _not_by_jax():  # it need not be kept twice
+        program, results = _compile(lowered, options)
+    if not _compiling.from_cache:
+        try:
+            executable, _, _ = serialize_executable.serialize(program)
+            store.write(key, (results, executable))
+        except Exception as e:  # not every backend can
+            _log.info("a program is not kept: %s", e)
+    return program, results
+
+
+@functools.lru_cache(maxsize=1024)
 def kept_value(function: Callable[..., T], *args: Hashable) -> T:
     """Returns what a function of this package makes of arguments, from before where that was asked before.
 
     For shapes, which take longer to trace than to read; the function must depend on its arguments alone.
     """
     store = _store
-    key = None if store is None else _key(function, args, _surroundings(), _sources())
-    if store is None or key is None:
+    identity = None if store is None else _identity(function, args)
+    if store is None or identity is None:
         return function(*args)
+    key = _digest(identity, _sources())
     if (value := store.read(key)) is None:
         value = function(*args)
         store.write(key, value)
     return value
 
 
-def _key(*parts: Any) -> str | None:
-    """Returns a digest that tells these from all others, in every process; None where a part has no lasting name."""
-    text = "\n".join(_name(part) for part in parts)
-    if _ADDRESS.search(text) or "<locals>" in text:
-        return None
-    return hashlib.sha256(text.encode()).hexdigest()
+def _identity(*parts: Any) -> str | None:
+    """Returns text that only these parts in these surroundings have, in any process; None if a part has none."""
+    text = "\n".join([*map(_name, parts), _surroundings()])
+    return None if _ADDRESS.search(text) or "<locals>" in text else text
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _name(part: Any) -> str:
@@ -273,23 +281,19 @@ def _name(part: Any) -> str:
     return repr(part)
 
 
+_sharding_name = functools.lru_cache(maxsize=1024)(repr)  # there are few, for many arrays
+
+
 def _leaves(args: Any) -> str:
-    named: dict[Any, str] = {}
-
-    def name(sharding: Any) -> str:
-        if sharding not in named:
-            named[sharding] = repr(sharding)
-        return named[sharding]
-
-    return "; ".join(f"{x.dtype} {x.shape} {name(x.sharding)}" for x in jax.tree.leaves(args))
+    return "; ".join(f"{x.dtype} {x.shape} {_sharding_name(x.sharding)}" for x in jax.tree.leaves(args))
 
 
 def _surroundings() -> str:
     """Returns what all programs of this process depend on, but for this package."""
     settings = sorted(jax.config.values.items())
-    told = [f"{k}={v}" for k, v in settings if not any(name in k for name in _NO_MATTER)]
+    set_to = [f"{k}={v}" for k, v in settings if not any(name in k for name in _NO_MATTER)]
     variables = [f"{name}={os.environ.get(name, '')}" for name in _VARIABLES]
-    return "\n".join([_libraries(), *variables, *told])
+    return "\n".join([_libraries(), *variables, *set_to])
 
 
 @functools.cache
@@ -316,19 +320,8 @@ def _hardware(devices: Sequence[Device]) -> str:
 
 @functools.cache
 def _topology(devices: tuple[Device, ...]) -> str:
-    """Returns what JAX's own cache tells machines apart by, and which instructions this one's processor has."""
-    # Nothing public gives the version of cuDNN, for instance.
+    """Returns what JAX's own cache tells machines apart by; of CPUs that is which instructions they have."""
+    # Nothing public gives these, or the version of cuDNN.
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
-    fingerprint = xla_client.get_topology_for_devices(list(devices)).fingerprint()
-    return f"{fingerprint} {_processor() if devices[0].platform == 'cpu' else ''}"
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    kept = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU "))]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+    return str(xla_client.get_topology_for_devices(list(devices)).fingerprint())
