@@ -25,7 +25,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,11 +105,9 @@ class Store:
         try:
             content = path.read_bytes()
             digest, body = content[:32], content[32:]
-            if digest != hashlib.sha256(body).digest():
+            if digest != hashlib.sha256(key.encode() + body).digest():
                 return None
-            found, value = pickle.loads(body)
-            if found != key:
-                return None
+            value = pickle.loads(body)
         except Exception as e:  # whatever the file holds, the program can be compiled
             if not isinstance(e, FileNotFoundError):
                 _log.info("%s is not used: %s", path, e)
@@ -120,10 +118,10 @@ class Store:
 
     def write(self, key: str, value: Any) -> None:
         """Keeps a value, and drops the ones that were not read for longest where it becomes too much."""
-        body = pickle.dumps((key, value), protocol=5)
+        body = pickle.dumps(value, protocol=5)
         try:
             self.folder.mkdir(exist_ok=True, mode=0o700)
-            content = hashlib.sha256(body).digest() + body
+            content = hashlib.sha256(key.encode() + body).digest() + body
             files.write_whole(self._path(key), lambda part: part.write_bytes(content))
             self._make_room()
         except (OSError, MediaError) as e:  # read-only or full
@@ -169,7 +167,7 @@ def kept_program(
     name: str,
     what: Hashable,
     args: tuple[Any, ...],
-    devices: Sequence[Device],
+    devices: tuple[Device, ...],
     trace: Callable[[], tuple[jax.stages.Traced, jax.stages.Lowered]],
     options: Mapping[str, Any],
     writable: bool = True,
@@ -193,7 +191,7 @@ def kept_program(
     structure = jax.tree.structure((args, {}))
     identity = None if store is None else _identity(what, structure, _leaves(args), _hardware(devices))
     if store is None or identity is None:
-        by_jax = writable and not (over_processes and devices[0].platform == "gpu")
+        by_jax = store is None and writable and not (over_processes and devices[0].platform == "gpu")
         with working(f"compiling {name}"), contextlib.nullcontext() if by_jax else _not_by_jax():
             return _compile(trace()[1], options)
     load = functools.partial(_load, store, structure, devices)
@@ -210,7 +208,7 @@ def kept_program(
     return found
 
 
-def _load(store: Store, structure: Any, devices: Sequence[Device], key: Any) -> tuple[Any, Any] | None:
+def _load(store: Store, structure: Any, devices: tuple[Device, ...], key: Any) -> tuple[Any, Any] | None:
     """Returns the executable and the results' shapes of a key; None where they are not there or cannot be used."""
     if key is None or (kept := store.read(key)) is None:
         return None
@@ -312,16 +310,13 @@ def _libraries() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES)
 
 
-def _hardware(devices: Sequence[Device]) -> str:
-    client = devices[0].client
-    each = [f"{d.id} {d.process_index} {d.device_kind}" for d in devices]
-    return "\n".join([client.platform, client.platform_version, _topology(tuple(devices)), *each])
-
-
 @functools.cache
-def _topology(devices: tuple[Device, ...]) -> str:
-    """Returns what JAX's own cache tells machines apart by; of CPUs that is which instructions they have."""
-    # Nothing public gives these, or the version of cuDNN.
+def _hardware(devices: tuple[Device, ...]) -> str:
+    """Returns what devices and machines are told apart by."""
+    # What JAX's own cache tells them apart by. Nothing public gives a CPU's instructions, or the version of cuDNN.
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
-    return str(xla_client.get_topology_for_devices(list(devices)).fingerprint())
+    topology = xla_client.get_topology_for_devices(list(devices)).fingerprint()
+    client = devices[0].client
+    each = [f"{d.id} {d.process_index} {d.device_kind}" for d in devices]
+    return "\n".join([client.platform, client.platform_version, str(topology), *each])
