@@ -21,11 +21,11 @@ import logging
 import math
 import os
 import pickle
-import platform
 import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,6 +88,8 @@ def keep_programs() -> Path | None:
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     # Even the smallest take some 20 ms to compile, and there are hundreds of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # What JAX cannot read it compiles; nobody needs to do anything about it.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     return folder
 
 
@@ -103,11 +105,9 @@ class Store:
         try:
             content = path.read_bytes()
             digest, body = content[:32], content[32:]
-            if digest != hashlib.sha256(body).digest():
+            if digest != hashlib.sha256(key.encode() + body).digest():
                 return None
-            found, value = pickle.loads(body)
-            if found != key:
-                return None
+            value = pickle.loads(body)
         except Exception as e:  # whatever the file holds, the program can be compiled
             if not isinstance(e, FileNotFoundError):
                 _log.info("%s is not used: %s", path, e)
@@ -118,10 +118,10 @@ class Store:
 
     def write(self, key: str, value: Any) -> None:
         """Keeps a value, and drops the ones that were not read for longest where it becomes too much."""
-        body = pickle.dumps((key, value), protocol=5)
+        body = pickle.dumps(value, protocol=5)
         try:
             self.folder.mkdir(exist_ok=True, mode=0o700)
-            content = hashlib.sha256(body).digest() + body
+            content = hashlib.sha256(key.encode() + body).digest() + body
             files.write_whole(self._path(key), lambda part: part.write_bytes(content))
             self._make_room()
         except (OSError, MediaError) as e:  # read-only or full
@@ -151,6 +151,7 @@ class Store:
 
 _store: Store | None = None
 _compiling = threading.local()
+_not_by_jax = functools.partial(persistent_cache_min_compile_time_secs, math.inf)
 
 
 def _note(event: str, **_: Any) -> None:
@@ -166,7 +167,7 @@ def kept_program(
     name: str,
     what: Hashable,
     args: tuple[Any, ...],
-    devices: Sequence[Device],
+    devices: tuple[Device, ...],
     trace: Callable[[], tuple[jax.stages.Traced, jax.stages.Lowered]],
     options: Mapping[str, Any],
     writable: bool = True,
@@ -182,85 +183,90 @@ def kept_program(
       options: XLA's; part of `what` too.
       writable: whether XLA can write it down; otherwise it is compiled, and nobody tries.
     """
-    store = _store if writable else None
-    not_by_jax = persistent_cache_min_compile_time_secs(math.inf)
     # A program over several processes has parts in each of them: those may not find it all or none at all. Into JAX's
     # cache process 0 alone writes. On GPUs it must not: XLA tunes such a program in all processes at once, and one that
     # compiles it would wait, for up to 24 h, for one that has found it.
     over_processes = any(d.process_index != jax.process_index() for d in devices)
-    if store is None or over_processes:
-        by_jax = writable and not (over_processes and devices[0].platform == "gpu")
-        with working(f"compiling {name}"), contextlib.nullcontext() if by_jax else not_by_jax:
-            _, lowered = trace()
-            return lowered.compile(dict(options)), _results(lowered)
+    store = _store if writable and not over_processes else None
     structure = jax.tree.structure((args, {}))
-    parts = (what, structure, _leaves(args), _surroundings(), _hardware(devices))
-
-    def load(key: object) -> tuple[Any, Any] | None:
-        if not isinstance(key, str) or (kept := store.read(key)) is None:
-            return None
-        try:
-            results, executable = kept
-            return serialize_executable.deserialize_and_load(
-                executable, structure, jax.tree.structure(results), devices[0].client, devices
-            ), results
-        except Exception as e:  # whatever the file holds, the program can be compiled
-            _log.info("a kept program is not used: %s", e)
-            return None
-
-    made_from = _key(*parts, _sources())
-    if made_from is not None:
-        with working(f"loading {name}"):
-            found = load(store.read(made_from))
-        if found is not None:
-            return found
-    with working(f"compiling {name}"):
-        traced, lowered = trace()
-        # The lowered form alone does not tell which arguments it leaves out.
-        key = _key(*parts, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
-        found = load(key)
-        if found is None:
-            _compiling.from_cache = False
-            with not_by_jax:  # it need not be kept twice
-                found = program, results = lowered.compile(dict(options)), _results(lowered)
-            if key is None or _compiling.from_cache:
-                return found
-            try:
-                executable, _, _ = serialize_executable.serialize(program)
-            except Exception as e:  # not every backend can
-                _log.info("a program is not kept: %s", e)
-                return found
-            store.write(key, (results, executable))
-    if made_from is not None:
+    identity = None if store is None else _identity(what, structure, _leaves(args), _hardware(devices))
+    if store is None or identity is None:
+        by_jax = store is None and writable and not (over_processes and devices[0].platform == "gpu")
+        with working(f"compiling {name}"), contextlib.nullcontext() if by_jax else _not_by_jax():
+            return _compile(trace()[1], options)
+    load = functools.partial(_load, store, structure, devices)
+    made_from = _digest(identity, _sources())
+    with working(f"loading {name}"):
+        found = load(store.read(made_from))
+    if found is None:
+        with working(f"compiling {name}"):
+            traced, lowered = trace()
+            # The lowered form alone does not tell which arguments it leaves out.
+            key = _digest(identity, _ADDRESS.sub("", str(traced.jaxpr)), lowered.as_text())
+            found = load(key) or _compile_and_keep(store, key, lowered, options)
         store.write(made_from, key)
     return found
 
 
-def _results(lowered: jax.stages.Lowered) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+def _load(store: Store, structure: Any, devices: tuple[Device, ...], key: Any) -> tuple[Any, Any] | None:
+    """Returns the executable and the results' shapes of a key; None where they are not there or cannot be used."""
+    if key is None or (kept := store.read(key)) is None:
+        return None
+    try:
+        results, executable = kept
+        return serialize_executable.deserialize_and_load(
+            executable, structure, jax.tree.structure(results), devices[0].client, devices
+        ), results
+    except Exception as e:  # whatever the file holds, the program can be compiled
+        _log.info("a kept program is not used: %s", e)
+        return None
 
 
+def _compile(lowered: jax.stages.Lowered, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    results = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+    return lowered.compile(dict(options)), results
+
+
+def _compile_and_keep(
+    store: Store, key: str, lowered: jax.stages.Lowered, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    _compiling.from_cache = False
+    with _not_by_jax():  # it need not be kept twice
+        program, results = _compile(lowered, options)
+    if not _compiling.from_cache:
+        try:
+            executable, _, _ = serialize_executable.serialize(program)
+            store.write(key, (results, executable))
+        except Exception as e:  # not every backend can
+            _log.info("a program is not kept: %s", e)
+    return program, results
+
+
+@functools.lru_cache(maxsize=1024)
 def kept_value(function: Callable[..., T], *args: Hashable) -> T:
     """Returns what a function of this package makes of arguments, from before where that was asked before.
 
     For shapes, which take longer to trace than to read; the function must depend on its arguments alone.
     """
     store = _store
-    key = None if store is None else _key(function, args, _surroundings(), _sources())
-    if store is None or key is None:
+    identity = None if store is None else _identity(function, args)
+    if store is None or identity is None:
         return function(*args)
+    key = _digest(identity, _sources())
     if (value := store.read(key)) is None:
         value = function(*args)
         store.write(key, value)
     return value
 
 
-def _key(*parts: Any) -> str | None:
-    """Returns a digest that tells these from all others, in every process; None where a part has no lasting name."""
-    text = "\n".join(_name(part) for part in parts)
-    if _ADDRESS.search(text) or "<locals>" in text:
-        return None
-    return hashlib.sha256(text.encode()).hexdigest()
+def _identity(*parts: Any) -> str | None:
+    """Returns text that only these parts in these surroundings have, in any process; None if a part has none."""
+    text = "\n".join([*map(_name, parts), _surroundings()])
+    return None if _ADDRESS.search(text) or "<locals>" in text else text
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _name(part: Any) -> str:
@@ -273,23 +279,19 @@ def _name(part: Any) -> str:
     return repr(part)
 
 
+_sharding_name = functools.lru_cache(maxsize=1024)(repr)  # there are few, for many arrays
+
+
 def _leaves(args: Any) -> str:
-    named: dict[Any, str] = {}
-
-    def name(sharding: Any) -> str:
-        if sharding not in named:
-            named[sharding] = repr(sharding)
-        return named[sharding]
-
-    return "; ".join(f"{x.dtype} {x.shape} {name(x.sharding)}" for x in jax.tree.leaves(args))
+    return "; ".join(f"{x.dtype} {x.shape} {_sharding_name(x.sharding)}" for x in jax.tree.leaves(args))
 
 
 def _surroundings() -> str:
     """Returns what all programs of this process depend on, but for this package."""
     settings = sorted(jax.config.values.items())
-    told = [f"{k}={v}" for k, v in settings if not any(name in k for name in _NO_MATTER)]
+    set_to = [f"{k}={v}" for k, v in settings if not any(name in k for name in _NO_MATTER)]
     variables = [f"{name}={os.environ.get(name, '')}" for name in _VARIABLES]
-    return "\n".join([_libraries(), *variables, *told])
+    return "\n".join([_libraries(), *variables, *set_to])
 
 
 @functools.cache
@@ -308,27 +310,13 @@ def _libraries() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES)
 
 
-def _hardware(devices: Sequence[Device]) -> str:
-    client = devices[0].client
-    each = [f"{d.id} {d.process_index} {d.device_kind}" for d in devices]
-    return "\n".join([client.platform, client.platform_version, _topology(tuple(devices)), *each])
-
-
 @functools.cache
-def _topology(devices: tuple[Device, ...]) -> str:
-    """Returns what JAX's own cache tells machines apart by, and which instructions this one's processor has."""
-    # Nothing public gives the version of cuDNN, for instance.
+def _hardware(devices: tuple[Device, ...]) -> str:
+    """Returns what devices and machines are told apart by."""
+    # What JAX's own cache tells them apart by. Nothing public gives a CPU's instructions, or the version of cuDNN.
     from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
-    fingerprint = xla_client.get_topology_for_devices(list(devices)).fingerprint()
-    return f"{fingerprint} {_processor() if devices[0].platform == 'cpu' else ''}"
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    kept = [line for line in lines if line.startswith(("model", "flags", "Features", "CPU "))]
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()
+    topology = xla_client.get_topology_for_devices(list(devices)).fingerprint()
+    client = devices[0].client
+    each = [f"{d.id} {d.process_index} {d.device_kind}" for d in devices]
+    return "\n".join([client.platform, client.platform_version, str(topology), *each])

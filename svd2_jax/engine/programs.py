@@ -417,50 +417,40 @@ def _compile(
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-    call = function if isinstance(function, functools.partial) else functools.partial(function)
+    call = functools.partial(function)  # of a partial: one with all that is bound
     static = (call.func, call.args, tuple(sorted(call.keywords.items())))
     devices = tuple(where.mesh.devices.flat if isinstance(where, _Over) else where.device_set)
-    how = _How(donate, where, matmul_precision(dtype), compiler_options(devices[0].platform, is_vae))
-    return _compile_once(static, structure, shapes, devices, how)
-
-
-@dataclass(frozen=True)
-class _How:
-    """What decides a program but its function and arguments; see `_compile`."""
-
-    donate: tuple[int, ...]
-    where: SingleDeviceSharding | _Over
-    precision: str
-    options: CompilerOptions
+    how = matmul_precision(dtype), compiler_options(devices[0].platform, is_vae)
+    return _compile_once(static, structure, shapes, donate, where, devices, *how)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compile_once(static, structure, shapes, devices, how: _How) -> tuple[Program, Any]:
+def _compile_once(
+    static, structure, shapes, donate, where, devices, precision: str, options: CompilerOptions
+) -> tuple[Program, Any]:
     """Compiles one program; streams that differ elsewhere share it (the VAE's do not depend on the steps)."""
     args = structure.unflatten([jax.ShapeDtypeStruct(*s[:2], sharding=s[2]) for s in shapes])
-    by_onednn = computes_by_onednn(how.options)
-    out: Any = how.where
-    if isinstance(how.where, _Over):
-        out = jax.tree.map(functools.partial(NamedSharding, how.where.mesh), how.where.results)
+    by_onednn = computes_by_onednn(options)
+    out: Any = where
+    if isinstance(where, _Over):
+        out = jax.tree.map(functools.partial(NamedSharding, where.mesh), where.results)
 
     def trace() -> tuple[jax.stages.Traced, jax.stages.Lowered]:
         function, positional, keywords = static
         bound = functools.partial(function, *positional, **dict(keywords))
-        if isinstance(how.where, _Over):
-            over = how.where
-            bound = jax.shard_map(bound, mesh=over.mesh, in_specs=over.arguments, out_specs=over.results)
+        if isinstance(where, _Over):
+            bound = jax.shard_map(bound, mesh=where.mesh, in_specs=where.arguments, out_specs=where.results)
         # Flax's norms mix bfloat16 with float32, which may be forbidden elsewhere.
-        is_float32 = how.precision == matmul_precision(jnp.dtype(jnp.float32))
+        is_float32 = precision == matmul_precision(jnp.dtype(jnp.float32))
         mixing = contextlib.nullcontext() if is_float32 else jax.numpy_dtype_promotion("standard")
         convolving = convolving_with_onednn() if by_onednn and ONEDNN_CONVOLVES else contextlib.nullcontext()
-        with jax.default_matmul_precision(how.precision), mixing, convolving:
-            traced = jax.jit(bound, donate_argnums=how.donate, out_shardings=out).trace(*args)
+        with jax.default_matmul_precision(precision), mixing, convolving:
+            traced = jax.jit(bound, donate_argnums=donate, out_shardings=out).trace(*args)
             return traced, traced.lower()
 
     # XLA of jax 0.12 cannot write down what oneDNN computes, and ends the process over some such programs.
-    program, results = kept_program(
-        _title(static), (static, how), args, devices, trace, dict(how.options), not by_onednn
-    )
+    what = static, donate, where, precision, options
+    program, results = kept_program(_title(static), what, args, devices, trace, dict(options), not by_onednn)
     return program, jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         results,
@@ -475,9 +465,8 @@ def _title(static: tuple[Callable[..., Any], tuple[Any, ...], Any]) -> str:
     return ", ".join([function.__name__.strip("_").replace("_", " "), *steps])
 
 
-@functools.lru_cache(maxsize=256)
 def _shapes(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns the shapes of what a function makes; remembered, because tracing takes longer than a tick may."""
+    """Returns the shapes of what a function makes."""
     return kept_value(_traced_shapes, function, *args)
 
 
