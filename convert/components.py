@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ class Component:
       option: of the command line, that gives its weights.
       infer_config: (source shapes, settings of its config.json) -> sizes.
       tables: sizes -> tables of the layouts that are read.
-      expected: sizes -> item -> nested dict of leaves with a shape.
+      expected: sizes -> item -> nested dict of leaves with a shape; traced once, which takes a second.
     """
 
     title: str
@@ -44,28 +45,28 @@ COMPONENTS: Mapping[str, Component] = {
         "--generator",
         wan_dit.infer_config,
         lambda cfg: tuple(Table(r, wan_dit.IGNORED) for r in (wan_dit.RULES, wan_dit.DIFFUSERS_RULES)),
-        dit.abstract_params,
+        functools.cache(dit.abstract_params),
     ),
     "vae": Component(
         "Wan2.1 VAE",
         "--vae",
         lambda shapes, _: wan_vae.infer_config(shapes),
         lambda cfg: (Table(wan_vae.rules(cfg)), Table(wan_vae.diffusers_rules(cfg))),
-        vae.abstract_params,
+        functools.cache(vae.abstract_params),
     ),
     "text": Component(
         "UMT5 encoder",
         "--text-encoder",
         lambda shapes, _: umt5.infer_config(shapes),
         lambda cfg: (Table(umt5.RULES), Table(umt5.HUGGING_FACE_RULES, umt5.HUGGING_FACE_IGNORED)),
-        text_encoder.abstract_params,
+        functools.cache(text_encoder.abstract_params),
     ),
     "taehv": Component(
         "TAEHV decoder for Wan2.1",
         "--taehv",
         lambda shapes, _: taehv.infer_config(shapes),
         lambda cfg: (Table(taehv.rules(cfg), taehv.IGNORED),),
-        taehv_model.abstract_params,
+        functools.cache(taehv_model.abstract_params),
     ),
 }
 

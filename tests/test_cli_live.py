@@ -9,14 +9,15 @@ from svd2_jax import media
 from svd2_jax.cli import main
 from svd2_jax.errors import EXIT_BAD_INPUT
 
-SMALL = ["--height", "32", "--width", "32"]
+HEIGHT, WIDTH = 48, 64  # as in tests/test_cli.py, whose programs these share
+SMALL = ["--height", str(HEIGHT), "--width", str(WIDTH)]
 
 
 @pytest.fixture
 def clip(tmp_path):
     path = tmp_path / "in.mp4"
-    with media.VideoWriter(path, 8, 32, 32) as writer:
-        writer.write(np.stack(list(media.synthetic_clip(9, 32, 32))))
+    with media.VideoWriter(path, 8, HEIGHT, WIDTH) as writer:
+        writer.write(np.stack(list(media.synthetic_clip(9, HEIGHT, WIDTH))))
     return path
 
 

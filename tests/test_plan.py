@@ -84,7 +84,8 @@ def test_all_devices_together_do_the_work_of_one():
 
 
 def test_a_shared_vae_is_no_bottleneck_of_its_own():
-    model, stream = preset("wan-1.3b"), StreamConfig(height=480, width=832)
+    # 64 rows of latents are shared by 1, 2, 4, 8 or 16 devices only: fewer programs to trace.
+    model, stream = preset("wan-1.3b"), StreamConfig(height=512, width=832)
     apart, shared = (plan_lib.plan(model, stream, 4, H100, share_vae=share) for share in (False, True))
     names = [[part.name for part in device.parts] for device in shared.devices]
     assert names == [["encode", "timesteps", "blocks", "decode"], *[["encode", "blocks", "decode"]] * 3]

@@ -88,14 +88,15 @@ def check_vae(engine: DeviceEngine, check: Check, file: Path) -> None:
     g, cfg = load(file), engine.model.vae
     params = engine.params(StreamConfig())
     pixels = noise_control.pixels_from_uint8(jnp.asarray(g["frames"])).astype(params.dit.dtype)[None]
+    first, later = (jax.jit(functools.partial(f, cfg)) for f in (vae.encode_first, vae.encode))
     state, at = None, 0
     for i, wanted in enumerate(numbered(g, "encode_stream_")):
         frames = 1 + 4 * (wanted.shape[2] - 1) if state is None else 4 * wanted.shape[2]
         group, at = pixels[:, at : at + frames], at + frames
         if state is None:
-            got, state = jax.jit(functools.partial(vae.encode_first, cfg))(params.encoder, group)
+            got, state = first(params.encoder, group)
         else:
-            got, state = jax.jit(functools.partial(vae.encode, cfg))(params.encoder, state, group)
+            got, state = later(params.encoder, state, group)
         check.close(got, video_last(wanted), f"encode_stream_{i}")
     got = jax.jit(functools.partial(vae.encode_offline, cfg))(params.encoder, pixels)
     check.close(got, video_last(g["encode_full_normalised"]), "encode_full_normalised")
@@ -116,13 +117,14 @@ def _check_decode(
     groups: list[jax.Array],
     wanted: list[np.ndarray],
 ) -> None:
+    first, later = jax.jit(first), jax.jit(later)
     state: Any = None
     for i, (group, video) in enumerate(zip(groups, wanted, strict=True)):
         if state is None:
-            got, state = jax.jit(first)(params, group)
+            got, state = first(params, group)
             got = got[:, got.shape[1] - video.shape[1] :]  # TAEHV: the reference drops the very first frame
         else:
-            got, state = jax.jit(later)(params, state, group)
+            got, state = later(params, state, group)
         check.close(got, video, f"decode_stream_{i}")
 
 

@@ -23,13 +23,16 @@ from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.stage_times import SAMPLES, measure_stages
 from svd2_jax.errors import ConfigError
 
-BLOCKS = 8
+BLOCKS = 6
 MODEL = ModelConfig(
-    "eight blocks",
+    "six blocks",
     DiTConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=BLOCKS, freq_dim=8, text_dim=12, text_len=4),
     VAEConfig(dim=8),
     TextConfig(vocab=300, dim=12, dim_attn=16, dim_ffn=16, num_heads=2, num_layers=1),
 )
+SHALLOW = dataclasses.replace(
+    MODEL, dit=dataclasses.replace(MODEL.dit, num_layers=3)
+)  # compiles in half the time
 DTYPE = jnp.dtype(jnp.float32)
 TOLERANCE = 1e-4  # what is asked of any split; programs of other shapes round differently, by some 1e-6
 CHUNKS = 22  # the ring is full after 6, the time index restarts at 9
@@ -120,16 +123,16 @@ def with_pauses(lines, seed, prompts, steps=None):
 @pytest.mark.parametrize(
     ("steps", "split", "streams", "changes"),
     [
-        (2, (BLOCKS,), 2, {}),
-        (3, (3, 4, 1), 1, {}),
-        (3, (5, 3), 1, {10: 2, 20: 3}),
+        (2, (3,), 2, {}),
+        (3, (1, 1, 1), 1, {}),
+        (3, (2, 1), 1, {10: 2, 20: 3}),
     ],
 )
 def test_ticks_that_compute_one_row_give_what_those_of_all_rows_give(steps, split, streams, changes):
     drawn = []
     for lone in (False, True):
         lines = [
-            pipeline(config(steps), split, lone=lone, batch_sizes=(1, streams)[:streams])
+            pipeline(config(steps), split, SHALLOW, lone, batch_sizes=(1, streams)[:streams])
             for _ in range(streams)
         ]
         ran = counted(lines[0])
@@ -174,15 +177,14 @@ def on_one_stage(cfg):
 @pytest.mark.parametrize(
     ("steps", "split"),
     [
-        (2, (4, 4)),
-        (2, (2, 5, 1)),
-        (2, (2, 2, 2, 2)),
-        (2, (1,) * 8),
+        (2, (3, 3)),
+        (2, (2, 3, 1)),
+        (2, (1,) * BLOCKS),
         # Splits with the same longest and shortest stage share their programs.
-        (2, (1, 3, 1, 3)),
-        (2, (3, 2, 1, 2)),
-        (1, (1, 2, 3, 2)),
-        (4, (3, 2, 3)),
+        (2, (1, 2, 1, 2)),
+        (2, (2, 1, 2, 1)),
+        (1, (1, 2, 2, 1)),
+        (4, (2, 2, 2)),
     ],
 )
 def test_any_number_of_stages_and_any_split_give_the_result_of_one_stage(steps, split):
@@ -194,14 +196,14 @@ def test_any_number_of_stages_and_any_split_give_the_result_of_one_stage(steps, 
 def test_sequential_mode_gives_the_result_of_one_stage():
     cfg = config(3, mode="sequential")
     np.testing.assert_allclose(
-        stream(pipeline(cfg, (3, 1, 4)), prompts=PROMPTS), on_one_stage(cfg), atol=TOLERANCE
+        stream(pipeline(cfg, (2, 1, 3)), prompts=PROMPTS), on_one_stage(cfg), atol=TOLERANCE
     )
 
 
 def test_the_prompt_of_a_chunk_is_the_one_it_came_in_with():
     cfg = config(2)
-    changed = stream(pipeline(cfg, (4, 4)), prompts={9: 1})
-    plain = stream(pipeline(cfg, (4, 4)))
+    changed = stream(pipeline(cfg, (3, 3)), prompts={9: 1})
+    plain = stream(pipeline(cfg, (3, 3)))
     np.testing.assert_array_equal(changed[:8], plain[:8])
     assert (np.abs(changed[8:] - plain[8:]).max(axis=(1, 2, 3, 4)) > 1e-3).all()
 
@@ -217,24 +219,23 @@ T2V = StreamConfig.for_task("t2v", 1, height=32, width=32)
 
 
 @pytest.mark.parametrize(
-    ("cfg", "split", "changes"),
+    ("cfg", "split", "changes", "storage"),
     [
-        (config(2), (BLOCKS,), {}),
-        (config(2), (BLOCKS,), {"steps": {4: 1, 9: 2}}),
-        (config(2), (5, 3), {}),
-        (config(2), (3, 5), {"steps": {4: 1, 9: 2}}),
-        (config(2, mode="sequential"), (5, 3), {}),
-        (T2V, (4, 4), {}),
+        (config(2), (3,), {}, "int8"),
+        (config(2), (3,), {"steps": {4: 1, 9: 2}}, "fp8"),
+        (config(2), (2, 1), {}, "fp8"),
+        (config(2), (1, 2), {"steps": {4: 1, 9: 2}}, "int8"),
+        (config(2, mode="sequential"), (2, 1), {}, "int8"),
+        (T2V, (2, 1), {}, "fp8"),
     ],
     ids=["one stage", "other steps", "two stages", "other steps on two stages", "sequential", "t2v"],
 )
-@pytest.mark.parametrize(("storage", "error"), [("int8", 0.02), ("fp8", 0.08)])
-def test_a_stream_in_8_bits_stays_close_to_the_plain_one(cfg, split, changes, storage, error):
-    wanted = stream(pipeline(cfg, split), **changes)
+def test_a_stream_in_8_bits_stays_close_to_the_plain_one(cfg, split, changes, storage):
+    wanted = stream(pipeline(cfg, split, SHALLOW), **changes)
     small = dataclasses.replace(cfg, cache_dtype=storage)
-    got = stream(pipeline(small, split, MODEL.with_weight_dtype(storage)), **changes)
+    got = stream(pipeline(small, split, SHALLOW.with_weight_dtype(storage)), **changes)
     # About twice of what is seen: that of the roundings, which does not add up over a stream.
-    assert 0 < relative_error(got, wanted) < error
+    assert 0 < relative_error(got, wanted) < {"int8": 0.02, "fp8": 0.08}[storage]
 
 
 # --- what is compiled
@@ -248,9 +249,12 @@ def builder(stages, dtype=DTYPE):
 COLLECTIVES = r"\b(collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter|collective-broadcast)"
 
 
-@pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
+SPLITS = pytest.mark.parametrize("split", [(2, 2, 2), (1, 2, 2, 1)])
+
+
+@SPLITS
 def test_a_tick_is_one_collective_permute_and_nothing_else_between_devices(split):
-    text = builder(4).ticks(split).tick[1].as_text()
+    text = builder(len(split)).ticks(split).tick[1].as_text()
     assert re.findall(COLLECTIVES + r"(?:-start)?\(", text) == ["collective-permute"]
 
 
@@ -258,13 +262,13 @@ def test_one_stage_needs_no_collective():
     assert not re.findall(COLLECTIVES, builder(1).ticks((BLOCKS,)).tick[1].as_text())
 
 
-@pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
+@SPLITS
 def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
-    programs = dataclasses.replace(builder(4), batch_sizes=(1, 2)).ticks(split)
+    programs = dataclasses.replace(builder(len(split)), batch_sizes=(1, 2)).ticks(split)
     together = programs.tick[2]
     for program in (programs.tick[1], together):
         donated = [x for x in jax.tree.leaves(program.args_info) if x.donated]
-        size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated) // 4
+        size = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in donated) // len(split)
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes == size > 0
         # Nothing comes out besides the state but the clean latents and a table of pointers.
@@ -273,16 +277,16 @@ def test_a_tick_updates_the_state_in_place_and_copies_no_parameter(split):
         assert memory.output_size_in_bytes - size <= clean + 16 * leaves
         # The CPU's attention transposes keys; the caches and the parameters themselves are never copied.
         args, _ = program.args_info
-        shapes = [(x.shape[0] // 4, *x.shape[1:]) for x in jax.tree.leaves(args)]
+        shapes = [(x.shape[0] // len(split), *x.shape[1:]) for x in jax.tree.leaves(args)]
         large = {shape for shape in shapes if np.prod(shape) >= 24 * 24}
         assert {(2, 24, 2, 12), (24, 24), (24, 48)} <= large
         copied = re.findall(r"f32\[([\d,]+)\][^=]* copy\(", program.as_text())
         assert not large & {tuple(int(n) for n in shape.split(",")) for shape in copied}
 
 
-@pytest.mark.parametrize("split", [(2, 2, 2, 2), (1, 3, 3, 1)])
+@SPLITS
 def test_nothing_goes_between_devices_in_a_tick_that_is_measured(split):
-    assert not re.findall(COLLECTIVES, builder(4).tick_apart(split).as_text())
+    assert not re.findall(COLLECTIVES, builder(len(split)).tick_apart(split).as_text())
 
 
 def test_splits_of_the_same_longest_and_shortest_stage_share_their_programs():
@@ -292,10 +296,10 @@ def test_splits_of_the_same_longest_and_shortest_stage_share_their_programs():
         if "backend_compile" in event:
             compiled.append(event)
 
-    stream(pipeline(cfg, (3, 5)))
+    stream(pipeline(cfg, (2, 4)))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        stream(pipeline(cfg, (5, 3)))
+        stream(pipeline(cfg, (4, 2)))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
@@ -313,9 +317,9 @@ def test_each_device_reads_and_holds_its_own_blocks_only():
         return draw(item, device)
 
     weights = StageWeights(MODEL, read_item, mesh)
-    held = weights.params((1, 3, 3, 1), "wan")
+    held = weights.params((1, 2, 2, 1), "wan")
     assert len(read) == len(set(read))
-    starts = (0, 1, 4, 7, 8)
+    starts = (0, 1, 3, 5, 6)
     for stage, device in enumerate(mesh.devices):
         blocks = sorted(item for item, at in read if at == device and "block" in item)
         assert blocks == [f"dit.block.{i:03d}" for i in range(starts[stage], starts[stage + 1])]
@@ -326,22 +330,22 @@ def test_each_device_reads_and_holds_its_own_blocks_only():
 
     ends = size("dit.head") + sum(x.size * 4 for x in jax.tree.leaves(shapes["dit.embed"]["patch"]))
     block, bytes_held = size("dit.block.000"), list(weights.resident_bytes().values())
-    assert bytes_held[1] == bytes_held[2] == 3 * block + ends
+    assert bytes_held[1] == bytes_held[2] == 2 * block + ends
     assert bytes_held[0] == block + size("dit.head", "dit.embed", "vae.encoder")
     assert bytes_held[3] == block + ends + size("vae.decoder")
     # A position that a stage does not use costs nothing: it is the buffer of its first block.
-    first, third = (mesh.part(held.dit.blocks[j]["mlp_up"]["kernel"], 0) for j in (0, 2))
-    assert first.unsafe_buffer_pointer() == third.unsafe_buffer_pointer()
+    first, second = (mesh.part(held.dit.blocks[j]["mlp_up"]["kernel"], 0) for j in (0, 1))
+    assert first.unsafe_buffer_pointer() == second.unsafe_buffer_pointer()
 
 
 def test_another_split_takes_the_blocks_that_are_there_and_leaves_no_copy():
     mesh = stage_meshes(1, 2)[0]
     weights = StageWeights(MODEL, params.random_items(MODEL, 0, DTYPE), mesh)
-    before = weights.dit((4, 4))
+    before = weights.dit((3, 3))
     kernel = np.asarray(mesh.part(before.blocks[0]["mlp_up"]["kernel"], 1))
     total = sum(weights.resident_bytes().values())
-    after = weights.dit((5, 3))
-    np.testing.assert_array_equal(mesh.part(after.blocks[4]["mlp_up"]["kernel"], 0), kernel)
+    after = weights.dit((4, 2))
+    np.testing.assert_array_equal(mesh.part(after.blocks[3]["mlp_up"]["kernel"], 0), kernel)
     assert sum(weights.resident_bytes().values()) == total
 
 
@@ -413,7 +417,7 @@ def test_a_split_that_does_not_fit_is_not_taken():
 def test_stages_are_measured_by_what_they_do(cfg):
     """Seven blocks take longer than one; only the ends have something else to do."""
     large = dataclasses.replace(MODEL.dit, dim=512, ffn_dim=2048, num_layers=9)
-    model = dataclasses.replace(MODEL, dit=large)
+    model = dataclasses.replace(MODEL, dit=large, vae=VAEConfig(dim=4, num_res_blocks=1))
     options = PipelineOptions(split=(7, 1, 1))
     engine = DeviceEngine.random(model, mesh=stage_meshes(1, 3)[0], options=options)
     with engine.open(SessionSpec("a dog", cfg)) as session:

@@ -1,11 +1,13 @@
 """The session on the golden model: frames in, frames out."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from svd2_jax.api import SessionSpec
-from svd2_jax.config import StreamConfig
+from svd2_jax.config import StreamConfig, TAEHVConfig, preset
 from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.errors import CheckpointError, ConfigError, SessionError
 
@@ -38,7 +40,9 @@ def test_as_many_frames_come_out_as_go_in(engine, cfg, frames):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_tiny_decoder_loses_no_frame_either(steps):
-    engine = DeviceEngine.random("golden")
+    engine = DeviceEngine.random(
+        dataclasses.replace(preset("golden"), taehv=TAEHVConfig(channels=(8, 8, 4, 4)))
+    )
     cfg = StreamConfig(height=HEIGHT, width=WIDTH, timesteps=STREAM.timesteps[:steps], decoder="taehv")
     assert redraw(engine, cfg, 10).shape == (10, HEIGHT, WIDTH, 3)
 
