@@ -6,6 +6,8 @@ And how a command ends with one.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -58,10 +60,30 @@ def exit_code(run: Callable[[], int | None], interrupted: str) -> int:
       interrupted: what is said when it is interrupted.
     """
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
     except Svd2Error as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ImportError) as e:
+        if not _is_interrupt(e):
+            raise
         print(interrupted, file=sys.stderr)
         return EXIT_INTERRUPTED
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        print(
+            f"error: what the command prints cannot be written ({e.strerror}); free some space",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Whether an error is Ctrl-C: a module written in C turns it into an ImportError while it is imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -20,6 +20,7 @@ import yaml
 
 from svd2_jax import cli
 from svd2_jax.cli import device
+from svd2_jax.errors import EXIT_FAILED, exit_code
 from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip
 
 H, W = 48, 64
@@ -536,3 +537,13 @@ def test_every_config_names_its_task_by_being_usable(svd2, tmp_path):
             "run", *RANDOM, "--prompt", "x", *source, "--config", path, "--output", tmp_path / "o.mp4"
         )
         check_refused(result, "no such file" if task == "v2v" else "text-to-video needs --frames")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_what_cannot_be_printed_for_want_of_space_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert exit_code(lambda: print("a table"), "interrupted") == EXIT_FAILED
+    assert capsys.readouterr().err == (
+        "error: what the command prints cannot be written (No space left on device); free some space\n"
+    )

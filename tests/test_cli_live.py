@@ -38,6 +38,8 @@ def live(clip, *options):
         (["--budget", "0"], "budget_ms must be a number above 0"),
         (["--min-steps", "3"], "min_steps must be 1 to steps=2, got 3"),
         (["--config", "configs/v2v_low_latency.yaml"], "use --budget instead"),
+        (["--chart", "out.jpg"], "a chart's name ends in .png"),
+        (["--budget", "0.8"], "give milliseconds, for example 1500"),
         (["--config", "configs/t2v.yaml"], "settings for the task 't2v'"),
         (["--metrics", "nowhere/out.jsonl"], "the folder nowhere does not exist"),
         (["--chart", "."], "is a folder"),

@@ -22,7 +22,7 @@ from svd2_jax import media
 from svd2_jax.cli import live_run as live
 from svd2_jax.cli.live_run import LiveRun
 from svd2_jax.cli.terminal import TypedLines
-from svd2_jax.errors import MediaError
+from svd2_jax.errors import MediaError, SessionError
 from svd2_jax.media import sources
 from svd2_jax.media.sinks import VideoSink
 from svd2_jax.runtime.metrics import Metrics
@@ -94,6 +94,24 @@ def test_a_run_says_how_many_blocks_each_stage_has_and_what_is_loaded(clip):
     engine.measure_split = lambda spec: (3, 1)
     _, said = run(plan(clip, describe=lambda engine: f"{len(engine.ticks) > 0}"), engine)
     assert "\nblocks per stage, by measured times: 3+1\nTrue\n" in said
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_budget_that_nobody_asked_for_is_made_long_enough_for_a_slow_device(clip, is_asked):
+    short = dataclasses.replace(SETTINGS, budget_ms=50.0)
+    live_run, engine = (
+        plan(clip, settings=short, is_budget_asked=is_asked),
+        FakeEngine(device_ms=lambda *_: 60.0),
+    )
+    if is_asked:
+        with pytest.raises(SessionError, match="a latency budget of 50 ms cannot be met"):
+            run(live_run, engine)
+    else:
+        ended_well, said = run(live_run, engine)
+        assert ended_well
+        assert re.search(
+            r"\nthis device needs up to \d+ ms .* the latency budget is \d+ ms, not 50 ms\n", said
+        )
 
 
 def test_several_streams_have_a_file_each(clip, tmp_path):

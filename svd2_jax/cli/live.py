@@ -161,8 +161,10 @@ def _check(options: Options) -> None:
         raise ConfigError(
             f"--loop is for a file; {masked(options.input)} is a stream and is not started over"
         )
-    for path in filter(None, (options.metrics, options.chart)):
-        files.check_target(path)
+    if options.metrics:
+        files.check_target(options.metrics)
+    if options.chart:
+        files.check_chart(options.chart)
     outputs = [("--output", path) for path in output_files(options.output, options.streams)]
     files.check_apart(
         [*outputs, ("--metrics", options.metrics), ("--chart", options.chart)],
@@ -227,6 +229,7 @@ def _run_from(
         options.blend,
         options.engine.unknown_style,
         (lambda engine: engine.describe(cfg)) if options.engine.verbose else None,
+        is_budget_asked=options.budget is not None,
     )
     plan.check()
     options.engine.note_untrained(specs[0].noise_scale, options.prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -23,6 +24,7 @@ from svd2_jax.errors import ConfigError, MediaError, Svd2Error
 from svd2_jax.media.sinks import UrlSink, VideoSink
 from svd2_jax.runtime.event_log import JsonLines
 from svd2_jax.runtime.loop_config import HANG_EXIT_CODE, HangReport, LoopConfig
+from svd2_jax.runtime.measure import settings_for
 from svd2_jax.runtime.metrics import Metrics
 from svd2_jax.runtime.scheduler import PolicyConfig
 from svd2_jax.runtime.stream import Source, Stream
@@ -64,9 +66,11 @@ class LiveRun:
     blend_chunks: int = 4
     remark: Callable[[str], str | None] = lambda prompt: None
     describe: Callable[[Any], str] | None = None
+    is_budget_asked: bool = True
 
     def check(self) -> None:
-        """Raises MediaError for an output that could not be written, before the work begins."""
+        """Raises an error for settings or outputs that cannot be, before the work begins."""
+        settings_for(self.specs[0], self.settings)
         for i in range(len(self.specs)):
             _sink(self, i)
 
@@ -206,6 +210,7 @@ def _run_service(
     service.start()
     try:
         _warm_up(engines, service, plan, say)
+        plan = _with_time(service, plan, say)
         interrupts.hold()
         with table:
             not_started = _open_streams(service, plan, outputs.sinks, streams, stop, interrupts, say)
@@ -222,6 +227,19 @@ def _run_service(
         f"stream {i} ended early: {stream.error}" for i, stream in streams.items() if stream.error is not None
     ]
     return not_started + ended_early
+
+
+def _with_time(service: LiveService, plan: LiveRun, say: Callable[[str], None]) -> LiveRun:
+    """Returns the plan; a budget that nobody asked for is made long enough for a slow device."""
+    least_ms = service.least_budget_ms(plan.specs[0], plan.settings)
+    if plan.is_budget_asked or least_ms <= plan.settings.budget_ms:
+        return plan
+    budget_ms = math.ceil(BUDGET_SHARE * least_ms)
+    say(
+        f"this device needs up to {least_ms:.0f} ms from a frame's arrival until it is shown: the latency budget is "
+        f"{budget_ms} ms, not {plan.settings.budget_ms:g} ms"
+    )
+    return dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, budget_ms=budget_ms))
 
 
 def _open_streams(

@@ -125,6 +125,8 @@ def run(options: Options) -> int:
         if isinstance(input, Path):
             reader = stack.enter_context(media.VideoReader(input, cfg.height, cfg.width, frames))
             count, fps = reader.frame_count, reader.fps
+        if count is not None:
+            _note_unused_prompts(options, count)
         options.engine.note_untrained(spec.noise_scale, (spec.prompt, *prompts.values()))
         # Where another process has the finished frames, it writes them.
         writer = _writer(options, fps, cfg, group) if mesh.is_local(-1) else None
@@ -143,7 +145,9 @@ def run(options: Options) -> int:
             )
             device.write(drawn, writer, count)
     if writer:
-        _note_unused(options, writer.frames_written)
+        _note_short(options, writer.frames_written)
+        if writer.frames_written != count:
+            _note_unused_prompts(options, writer.frames_written)
     return 0
 
 
@@ -179,13 +183,17 @@ def _check(options: Options) -> None:
         )
 
 
-def _note_unused(options: Options, written: int) -> None:
-    """Says what lay behind the end of a video of so many frames."""
+def _note_short(options: Options, written: int) -> None:
+    """Says that an input has fewer frames than were asked for."""
     if options.frames is not None and written < options.frames:
         say(f"note: the input has {counted(written, 'frame')}, not the {options.frames} of --frames")
+
+
+def _note_unused_prompts(options: Options, frames: int) -> None:
+    """Says which changes of the prompt are past the end of a video."""
     for frame in sorted(dict(options.prompt_at)):
-        if frame >= written:
-            say(f"note: --prompt-at {frame} is past the end (last frame {written - 1}): ignored")
+        if frame >= frames:
+            say(f"note: --prompt-at {frame} is past the end (last frame {frames - 1}): ignored")
 
 
 def _join(options: Options, spec: SessionSpec) -> Cluster:

@@ -189,7 +189,7 @@ class VideoReader:
             raise MediaError(f"{self._path}: no frame can be decoded ({damage}); it is cut off or damaged")
         raise MediaError(
             f"{self._path}: cut off or damaged after {done} frames ({damage}); "
-            f"limit the run to {done} frames to use the part before"
+            f"limit the run to {done} frames (--frames {done}) to use the part before"
         )
 
     def __iter__(self) -> Self:

@@ -102,6 +102,8 @@ def open_camera(device: str, height: int, width: int, rate_hz: float | None = No
                 f"camera {device}: put FFmpeg's kind of device in front, as in v4l2:/dev/video0"
             )
         kind, name = CAMERA_FORMATS[sys.platform], device
+        if kind == "v4l2" and device.isdecimal():  # as other programs number them
+            name = f"/dev/video{device}"
     asked = {} if rate_hz is None or kind not in CAMERA_FORMATS.values() else {"framerate": f"{rate_hz:g}"}
     return VideoReader(name, height, width, device=kind, device_options=asked)
 
