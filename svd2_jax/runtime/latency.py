@@ -194,7 +194,7 @@ class LatencyModel:
         self._typical[cell] = statistics.median(times)
 
     def times(self, batch_key: Hashable, steps: int) -> TickTimes:
-        """Returns what ticks of this shape and number of steps take, as far as is known now."""
+        """Returns what ticks of this batch key and number of steps take, as far as is known now."""
         found = self._believed.get((batch_key, steps))
         if found is None:
             cells = {size: Cell(batch_key, size, steps, False) for size in self.sizes}
@@ -248,10 +248,12 @@ class LatencyModel:
         return typical * self.speed
 
     def _tail_ns(self, cell: Cell) -> int:
-        return round(self._tail.get(cell, 0.0) * self.speed)
+        # Ticks of one row that nobody measured alone have the tail of others: their frames are decoded alike.
+        tail = self._tail.get(cell, self._tail.get(cell._replace(lone=False), 0.0))
+        return round(tail * self.speed)
 
     def _guess(self, cell: Cell) -> float:
-        """Predicts a cell without device times from the others of its batch_key, or of any shape if it has none."""
+        """Predicts a cell without device times from the others of its batch key, or of any if it has none."""
         whole = [known for known in self._typical if not known.lone]
         cells = [known for known in whole if known.batch_key == cell.batch_key] or whole
         if cell.first:

@@ -142,6 +142,15 @@ def with_tail(tail_ms: float | None, batch: int = 1, first: bool = False) -> Lat
     return LatencySample("s", batch, 1, 50 * MS, first, tail_ns)
 
 
+def test_ticks_of_one_row_that_nobody_measured_have_the_tail_of_others():
+    model = learned(with_tail(20), LatencySample("s", 1, 1, 40 * MS, lone=True))
+    times = model.times("s", 1).of_one_row
+    assert times.expected_ns[1] == 40 * MS
+    assert times.tails_ns[1] == 20 * MS
+    model.observe(LatencySample("s", 1, 1, 40 * MS, tail_ns=5 * MS, lone=True))
+    assert model.times("s", 1).of_one_row.tails_ns[1] == 5 * MS
+
+
 def test_tails_are_the_median_of_those_measured_and_nothing_where_none_was():
     model = learned(*(with_tail(tail) for tail in (20, None, 22, 300, None)), with_tail(5, 2))
     costs = model.times("s", 1)

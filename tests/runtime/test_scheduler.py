@@ -670,6 +670,22 @@ def test_a_first_stream_is_let_in_though_the_device_is_too_slow_for_all_its_fram
     assert world.count(Fate.LATE) == 0
 
 
+def test_no_frame_is_late_where_ticks_of_one_row_were_never_measured():
+    """Their tail is that of others. Taken for time of the stages, it would swing their times by two fifths."""
+    config = PolicyConfig(
+        LatencyConfig(knee_gain=0, speed_window=1), guard_ms=0, degrade_above=0.5, restore_below=0.3, restore_after_ms=0,
+        push_below=0, admit_below=None, stall_intervals=0,
+    )  # fmt: skip
+    sizes = {"rate_hz": 5, "steps": 3, "first_frames": 1, "chunk_frames": 1}
+    sources = [
+        regular(count=42, budget_ms=626, min_steps=2, batch_key="small", **sizes),
+        regular(count=30, start_ns=1, budget_ms=625, min_steps=3, stages=2, batch_key="large", **sizes),
+    ]
+    world = World(sources, Device(fixed_ms=60, slope_ms=0, sizes=(1,), tail_ms=24, early=0.3), config).run()
+    assert world.count(Fate.LATE) == 0
+    assert world.count(Fate.SHOWN) > 60
+
+
 class Updated(World):
     """A world in which the only stream gets new settings at a frame's arrival."""
 
