@@ -673,8 +673,8 @@ def test_a_first_stream_is_let_in_though_the_device_is_too_slow_for_all_its_fram
 def test_no_frame_is_late_where_ticks_of_one_row_were_never_measured():
     """Their tail is that of others. Taken for time of the stages, it would swing their times by two fifths."""
     config = PolicyConfig(
-        LatencyConfig(knee_gain=0, speed_window=1), guard_ms=0, degrade_above=0.5, restore_below=0.3, restore_after_ms=0,
-        push_below=0, admit_below=None, stall_intervals=0,
+        LatencyConfig(knee_gain=0, speed_window=1), guard_ms=0, degrade_above=0.5, restore_below=0.3,
+        restore_after_ms=0, push_below=0, admit_below=None, stall_intervals=0,
     )  # fmt: skip
     sizes = {"rate_hz": 5, "steps": 3, "first_frames": 1, "chunk_frames": 1}
     sources = [
