@@ -26,7 +26,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from svd2_jax import files
-from svd2_jax.errors import ConfigError, EngineError, exit_code
+from svd2_jax.command import exit_code
+from svd2_jax.errors import ConfigError, EngineError
 
 OUT = Path(__file__).with_suffix("")
 # Name, model, blocks of its transformer, height, width.

@@ -36,8 +36,9 @@ from tqdm import tqdm
 from svd2_jax import files, shipped
 from svd2_jax.api import Engine, SessionSpec
 from svd2_jax.charts.axes import chart
+from svd2_jax.command import exit_code
 from svd2_jax.config import LATENT_STRIDE, SINK_THRESHOLD_OFF, V2V_TIMESTEPS, StreamConfig
-from svd2_jax.errors import ConfigError, exit_code
+from svd2_jax.errors import ConfigError
 from svd2_jax.evaluate import measures, run
 from svd2_jax.evaluate.chart import INPUT, OUTPUT, TARGET, VAE
 from svd2_jax.evaluate.measures import Motion

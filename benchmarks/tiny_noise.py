@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from svd2_jax import cli, files, shipped
-from svd2_jax.errors import EngineError, exit_code
+from svd2_jax.command import exit_code
+from svd2_jax.errors import EngineError
 
 NOISE_SCALES = (0.3, 0.6, 0.8, 0.9, 1.0)
 DEFAULT_STEPS, DEFAULT_SCALE = 2, 0.8

@@ -73,12 +73,7 @@ def convert_checkpoint(
         "--tokenizer": tokenizer,
     }
     problems = Problems()
-    if all(path is None for option, path in options.items() if option != "--tokenizer"):
-        problems.add("nothing to convert; give --generator, --wan or both")
-    for option, path in (*options.items(), ("--out", out)):
-        if path == "":  # a shell's variable that is not set; Path would make it the current folder
-            problems.add(f"{option} is empty; expected a path")
-    paths = {option: Path(path) for option, path in options.items() if path}
+    paths = _given_paths(options, out, problems)
     weights = {name: paths[c.option] for name, c in COMPONENTS.items() if c.option in paths}
     inputs = open_inputs(weights, paths.get("--wan"), paths.get("--tokenizer"), problems)
     writer = problems.caught(open_writer, Path(out), paths.values(), inputs.folders) if out else None
@@ -92,6 +87,18 @@ def convert_checkpoint(
     with writer:
         _write(writer, model, inputs.sources, parts, dtype, inputs.tokenizer, progress)
     return writer.path
+
+
+def _given_paths(
+    options: Mapping[str, PathLike | None], out: PathLike, problems: Problems
+) -> dict[str, Path]:
+    """Returns the paths that were given, by option; notes where none or an empty one was."""
+    if all(path is None for option, path in options.items() if option != "--tokenizer"):
+        problems.add("nothing to convert; give --generator, --wan or both")
+    for option, path in (*options.items(), ("--out", out)):
+        if path == "":  # a shell's variable that is not set; Path would make it the current folder
+            problems.add(f"{option} is empty; expected a path")
+    return {option: Path(path) for option, path in options.items() if path}
 
 
 def _notes(parts: Mapping[str, FoundComponent], paths: Mapping[str, Path], tokenizer: bool) -> Iterator[str]:

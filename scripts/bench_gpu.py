@@ -23,10 +23,11 @@ from svd2_jax.bench.benchmarks import Bench
 from svd2_jax.bench.ceiling import measured
 from svd2_jax.bench.report import Report, text
 from svd2_jax.bench.run import measure, settings
+from svd2_jax.command import exit_code
 from svd2_jax.config import StreamConfig, preset
 from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.kept_programs import keep_programs
-from svd2_jax.errors import ConfigError, exit_code
+from svd2_jax.errors import ConfigError
 from svd2_jax.text import si
 
 MODELS = ("wan-1.3b", "wan-14b")

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svd2_jax import cli, files
-from svd2_jax.errors import ConfigError, exit_code
+from svd2_jax.command import exit_code
+from svd2_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- output of the block above -->"

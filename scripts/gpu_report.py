@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from svd2_jax import config
-from svd2_jax.errors import ConfigError, exit_code
+from svd2_jax.command import exit_code
+from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import GIB
 
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"

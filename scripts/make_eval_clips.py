@@ -23,7 +23,8 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from svd2_jax import files
-from svd2_jax.errors import ConfigError, MediaError, exit_code
+from svd2_jax.command import exit_code
+from svd2_jax.errors import ConfigError, MediaError
 from svd2_jax.evaluate.clips import INPUT, PROMPTS
 from tiny_model import phrasings, scenes
 from tiny_model.styles import STYLES, apply_style

@@ -22,11 +22,12 @@ import ml_dtypes
 import numpy as np
 
 from svd2_jax import files, shipped
+from svd2_jax.command import OptionParser, exit_code
 from svd2_jax.config import LATENT_STRIDE, StreamConfig, VAEConfig, preset
 from svd2_jax.diffusion.noise_control import pixels_from_uint8
 from svd2_jax.engine.checkpoint import MANIFEST, TOKENIZER, CheckpointWriter, Manifest
 from svd2_jax.engine.tokenizer import Tokenizer
-from svd2_jax.errors import ConfigError, OptionParser, exit_code
+from svd2_jax.errors import ConfigError
 from svd2_jax.models import vae
 from tiny_model import autoencoder, bpe, denoiser, fit, pairs, phrasings, scenes
 from tiny_model.fit import Run

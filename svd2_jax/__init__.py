@@ -98,8 +98,10 @@ def load(
     check_flag("keep_programs", keep_programs)
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise ConfigError(f"checkpoint must be a folder or a name, got {type(checkpoint).__name__}")
-    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions, prepare_devices
+    from svd2_jax.engine.devices import prepare_devices
+    from svd2_jax.engine.engine import DeviceEngine
     from svd2_jax.engine.mesh import stage_meshes
+    from svd2_jax.engine.options import PipelineOptions
 
     options = PipelineOptions(batch_sizes=batch_sizes, share_vae=share_vae)
     prepare_devices(keep_programs)

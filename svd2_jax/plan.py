@@ -15,8 +15,8 @@ from typing import Any
 
 from svd2_jax.config import ModelConfig, StreamConfig
 from svd2_jax.engine.costs import CostModel, costs
-from svd2_jax.engine.engine import checked_split
 from svd2_jax.engine.memory import LARGEST_SHARE, StageMemory, Temporaries, stage_memory
+from svd2_jax.engine.options import checked_split
 from svd2_jax.engine.policy import checked_dtype
 from svd2_jax.engine.shared_vae import sharing_devices
 from svd2_jax.errors import ConfigError
@@ -170,8 +170,7 @@ def plan(
     Raises:
       ConfigError: unknown dtype, more stages than blocks, or a split that does not fit.
     """
-    layers = model.dit.num_layers
-    compute = checked_dtype(dtype)
+    layers, compute = model.dit.num_layers, checked_dtype(dtype)
     if not 1 <= stages <= layers:
         raise ConfigError(f"stages must be 1 to {layers}, the blocks of {model.name}; got {stages}")
     checked_split(split, layers, stages)
@@ -189,8 +188,11 @@ def plan(
         if count <= layers:
             other = cost_of(count)
             needed = transient and transient.shared_by(other.vae_devices)
-            there = _devices(other, hardware, other.fastest_split(count, seconds), needed)
-            options.append(_bounds(other, hardware, there))
+            options.append(
+                _bounds(
+                    other, hardware, _devices(other, hardware, other.fastest_split(count, seconds), needed)
+                )
+            )
     return Plan(
         model=model.name,
         stream=stream,

@@ -20,7 +20,7 @@ import yaml
 
 from svd2_jax import cli
 from svd2_jax.cli import device
-from svd2_jax.errors import EXIT_FAILED, exit_code
+from svd2_jax.command import EXIT_FAILED, exit_code
 from svd2_jax.media import VideoReader, VideoWriter, synthetic_clip
 
 H, W = 48, 64

@@ -7,7 +7,7 @@ import pytest
 
 from svd2_jax import media
 from svd2_jax.cli import main
-from svd2_jax.errors import EXIT_BAD_INPUT
+from svd2_jax.command import EXIT_BAD_INPUT
 
 HEIGHT, WIDTH = 48, 64  # as in tests/test_cli.py, whose programs these share
 SMALL = ["--height", str(HEIGHT), "--width", str(WIDTH)]

@@ -20,7 +20,8 @@ from fakes import SMALL, FakeEngine, spec
 from svd2_jax import media
 from svd2_jax.cli import live_run as live
 from svd2_jax.cli import main
-from svd2_jax.errors import EXIT_BAD_INPUT, MediaError
+from svd2_jax.command import EXIT_BAD_INPUT
+from svd2_jax.errors import MediaError
 from svd2_jax.media import sources
 from svd2_jax.media.sinks import UrlSink
 from svd2_jax.media.urls import masked, path_or_url

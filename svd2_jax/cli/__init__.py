@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from svd2_jax.errors import OptionParser, exit_code
+from svd2_jax.command import OptionParser, exit_code
 
 COMMANDS = ("run", "live", "convert", "verify", "eval", "bench", "plan", "simulate", "demo")
 

@@ -29,7 +29,7 @@ MEASURED_FRAMES = 1000
 
 def meshes(replicas: int = 1, stages: int = 1, keep: bool = True) -> Sequence[StageMesh]:
     """Returns the devices of pipelines, once JAX has some; if `keep`, compiled programs are kept on disk."""
-    from svd2_jax.engine.engine import prepare_devices
+    from svd2_jax.engine.devices import prepare_devices
     from svd2_jax.engine.mesh import stage_meshes
 
     prepare_devices(keep)
@@ -43,7 +43,8 @@ def load_engine(
     **pipeline: Any,
 ) -> DeviceEngine:
     """Returns the model that the options name, loaded: its first `blocks`, or all; `pipeline` as `PipelineOptions`."""
-    from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+    from svd2_jax.engine.engine import DeviceEngine
+    from svd2_jax.engine.options import PipelineOptions
 
     on_devices = PipelineOptions(options.attention, **pipeline)
     if options.verbose:

@@ -40,7 +40,8 @@ from svd2_jax.cli.options import (
     option,
     say,
 )
-from svd2_jax.errors import EXIT_FAILED, ConfigError
+from svd2_jax.command import EXIT_FAILED
+from svd2_jax.errors import ConfigError
 from svd2_jax.media.urls import masked, path_or_url
 from svd2_jax.runtime.types import StreamSettings
 from svd2_jax.text import counted

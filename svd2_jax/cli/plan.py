@@ -35,8 +35,9 @@ from svd2_jax.cli.options import (
     option,
     say,
 )
+from svd2_jax.command import EXIT_FAILED
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
-from svd2_jax.errors import EXIT_FAILED, ConfigError
+from svd2_jax.errors import ConfigError
 from svd2_jax.hardware import HARDWARE, Hardware, hardware
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from svd2_jax import files
 from svd2_jax.cli.options import OptionGroup, check_reports, option
-from svd2_jax.errors import EXIT_FAILED
+from svd2_jax.command import EXIT_FAILED
 
 if TYPE_CHECKING:
     from svd2_jax.simulate.report import Row

@@ -19,7 +19,7 @@ from pathlib import Path
 from svd2_jax import files, progress
 from svd2_jax.cli import device
 from svd2_jax.cli.options import WEIGHT_DTYPE, DType, EightBits, OptionGroup, check_reports, option, say
-from svd2_jax.errors import EXIT_FAILED
+from svd2_jax.command import EXIT_FAILED
 from svd2_jax.text import held_in
 
 

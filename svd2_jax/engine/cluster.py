@@ -46,9 +46,10 @@ from typing import Self
 
 import jax
 
+from svd2_jax.command import EXIT_INTERRUPTED
 from svd2_jax.engine import rendezvous
 from svd2_jax.engine.rendezvous import TICK_S, Clock, Link, first_line
-from svd2_jax.errors import EXIT_INTERRUPTED, EngineError, Svd2Error
+from svd2_jax.errors import EngineError, Svd2Error
 
 ARRIVAL_TIMEOUT_S = 60.0
 """How long a process waits for the others; hosts of one job may start that far apart."""

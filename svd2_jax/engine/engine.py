@@ -6,10 +6,8 @@ import dataclasses
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -24,64 +22,31 @@ from svd2_jax.config import (
     Storage,
     StreamConfig,
     check_choice,
-    check_flag,
     check_several,
-    check_whole,
     preset,
 )
 from svd2_jax.engine import params as params_lib
 from svd2_jax.engine.balance import StageTimes, measured_split
 from svd2_jax.engine.checkpoint import Checkpoint
+from svd2_jax.engine.chunks import DeviceTicket
 from svd2_jax.engine.costs import default_split
-from svd2_jax.engine.kept_programs import keep_programs
+from svd2_jax.engine.devices import checked_mesh, host_device, threads
 from svd2_jax.engine.memory import check_memory
 from svd2_jax.engine.mesh import StageMesh
 from svd2_jax.engine.noise import NoiseSource, SeededNoise
+from svd2_jax.engine.options import DEFAULT_OPTIONS, PipelineOptions, checked_split
 from svd2_jax.engine.params import EngineParams, ItemReader, StageWeights
 from svd2_jax.engine.pipeline import Pipeline
 from svd2_jax.engine.policy import checked_dtype, default_dtype
 from svd2_jax.engine.programs import Builder, CodecPrograms, DenoiserPrograms
 from svd2_jax.engine.prompt import PromptEncoder, Prompts, TextPlacement
-from svd2_jax.engine.session import DeviceSession, DeviceTicket, tick_sessions
+from svd2_jax.engine.session import DeviceSession, tick_sessions
 from svd2_jax.engine.stage_times import measure_stages
 from svd2_jax.engine.tokenizer import Tokenizer
-from svd2_jax.errors import ConfigError, EngineError, SessionError
-from svd2_jax.nn.attention import AttentionImplementation
+from svd2_jax.errors import ConfigError, SessionError
 from svd2_jax.progress import working
 from svd2_jax.text import blocks_named, counted
 from svd2_jax.types import Device
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How streams run on their devices.
-
-    Attributes:
-      attention: see `attend`.
-      split: blocks on each stage; None weighs encoder and decoder against them, until `measure_split` finds another.
-      batch_sizes: how many streams may share a tick, ascending, beginning with 1.
-      share_vae: whether all stages' devices share encoding and decoding, each with a part of the picture's rows; else
-        the first one encodes and the last one decodes. Stages then cannot be measured: the devices wait for one
-        another in every chunk, so that none of them could be told to be slow.
-    """
-
-    attention: AttentionImplementation = "auto"
-    split: tuple[int, ...] | None = None
-    batch_sizes: Sequence[int] = (1,)
-    share_vae: bool = False
-
-    def __post_init__(self):
-        check_flag("share_vae", self.share_vae)
-        check_several("batch_sizes", self.batch_sizes, "numbers, as in (1, 2, 4)")
-        sizes = tuple(self.batch_sizes)
-        for size in sizes:
-            check_whole("a batch size", size, 1)
-        object.__setattr__(self, "batch_sizes", sizes)
-        if not sizes or sizes[0] != 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
-            raise ConfigError(f"batch_sizes must ascend from 1, as in (1, 2, 4), got {sizes}")
-
-
-DEFAULT_OPTIONS = PipelineOptions()
 
 
 class DeviceEngine:
@@ -160,14 +125,14 @@ class DeviceEngine:
         checkpoint = Checkpoint.open(Path(path))
         checkpoint.require(("dit", "vae", "text"))
         model = checkpoint.manifest.model.with_blocks(blocks).with_weight_dtype(weight_dtype)
-        mesh = _checked_mesh(model, mesh)
+        mesh = checked_mesh(model, mesh)
         compute = checked_dtype(dtype or default_dtype(checkpoint.manifest, mesh.first))
 
         def read_item(item: str, device: Device) -> params_lib.Params:
             with working(f"reading {item}"):
                 return checkpoint.restore(item, sharding=SingleDeviceSharding(device), dtype=compute)
 
-        host = mesh.home if text == "device" else _host_device()
+        host = mesh.home if text == "device" else host_device()
         tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_dir, model.dit.text_len)
         prompts = PromptEncoder(
             model.text, tokenizer, lambda item: read_item(item, host), keep=text != "disk"
@@ -187,7 +152,7 @@ class DeviceEngine:
         """Makes a model of these sizes with random weights: its pictures mean nothing, its speed does."""
         model = params_lib.with_random_text(preset(model) if isinstance(model, str) else model)
         model = model.with_weight_dtype(weight_dtype)
-        mesh = _checked_mesh(model, mesh)
+        mesh = checked_mesh(model, mesh)
         compute = checked_dtype(dtype)
         read_item = params_lib.random_items(model, seed, compute)
         tokenizer = Tokenizer.bytes_fallback(model.dit.text_len, model.text.vocab)
@@ -204,7 +169,7 @@ class DeviceEngine:
         Raises:
           ConfigError: the mesh cannot hold the model, see `from_checkpoint`.
         """
-        mesh = _checked_mesh(self.model, mesh)
+        mesh = checked_mesh(self.model, mesh)
         return type(self)(
             self.model, self._read_item, self.prompts, self._dtype, mesh, self._options, self._check_parts
         )
@@ -288,7 +253,7 @@ class DeviceEngine:
         check_memory(self.model, cfg, self._dtype, split, mesh, streams=streams, vae_devices=vae_devices)
         encode = (prompts or self.prompts).encode
         # Reading waits for the disk, compiling runs outside of Python: the first session gets all of it at once.
-        with _threads() as pool:
+        with threads() as pool:
             reading = pool.submit(self._weights.params, split, cfg.decoder, vae_devices)
             others = [pool.submit(self.denoiser, cfg, split), pool.submit(encode, spec.prompt)]
             ends = self.ends(cfg, spec.pixels)
@@ -340,7 +305,7 @@ class DeviceEngine:
         several = sorted(asked | prepared, key=lambda one: one.steps)
         changes = list(itertools.permutations(several, 2)) if cfg.mode == "stream" else []
         # Those of one number of steps first, as the others share many of them.
-        with _threads() as pool:
+        with threads() as pool:
             denoiser = pool.submit(self.denoiser, cfg, split, lone=True)
             self.ends(cfg, spec.pixels)
             denoiser.result()
@@ -520,66 +485,3 @@ class DeviceEngine:
         return Builder(
             self.model, cfg, self._dtype, mesh, pixels, options.attention, self.batch_sizes, options.share_vae
         )  # fmt: skip
-
-
-def prepare_devices(keep: bool = True) -> None:
-    """Sees that JAX has devices; if `keep`, compiled programs are taken from and put where they are kept.
-
-    Raises:
-      EngineError: JAX has no device.
-    """
-    if keep:
-        keep_programs()
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as e:  # JAX asserts that the platform it was told to use is there
-        reason = (str(e).splitlines() or ["none was found"])[0]
-        raise EngineError(
-            f"JAX has no device to run on: {reason}; is JAX_PLATFORMS set to another machine's?"
-        ) from e
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Gives threads to share work; where anything fails, what has not begun is left undone."""
-    with ThreadPoolExecutor() as pool:
-        try:
-            yield pool
-        except BaseException:  # Ctrl-C too: nobody wants to wait for programs that nobody needs
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _checked_mesh(model: ModelConfig, mesh: StageMesh | None) -> StageMesh:
-    mesh = mesh or StageMesh((jax.devices()[0],))
-    if not mesh.local_stages:
-        raise ConfigError(
-            f"process {jax.process_index()} drives no device of a pipeline of {mesh.stages} stages; start fewer "
-            "processes, or use more stages"
-        )
-    if mesh.stages > model.dit.num_layers:
-        raise ConfigError(
-            f"{mesh.stages} stages are more than the model's {model.dit.num_layers} blocks; use at most "
-            f"{model.dit.num_layers}"
-        )
-    return mesh
-
-
-def checked_split(split: tuple[int, ...] | None, layers: int, stages: int) -> None:
-    """Raises ConfigError for a split that does not give so many stages all layers, at least one each."""
-    if split is not None and (len(split) != stages or sum(split) != layers or min(split) < 1):
-        noun = "stage" if stages == 1 else "stages"
-        raise ConfigError(
-            f"the split has to give {stages} {noun} all {layers} blocks, at least one each; got {split}"
-        )
-
-
-def _host_device() -> Device:
-    """Returns JAX's CPU device; raises EngineError where JAX was told to leave it out."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as e:
-        raise EngineError(
-            f"the text encoder cannot live in host memory ({str(e).splitlines()[0]}); add cpu to JAX_PLATFORMS, as in "
-            "JAX_PLATFORMS=cuda,cpu, or use --text-encoder device"
-        ) from e

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -16,6 +14,7 @@ import numpy as np
 
 from svd2_jax.api import SessionSpec, check_noise_scale, check_prompt
 from svd2_jax.config import check_whole
+from svd2_jax.engine.chunks import DeviceChunk, DeviceTicket, cut, read
 from svd2_jax.engine.noise import NoiseSource
 from svd2_jax.engine.params import EngineParams
 from svd2_jax.engine.pipeline import Finished, Pipeline, PipelineInput, tick_together
@@ -26,61 +25,6 @@ from svd2_jax.text import counted
 from svd2_jax.types import Device
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class DeviceChunk:
-    """A finished chunk whose frames are still on the device or on their way to the host; see `api.Chunk`.
-
-    Attributes:
-      first_frame: index of its first frame in the output.
-      frame_count: frames in it.
-      result: the frames; where another process has the last stage, something that is there when they are.
-      is_here: whether this process has the frames.
-    """
-
-    first_frame: int
-    frame_count: int
-    result: jax.Array
-    is_here: bool = True
-
-    def frames(self) -> np.ndarray:
-        """Waits for the frames [T, H, W, 3]."""
-        if not self.is_here:
-            raise SessionError("these frames are in the process that drives the last stage; read them there")
-        return np.asarray(self.result)[: self.frame_count]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self.frames(), dtype, copy=copy)
-
-    def __repr__(self) -> str:
-        first, last = self.first_frame, self.first_frame + self.frame_count - 1
-        return f"<DeviceChunk frames {first} to {last}>"
-
-    def wait(self) -> None:
-        """Waits until the chunk is finished as far as this process works on it."""
-        self.result.block_until_ready()
-
-
-@dataclass(frozen=True)
-class DeviceTicket:
-    """A tick on its way through the devices; see `api.Ticket`.
-
-    Attributes:
-      chunks: that it finishes, for each part.
-      came_back: what leaves the stages, for each part.
-    """
-
-    chunks: Sequence[Sequence[DeviceChunk]]
-    came_back: Sequence[Sequence[jax.Array]]
-
-    def wait_stages(self) -> None:
-        """Waits until this process's stages are through with it."""
-        jax.block_until_ready(self.came_back)
-
-    def wait(self) -> None:
-        """Waits until this process's devices are through with it."""
-        jax.block_until_ready([self.came_back, [chunk.result for done in self.chunks for chunk in done]])
 
 
 def _one_at_a_time(verb: Verb) -> Verb:
@@ -210,7 +154,7 @@ class DeviceSession:
             done += self._tick(group)
         while self._given < self._taken:
             done += self._tick(None, fresh=False)
-        return [_cut(chunk, self._taken) for chunk in done]
+        return [cut(chunk, self._taken) for chunk in done]
 
     @_one_at_a_time
     def set_steps(self, steps: int) -> None:
@@ -311,9 +255,9 @@ class DeviceSession:
         for done in self._run_chunks(frames, count, changes, blend_chunks):
             on_step()
             # Reading waits for the device: read a chunk only once the next one is under way.
-            yield from _read(held, on_step)
+            yield from read(held, on_step)
             held = done
-        yield from _read(held, on_step)
+        yield from read(held, on_step)
 
     def parts_apart(self, frames: np.ndarray | None, count: int) -> Iterator[tuple[int, bool, int, Any]]:
         """Dispatches the parts of a chunk again and again, so that they can be timed; see `measure_stages`.
@@ -370,8 +314,8 @@ class DeviceSession:
         if frames is None:
             while self._taken < count:
                 change_prompt(self._taken + self._next_frames())
-                yield [_cut(chunk, count) for chunk in self.advance()]
-            yield [_cut(chunk, count) for chunk in self.finish()]
+                yield [cut(chunk, count) for chunk in self.advance()]
+            yield [cut(chunk, count) for chunk in self.finish()]
             return
         for frame in (frame for some in frames for frame in self._checked_frames(some)):
             if len(self._waiting) + 1 == self._next_frames():
@@ -531,19 +475,3 @@ def _tick_batch(
     arrivals = [session._take_in(frames, fresh) for session, frames, fresh in parts]
     finished = tick_together([session.pipeline for session, _, _ in parts], arrivals)
     return [session._bring_out(done) for (session, _, _), done in zip(parts, finished, strict=True)]
-
-
-def _read(chunks: Iterable[DeviceChunk], on_step: Callable[[], object]) -> Iterator[np.ndarray]:
-    """Waits for chunks and yields the frames of those that are in this process."""
-    for chunk in chunks:
-        if not chunk.is_here:
-            chunk.wait()
-        elif chunk.frame_count:
-            yield chunk.frames()
-        on_step()
-
-
-def _cut(chunk: DeviceChunk, limit: int) -> DeviceChunk:
-    """Cuts the frames beyond `limit` off a chunk."""
-    count = max(0, min(chunk.frame_count, limit - chunk.first_frame))
-    return dataclasses.replace(chunk, frame_count=count)

@@ -21,12 +21,10 @@ import functools
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_futures
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -39,6 +37,7 @@ from svd2_jax.runtime.device_calls import hand_over, see_through
 from svd2_jax.runtime.driver import Driver
 from svd2_jax.runtime.latency import LatencySample
 from svd2_jax.runtime.loop_config import HangReport, LoopConfig, exit_on_hang
+from svd2_jax.runtime.loop_stream import LoopStream
 from svd2_jax.runtime.mailbox import Mailbox, Message, Worker, attempt
 from svd2_jax.runtime.measure import settings_for, with_steps
 from svd2_jax.runtime.metrics import Metrics
@@ -62,37 +61,6 @@ from svd2_jax.runtime.types import (
 T = TypeVar("T")
 
 GRACE_S = 0.2  # how long `stop` waits at least for the loop to give up what is stuck, and for the observers
-
-
-@dataclass(eq=False)
-class _StreamState:
-    """What the loop's thread keeps of a stream.
-
-    Attributes:
-      stream: its handle.
-      sink: takes its frames.
-      sinker: the thread that calls it.
-      session: its device side; None until it is open, and again once its closing began.
-      closing: the call that closes its session.
-      pixels: of frames that have not entered a tick, and of finished ones that are not due, by number.
-      flight: numbers of the frames of each chunk on the device, oldest first.
-      due: frames to pass on, oldest first, each with its pixels.
-      changes: updates that are not in place yet.
-      arrived: frames offered so far.
-      next_frame: number of the first frame that the next chunk can begin with.
-    """
-
-    stream: Stream
-    sink: Sink
-    sinker: Worker
-    session: Session | None = None
-    closing: Future[None] | None = None
-    pixels: dict[int, np.ndarray] = field(default_factory=dict)
-    flight: deque[tuple[int, ...]] = field(default_factory=deque)
-    due: deque[tuple[np.ndarray, FrameRecord]] = field(default_factory=deque)
-    changes: set[Future[None]] = field(default_factory=set)
-    arrived: int = 0
-    next_frame: int = 0
 
 
 class LiveLoop(Driver):
@@ -131,7 +99,7 @@ class LiveLoop(Driver):
         self.observers = Observers(observers, self._config.waiting_events, self.inbox, self._clock)
         self._scheduler = Scheduler(policy or PolicyConfig(), engine.batch_sizes, self._take_event, ids)
         super().__init__(self._scheduler, self.inbox, self._clock.now_ns)
-        self._states: dict[StreamId, _StreamState] = {}
+        self._states: dict[StreamId, LoopStream] = {}
         self._failed_ticks = 0
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="svd2-loop", daemon=True)
@@ -367,7 +335,7 @@ class LiveLoop(Driver):
         sinker = Worker(f"sink-{stream.id}", self.inbox, self._clock)
         sinker.start()
         self._workers = [*(worker for worker in self._workers if worker.is_alive()), sinker]
-        self._states[stream.id] = _StreamState(stream, sink, sinker)
+        self._states[stream.id] = LoopStream(stream, sink, sinker)
         return stream
 
     def _begin(self, stream: Stream, session: Session) -> None:
@@ -376,7 +344,7 @@ class LiveLoop(Driver):
             raise SessionError(f"stream {stream.id} was closed while it opened")
         self._states[stream.id].session, stream.life = session, Life.LIVE
 
-    def _wind_up(self, state: _StreamState, at_once: bool = False) -> None:
+    def _wind_up(self, state: LoopStream, at_once: bool = False) -> None:
         """Closes the device side of a stream that the scheduler is through with; forgets it when nothing is left.
 
         With `at_once`, neither the device nor the sink is waited for.
@@ -420,7 +388,7 @@ class LiveLoop(Driver):
     def _free(self) -> None:
         self._scheduler.free(self.now_ns)
 
-    def _finished(self, states: Sequence[_StreamState], outcome: Future[list[Future[Any]]]) -> None:
+    def _finished(self, states: Sequence[LoopStream], outcome: Future[list[Future[Any]]]) -> None:
         """Takes the frames of the oldest tick. Streams whose part failed end."""
         has_failed = outcome.exception() is not None
         results: list[Future[Any]] = [outcome] * len(states) if has_failed else outcome.result()
@@ -468,7 +436,7 @@ class LiveLoop(Driver):
 
     # --- frames and events on their way out
 
-    def _pass_on(self, state: _StreamState) -> None:
+    def _pass_on(self, state: LoopStream) -> None:
         """Gives the sink its next frame, if it has none; deals with a sink that is slow."""
         if state.due and not state.sinker.calls:
             pixels, record = state.due.popleft()
@@ -487,13 +455,13 @@ class LiveLoop(Driver):
             slow = SessionError(f"the sink is too slow: {self._config.sink_frames} frames wait for it")
             self.take_close(state.stream, slow)
 
-    def _drop_due(self, state: _StreamState, reason: Reason, count: int | None = None) -> None:
+    def _drop_due(self, state: LoopStream, reason: Reason, count: int | None = None) -> None:
         """Drops the oldest frames that were to be passed on, or all of them."""
         for _ in range(len(state.due) if count is None else count):
             _, record = state.due.popleft()
             self._report(dataclasses.replace(record, shown_ns=None, fate=Fate.DROPPED, reason=reason))
 
-    def _sunk(self, state: _StreamState, outcome: Future[object]) -> None:
+    def _sunk(self, state: LoopStream, outcome: Future[object]) -> None:
         """Ends a stream whose sink raised."""
         if (error := outcome.exception()) is not None:
             self._drop_due(state, Reason.CLOSED)

@@ -118,15 +118,7 @@ def tick(
         entered = _enter(model, batch, params, state.start, back, entry)
         messages.append(_where_stage(ring, 0, entered, message))
     hidden, clean, caches = _run_blocks(model, cfg, ring, params, prompts, count, caches, messages, attention)
-    for i, message in enumerate(messages):
-        if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
-            messages[i] = dataclasses.replace(
-                message, hidden=waiting[i].hidden, conditioning=waiting[i].conditioning, latents=clean[i]
-            )
-        else:
-            passed = dataclasses.replace(message, hidden=hidden[i])
-            finished = dataclasses.replace(passed, latents=clean[i])
-            messages[i] = _where_stage(ring, ring.stages - 1, finished, passed)
+    messages = [_passed_on(ring, *one) for one in zip(messages, waiting, hidden, clean, strict=True)]
     came = lone
     if ring.send:
         # All computing before the hand-over: then a GPU runs it as one graph.
@@ -139,6 +131,19 @@ def tick(
     starts = [_next_start(cfg, state.start, entry) for state, entry in zip(states, entries, strict=True)]
     after = tuple(StreamState(*one) for one in zip(caches, starts, messages, strict=True))
     return after, tuple(tuple(rows) for rows in clean)
+
+
+def _passed_on(
+    ring: Ring, message: Message, waiting: Message, hidden: jax.Array, clean: jax.Array
+) -> Message:
+    """Returns what a stage hands on: to the next stage half-way results, behind the last one clean latents."""
+    if ring.stages == 1:  # nothing is half-way: what only travels between stages stays as it was
+        return dataclasses.replace(
+            message, hidden=waiting.hidden, conditioning=waiting.conditioning, latents=clean
+        )
+    passed = dataclasses.replace(message, hidden=hidden)
+    finished = dataclasses.replace(passed, latents=clean)
+    return _where_stage(ring, ring.stages - 1, finished, passed)
 
 
 def send(stages: int, messages: Messages) -> Messages:

@@ -9,8 +9,9 @@ import pytest
 from svd2_jax import media
 from svd2_jax.api import SessionSpec, TickInput
 from svd2_jax.config import StreamConfig
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.mesh import stage_meshes
+from svd2_jax.engine.options import PipelineOptions
 from svd2_jax.errors import ConfigError, SessionError
 
 HEIGHT, WIDTH = 32, 48

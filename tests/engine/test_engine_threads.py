@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from svd2_jax.engine.engine import _threads
+from svd2_jax.engine.devices import threads
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -16,7 +16,7 @@ def test_what_has_not_begun_when_something_fails_is_left_undone(error):
         given_up.wait(timeout=60)  # as long as that, programs are compiled
 
     def share_and_fail():
-        with _threads() as pool:
+        with threads() as pool:
             several = [pool.submit(work, number) for number in range(100)]
             several[-1].add_done_callback(lambda _: given_up.set())
             raise error
@@ -29,7 +29,7 @@ def test_what_has_not_begun_when_something_fails_is_left_undone(error):
 
 def test_everything_is_done_where_nothing_fails():
     done = []
-    with _threads() as pool:
+    with threads() as pool:
         for number in range(100):
             pool.submit(done.append, number)
     assert sorted(done) == list(range(100))

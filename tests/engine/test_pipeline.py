@@ -15,8 +15,9 @@ import pytest
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TextConfig, VAEConfig
 from svd2_jax.engine import params
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
+from svd2_jax.engine.options import PipelineOptions
 from svd2_jax.engine.params import StageWeights
 from svd2_jax.engine.pipeline import Pipeline, PipelineInput, tick_together
 from svd2_jax.engine.programs import Builder

@@ -13,8 +13,9 @@ from svd2_jax.api import SessionSpec, TickInput
 from svd2_jax.config import DiTConfig, ModelConfig, StreamConfig, TAEHVConfig, TextConfig, VAEConfig
 from svd2_jax.engine import costs, memory
 from svd2_jax.engine.autoencode import rebuild
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.mesh import StageMesh, stage_meshes
+from svd2_jax.engine.options import PipelineOptions
 from svd2_jax.engine.params import StageWeights, random_items
 from svd2_jax.engine.programs import Builder
 from svd2_jax.engine.shared_vae import sharing_devices

@@ -7,8 +7,9 @@ import pytest
 
 from svd2_jax.api import SessionSpec
 from svd2_jax.config import StreamConfig
-from svd2_jax.engine.engine import DeviceEngine, PipelineOptions
+from svd2_jax.engine.engine import DeviceEngine
 from svd2_jax.engine.mesh import stage_meshes
+from svd2_jax.engine.options import PipelineOptions
 from svd2_jax.runtime.types import StreamSettings
 from svd2_jax.service import LiveService
 
