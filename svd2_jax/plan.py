@@ -171,9 +171,7 @@ def plan(
       ConfigError: unknown dtype, more stages than blocks, or a split that does not fit.
     """
     layers, compute = model.dit.num_layers, checked_dtype(dtype)
-    if not 1 <= stages <= layers:
-        raise ConfigError(f"stages must be 1 to {layers}, the blocks of {model.name}; got {stages}")
-    checked_split(split, layers, stages)
+    _check_stages(model, stages, split)
 
     def cost_of(stages: int) -> CostModel:
         return costs(model, stream, compute, sharing_devices(stream, stages) if share_vae else 1)
@@ -183,16 +181,14 @@ def plan(
     split = split or cost.fastest_split(stages, seconds)
     transient = None if temporaries is None else temporaries(split)
     devices = _devices(cost, hardware, split, transient)
-    options = []
-    for count in sorted({*STAGE_COUNTS, stages}):
-        if count <= layers:
-            other = cost_of(count)
-            needed = transient and transient.shared_by(other.vae_devices)
-            options.append(
-                _bounds(
-                    other, hardware, _devices(other, hardware, other.fastest_split(count, seconds), needed)
-                )
-            )
+
+    def bounds_of(stages: int) -> Bounds:
+        other = cost_of(stages)
+        needed = transient and transient.shared_by(other.vae_devices)
+        fastest = other.fastest_split(stages, seconds)
+        return _bounds(other, hardware, _devices(other, hardware, fastest, needed))
+
+    options = [bounds_of(count) for count in sorted({*STAGE_COUNTS, stages}) if count <= layers]
     return Plan(
         model=model.name,
         stream=stream,
@@ -209,6 +205,13 @@ def plan(
         options=tuple(options),
         recommended=_recommended(options),
     )
+
+
+def _check_stages(model: ModelConfig, stages: int, split: tuple[int, ...] | None) -> None:
+    layers = model.dit.num_layers
+    if not 1 <= stages <= layers:
+        raise ConfigError(f"stages must be 1 to {layers}, the blocks of {model.name}; got {stages}")
+    checked_split(split, layers, stages)
 
 
 def usable_memory(hardware: Hardware) -> int:
