@@ -31,4 +31,4 @@ check ruff format --check
 check ruff check
 check pyright --pythonpath "$VENV/bin/python"
 check lint-imports
-check pytest -n 2 "$@"
+check pytest -n 2 --dist worksteal "$@" # neighbours, which share programs, in one process

@@ -67,7 +67,9 @@ prepare_venv() {
     fi
   done
   say "installing svd2-jax${extra:+ with its $extra tools} (a few minutes the first time)"
-  "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --editable "$ROOT${extra:+[$extra]}" ||
+  # Python compiles what it imports; pip would take half a minute to compile all.
+  "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-compile \
+    --editable "$ROOT${extra:+[$extra]}" ||
     fail "the installation failed, see above"
   printf '%s\n' "$want" >"$VENV/svd2-installed-${extra:-plain}"
 }

@@ -121,8 +121,9 @@ def test_what_a_stream_holds_never_changes_another_s_output(batched):
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_ticks_without_a_chunk_change_nothing_but_when_chunks_come_out(engine, staged, stages):
-    engine = engine if stages == 1 else staged
+def test_ticks_without_a_chunk_change_nothing_but_when_chunks_come_out(golden_checkpoint, stages):
+    # An engine of its own: where another test has prepared ticks of one row, they come in and round differently.
+    engine = DeviceEngine.from_checkpoint(golden_checkpoint, mesh=stage_meshes(1, stages)[0])
     np.testing.assert_array_equal(
         drive(engine, spec(), 7, idle=(2, 3, 3, 3, 3, 6, 6)), drive(engine, spec(), 7)
     )
@@ -154,16 +155,15 @@ def test_fewer_steps_change_the_chunks_from_those_under_way_on(engine, cfg):
     assert (after[unchanged:] != before[unchanged:]).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize(
-    "steps",
+    ("stages", "steps"),
     [
-        {3: 2, 8: 1},
-        {0: 1, 6: 3},
-        {0: 4, 3: 1},
-        {2: 1, 3: 3, 4: 1, 5: 2},
-        {0: 2, 1: 3, 2: 2, 3: 3},
-        {6: 1, 7: 2, 8: 3},
+        (1, {0: 4, 3: 1}),
+        (1, {0: 2, 1: 3, 2: 2, 3: 3}),
+        (1, {6: 1, 7: 2, 8: 3}),
+        (2, {3: 2, 8: 1}),
+        (2, {0: 1, 6: 3}),
+        (2, {2: 1, 3: 3, 4: 1, 5: 2}),
     ],
 )
 def test_any_change_of_steps_loses_no_chunk_and_keeps_their_order(engine, staged, stages, steps):

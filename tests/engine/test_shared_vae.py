@@ -57,8 +57,8 @@ def redraw(engine, cfg, frames=15):
 @pytest.mark.slow  # compiles the ends twice for each configuration
 @pytest.mark.parametrize(
     "cfg",
-    [STREAM, dataclasses.replace(UNEVEN, decoder="taehv"), T2V],
-    ids=["all share", "some share, tiny decoder", "t2v"],
+    [STREAM, dataclasses.replace(UNEVEN, decoder="taehv"), dataclasses.replace(T2V, decoder="taehv")],
+    ids=["all share", "some share, tiny decoder", "t2v, tiny decoder"],
 )
 def test_stages_that_share_the_vae_give_the_video_of_one_device(cfg):
     together, alone = redraw(engine(4, share_vae=True), cfg), redraw(engine(1), cfg)
