@@ -706,8 +706,10 @@ def test_a_stream_that_cannot_be_opened_leaves_nothing():
         with pytest.raises(ConfigError, match="no memory"):
             b.open()
         b.clock.run_until(lambda: not b.loop.streams)
-        with pytest.raises(SessionError, match="budget"):
+        with pytest.raises(ConfigError, match="give milliseconds"):
             b.open(settings=StreamSettings(rate_hz=16, budget_ms=10))
+        with pytest.raises(SessionError, match="cannot be met"):
+            b.open(settings=StreamSettings(rate_hz=16, budget_ms=190))
         assert not b.loop.streams
 
 
@@ -886,7 +888,7 @@ def test_stopping_drops_what_is_inside_and_ends_all_threads():
         streams = [b.open(str(i), source=camera(b.clock, 1000)) for i in range(3)]
         b.clock.run(1.0)
     assert all(stream.ended.exception() is None for stream in streams)
-    assert not b.loop._reporter.calls
+    assert not b.loop.observers.thread.calls
     assert {e.reason for e in b.frames if e.reason} == {Reason.CLOSED}
 
 
@@ -907,7 +909,7 @@ def test_streams_that_come_and_go_leave_nothing_behind():
         assert sum(ref() is not None for ref in held) == 0
         loop = b.loop
         assert not loop._states
-        assert [len(box) for box in (loop.inbox, loop._reporter.jobs)] == [0, 0]
+        assert [len(box) for box in (loop.inbox, loop.observers.thread.jobs)] == [0, 0]
         assert not any(worker.calls for worker in loop._workers)
         assert sum(worker.is_alive() for worker in loop._workers) == 4  # no stream's
         assert len(loop._workers) < 10
