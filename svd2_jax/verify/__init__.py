@@ -4,6 +4,6 @@ A golden folder holds weights in the layouts that users download, and recorded i
 `tests/goldens/README.md`. Sizes and settings are read from the files.
 """
 
-from svd2_jax.verify.run import GoldenResult, golden_files, report, verify
+from svd2_jax.verify.run import TOLERANCES, GoldenResult, golden_files, report, verify
 
-__all__ = ["GoldenResult", "golden_files", "report", "verify"]
+__all__ = ["TOLERANCES", "GoldenResult", "golden_files", "report", "verify"]
