@@ -42,14 +42,14 @@ def read_values(cls: type, values: Any, where: str = "") -> dict[str, Any]:
     prefix = f"{where}: " if where else ""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix}expected named values, got {type(values).__name__}")
-    kinds = _kinds(cls)
+    kinds = field_types(cls)
     if unknown := sorted(set(values) - set(kinds), key=str):
         raise ConfigError(f"{prefix}unknown key {unknown[0]!r}; known are {', '.join(kinds)}")
     return {n: _read(kinds[n], v, f"{where}.{n}" if where else n) for n, v in values.items()}
 
 
 @functools.cache
-def _kinds(cls: type) -> Mapping[str, Any]:
+def field_types(cls: type) -> Mapping[str, Any]:
     """Returns the types of a dataclass's fields by their names."""
     kinds = typing.get_type_hints(cls)
     return {field.name: kinds[field.name] for field in dataclasses.fields(cls)}

@@ -44,7 +44,7 @@ def draw(path: Path, report: Report) -> None:
             f"{counted(len(s.stream['timesteps']), 'step')}, {s.precision} on {s.device}"
         )
         panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for axes, (title, stacks) in zip(panels, stacked.items(), strict=False):
+        for axes, (title, stacks) in zip(panels, stacked.items(), strict=False):  # the last is for shares
             _stacks(axes, stacks)
             _label(axes, title, [label for label, _ in stacks])
         if shares:

@@ -70,6 +70,7 @@ def draw(path: Path, metrics: Metrics) -> None:
         panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         figure.subplots_adjust(0.05, 0.35 / height, 0.985, 1 - 0.65 / height, hspace=0.42)
         time_axis(panels[-1], span_s)
+        # The last panels are the device's.
         for stream, latency, steps in zip(drawn, panels[0::2], panels[1::2], strict=False):
             line = metrics.timeline(stream)
             _latency(latency, _bins(line, width_ns, begin_ns), width_ns / SECOND, metrics.summary(stream))

@@ -54,6 +54,7 @@ class LiveRun:
       blend_chunks: chunks over which a typed prompt comes in.
       remark: what to tell the user about a typed prompt, or None.
       describe: what to tell of each engine once it is warm; None: nothing.
+      is_budget_asked: whether the user gave the latency budget; else a slow device gets a longer one.
     """
 
     specs: tuple[SessionSpec, ...]
@@ -231,8 +232,10 @@ def _run_service(
 
 def _with_time(service: LiveService, plan: LiveRun, say: Callable[[str], None]) -> LiveRun:
     """Returns the plan; a budget that nobody asked for is made long enough for a slow device."""
+    if plan.is_budget_asked:
+        return plan
     least_ms = service.least_budget_ms(plan.specs[0], plan.settings)
-    if plan.is_budget_asked or least_ms <= plan.settings.budget_ms:
+    if least_ms <= plan.settings.budget_ms:
         return plan
     budget_ms = math.ceil(BUDGET_SHARE * least_ms)
     say(

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 from svd2_jax import files, shipped
 from svd2_jax.api import DEFAULT_NOISE_SCALE, SessionSpec
 from svd2_jax.config import PRESETS, ModelConfig, StreamConfig, preset
 from svd2_jax.errors import ConfigError
-from svd2_jax.validate import read_values
+from svd2_jax.validate import field_types, read_values
 
 _METAVARS = {int: "N", float: "X", Path: "FILE"}
 EightBits = Literal["int8", "fp8"]
@@ -77,7 +77,7 @@ class OptionGroup:
 
     @classmethod
     def _fields(cls) -> list[tuple[dataclasses.Field[Any], Any]]:
-        kinds = get_type_hints(cls)
+        kinds = field_types(cls)
         return [(f, kinds[f.name]) for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
 
 
@@ -259,10 +259,9 @@ class StreamOptions(OptionGroup):
         if not isinstance(values, dict):
             raise ConfigError(f"{self.config}: expected lines of `name: value`, got {type(values).__name__}")
         try:
-            read_values(StreamConfig, values)
+            return read_values(StreamConfig, values)
         except ConfigError as e:
             raise ConfigError(f"{self.config}: {e}") from e
-        return values
 
 
 @dataclass(frozen=True, kw_only=True)

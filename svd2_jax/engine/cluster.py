@@ -46,7 +46,7 @@ from typing import Self
 
 import jax
 
-from svd2_jax.command import EXIT_INTERRUPTED
+from svd2_jax.command import EXIT_FAILED, EXIT_INTERRUPTED
 from svd2_jax.engine import rendezvous
 from svd2_jax.engine.rendezvous import TICK_S, Clock, Link, first_line
 from svd2_jax.errors import EngineError, Svd2Error
@@ -67,7 +67,6 @@ VERDICT_S = 2.0
 CLEANUP_S = 5.0
 """How long the callbacks of `on_loss` may take together, and the last message."""
 EXIT_LOST = 2
-EXIT_FAILED = 1
 
 _NO_PROXY = "no_grpc_proxy"  # gRPC reads it in this spelling
 _NEVER_S = 10**6  # for JAX's own heartbeats: 11 days

@@ -52,7 +52,9 @@ def draw(path: Path, report: Report, samples: Sequence[Sample]) -> None:
         )
         for axes in strip.subplots(rows, SAMPLES_IN_A_ROW, squeeze=False).flat:
             axes.axis("off")
-        for axes, sample, image in zip(strip.axes, samples, images, strict=False):
+        for axes, sample, image in zip(
+            strip.axes, samples, images, strict=False
+        ):  # the last row may have room
             axes.imshow(image)
             lines = [shortened(line, CAPTION, len) for line in (sample.style, sample.prompt) if line]
             axes.set_title("\n".join(lines), fontsize=7, pad=2, loc="center")

@@ -118,7 +118,7 @@ def evaluate(
         frames = plan.read(clip)
         targets = [plan.read_target(path, frames) for path in clip.targets]
         rebuilt.append(Rebuilt(clip.name, None, measures.likeness(rebuild(frames), frames)))
-        for style, target in zip(plan.folder.styles, targets, strict=False):
+        for style, target in zip(plan.folder.styles, targets, strict=False):  # targets may be unknown
             rebuilt.append(Rebuilt(clip.name, style.name, measures.likeness(rebuild(target), target)))
         done = _Clip(plan, number, clip.name, frames, targets)
         for index in range(len(plan.folder.styles)):

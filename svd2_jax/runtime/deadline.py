@@ -1,9 +1,9 @@
-"""What the device does next, and which frames are given up: a pure function of (time, streams, costs, config).
+"""What the device does next, and which frames are given up: a pure function of (time, streams, tick times, config).
 
-The promise behind every decision: what has entered the device can still be finished in time. For that, `rescue`
-plays through how the chunks under way would be finished if nothing more entered, most urgent first; its result is
-the time to spare. A tick is started only if afterwards there still is time to spare, and where there is none left
-to wait, the first tick of the rescue is run. docs/scheduling.md tells it in words.
+The promise behind every decision: what has entered the device can still be finished in time. For that, `edf_schedule`
+plays through how the chunks in flight would be finished if nothing more entered, earliest deadline first; its result
+is the slack. A tick is started only if the slack after it is not negative, and where none is left to wait, the first
+tick of the schedule is run. docs/scheduling.md tells it in words.
 """
 
 from __future__ import annotations

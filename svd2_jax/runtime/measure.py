@@ -17,8 +17,9 @@ from svd2_jax.api import Engine, Session, SessionSpec, Ticket, TickInput
 from svd2_jax.config import StreamConfig
 from svd2_jax.errors import ConfigError
 from svd2_jax.progress import working
+from svd2_jax.runtime import overload
 from svd2_jax.runtime.latency import LatencySample
-from svd2_jax.runtime.types import StreamSettings
+from svd2_jax.runtime.types import MS, StreamSettings
 from svd2_jax.text import counted
 
 
@@ -38,18 +39,19 @@ def settings_for(spec: SessionSpec, settings: StreamSettings) -> StreamSettings:
         raise ConfigError(
             f"live streams need task 'v2v' and mode 'stream', got {stream.task!r} and {stream.mode!r}"
         )
-    fill_ms = 1000 * (stream.chunk_frames - 1) / settings.rate_hz
-    if settings.budget_ms <= fill_ms:
-        raise ConfigError(
-            f"a latency budget of {settings.budget_ms:g} ms is too short: {stream.chunk_frames} frames are "
-            f"drawn together and take {fill_ms:.0f} ms at {settings.rate_hz:g} FPS; give milliseconds, for example 1500"
-        )
-    return dataclasses.replace(
+    found = dataclasses.replace(
         settings,
         first_frames=stream.first_frames,
         chunk_frames=stream.chunk_frames,
         batch_key=batch_key_of(stream) if settings.batch_key is None else settings.batch_key,
     )
+    fill_ms = overload.fill_ns(found) / MS
+    if settings.budget_ms <= fill_ms:
+        raise ConfigError(
+            f"a latency budget of {settings.budget_ms:g} ms is too short: {stream.chunk_frames} frames are "
+            f"drawn together and take {fill_ms:.0f} ms at {settings.rate_hz:g} FPS; give milliseconds, for example 1500"
+        )
+    return found
 
 
 def with_steps(spec: SessionSpec, steps: int) -> SessionSpec:

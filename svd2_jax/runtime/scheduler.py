@@ -309,18 +309,18 @@ class Scheduler:
         streams = list(self._streams.values())
         asked = [s.settings for s in streams]
         control = overload.control(self._control, asked, self.model.times, self.config, now_ns)
-        before, spare = [s.steps for s in streams], self._slack_ns(start_ns)
+        before, slack_ns = [s.steps for s in streams], self._slack_ns(start_ns)
         for s in streams:
             s.steps = overload.steps_at(s.settings, control.level)
         # Other steps may need more ticks, or lose the company in their batches.
-        if self._slack_ns(start_ns) >= min(spare, self.config.guard_ns):
+        if self._slack_ns(start_ns) >= min(slack_ns, self.config.guard_ns):
             self._control, self._controls_ns = control, now_ns + CONTROL_EVERY_NS
             return
         for s, steps in zip(streams, before, strict=True):
             s.steps = steps
 
     def _slack_ns(self, start_ns: int) -> int:
-        """Returns the time to spare for the chunks under way, on a device that is free at `start_ns`."""
+        """Returns the slack of the chunks in flight, on a device that is free at `start_ns`."""
         jobs = jobs_of(self._streams.values(), self.model.times)
         return edf_schedule(jobs, start_ns, self.model.times).slack_ns
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def check_latent_stream(engine: DeviceEngine, check: Check, file: Path) -> None:
         held, _ = held.leave()
     exact = dtype == jnp.float32 and engine.model.dit.weight_dtype == cfg.cache_dtype == "compute"
     layers = range(engine.model.dit.num_layers)
-    tipped = _check_rings(check, file, seen, itertools.product(layers, range(cfg.rows)), block_count, exact)
+    tipped = _check_rings(check, file, seen, layers, range(cfg.rows), block_count, exact)
     for layer, row in itertools.product(layers, range(cfg.rows)):
         if (layer, row) not in tipped:
             k, v = seen.caches[layer, row, max(0, block_count - row)]
@@ -133,7 +133,7 @@ def _check_outputs(
 
 
 def _check_rings(
-    check: Check, file: Path, seen: _Seen, places: Iterable[tuple[int, int]], ticks: int, exact: bool
+    check: Check, file: Path, seen: _Seen, layers: range, rows: range, ticks: int, exact: bool
 ) -> set[tuple[int, int]]:
     """Compares the order of each ring after each tick.
 
@@ -144,15 +144,17 @@ def _check_rings(
     recorded = file.with_suffix("").with_suffix(".ring.json")
     if not recorded.exists():
         return set()
-    theirs, tipped = json.loads(recorded.read_text()), set()
-    for layer, row in places:
-        for tick in range(1, ticks + 1):
-            if seen.rings[layer, row, max(0, tick - row)] != theirs[tick - 1][layer][row]:
-                tipped.add((layer, row))
-    if exact and tipped:
-        check.problems.append("order of the ring differs")
+    ours = [
+        [[seen.rings[layer, row, max(0, tick - row)] for row in rows] for layer in layers]
+        for tick in range(1, ticks + 1)
+    ]
+    theirs = json.loads(recorded.read_text())
+    if exact:
+        check.equal(json.dumps(ours), json.dumps(theirs), "order of the ring")
         return set()
-    return tipped
+    both = list(zip(ours, theirs, strict=True))
+    places = itertools.product(layers, rows)
+    return {(layer, row) for layer, row in places if any(a[layer][row] != b[layer][row] for a, b in both)}
 
 
 class _Seen:
